@@ -1,0 +1,22 @@
+// layer_maps: the scalar s = 1^T row of every row of every layer (eq. 5-7 summed over features).
+#pragma once
+
+#include "window.h"
+
+namespace kfac2 {
+
+struct LayerMapsParams {
+  const RowSource* sources;  // [layers]
+  void* const* maps;         // [layers] -> [groups, N, *grid], float64 for float64 sources, else float32
+  int64_t layers;
+};
+
+namespace cpu {
+
+// Work is cut into slots; slot k takes the k-th share of the samples of every layer, so that slots
+// weigh the same however the layers differ. Slots write disjoint memory.
+int64_t layer_maps_slots(const LayerMapsParams& params);
+void layer_maps(const LayerMapsParams& params, int64_t slot_begin, int64_t slot_end);
+
+}  // namespace cpu
+}  // namespace kfac2

@@ -1,0 +1,55 @@
+// The rows of a layer, described without any framework: which numbers they are and where they lie.
+//
+// A layer's rows come from one tensor x of shape [N, C, D, H, W]; lower ranks have leading spatial
+// extents of 1, and a Linear layer is the 1x1x1 convolution. Sizes and strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace kfac2 {
+
+constexpr int kSpatialRank = 3;
+
+enum class ElementType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+// How a convolution reads its input, axis by axis (D, H, W).
+struct Window {
+  int64_t kernel[kSpatialRank];
+  int64_t stride[kSpatialRank];
+  int64_t pad_low[kSpatialRank];
+  int64_t pad_high[kSpatialRank];
+  int64_t dilation[kSpatialRank];
+  int64_t groups;
+  int64_t bias;  // ones appended to each row: 0, 1, or the number of groups summed into one map
+
+  // Places of the output map along one axis (may be <= 0: nothing fits).
+  int64_t grid(int axis, int64_t extent) const {
+    const int64_t span = dilation[axis] * (kernel[axis] - 1) + 1;
+    const int64_t room = extent + pad_low[axis] + pad_high[axis] - span;
+    return room < 0 ? 0 : room / stride[axis] + 1;
+  }
+  int64_t offsets() const { return kernel[0] * kernel[1] * kernel[2]; }
+};
+
+struct RowSource {
+  const void* data;
+  ElementType element_type;
+  int64_t batch;                 // N
+  int64_t channels;              // C, all groups together
+  int64_t extent[kSpatialRank];  // D, H, W
+  int64_t batch_stride;
+  int64_t channel_stride;
+  int64_t spatial_stride[kSpatialRank];
+  Window window;
+
+  int64_t places() const { return extent[0] * extent[1] * extent[2]; }
+  int64_t grid(int axis) const { return window.grid(axis, extent[axis]); }
+  int64_t grid_places() const { return grid(0) * grid(1) * grid(2); }
+  int64_t channels_per_group() const { return channels / window.groups; }
+  // Length of a row (d_in of one Kronecker block).
+  int64_t row_length() const {
+    return channels_per_group() * window.offsets() + (window.bias != 0 ? 1 : 0);
+  }
+};
+
+}  // namespace kfac2

@@ -1,0 +1,40 @@
+// One wording for what a binding refuses: "kfac2::<op>: expected <what>, got <value>".
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace kfac2 {
+
+// Raised in Python as a RuntimeError, before anything is written.
+template <typename... Parts>
+void check(bool condition, const char* op, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  message << "kfac2::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const torch::stable::Tensor& tensor) {
+  std::ostringstream shape;
+  shape << '[';
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape << (axis ? ", " : "") << tensor.size(axis);
+  shape << ']';
+  return shape.str();
+}
+
+inline bool is_float_or_double(const torch::stable::Tensor& tensor) {
+  return tensor.scalar_type() == torch::headeronly::ScalarType::Float ||
+         tensor.scalar_type() == torch::headeronly::ScalarType::Double;
+}
+
+inline bool is_double(const torch::stable::Tensor& tensor) {
+  return tensor.scalar_type() == torch::headeronly::ScalarType::Double;
+}
+
+}  // namespace kfac2

@@ -1,0 +1,54 @@
+#include "cross_layer_sums.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "parallel.h"
+
+namespace kfac2 {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr const char* kOp = "cross_layer_sums";
+
+// maps: B tensors [N, *grid] of one dtype, float32 or float64
+void check_maps(const std::vector<Tensor>& maps) {
+  check(!maps.empty(), kOp, "expected at least one map, got none");
+  check(is_float_or_double(maps[0]), kOp, "expected maps of dtype float32 or float64, got another dtype");
+  for (size_t i = 0; i < maps.size(); ++i) {
+    check(maps[i].dim() >= 1 && maps[i].dim() <= 1 + kMaxGridRank, kOp, "expected map ", i,
+          " of shape [N, *grid] with at most ", kMaxGridRank, " grid axes, got ", shape_of(maps[i]));
+    check(maps[i].scalar_type() == maps[0].scalar_type(), kOp, "expected all maps to have the dtype of map 0, map ",
+          i, " has another");
+    check(maps[i].size(0) == maps[0].size(0), kOp, "expected all maps to have N = ", maps[0].size(0), ", map ", i,
+          " has shape ", shape_of(maps[i]));
+  }
+}
+
+Tensor cross_layer_sums_cpu(const std::vector<Tensor>& maps, bool area) {
+  check_maps(maps);
+  const int64_t count = static_cast<int64_t>(maps.size());
+  std::vector<Tensor> contiguous;
+  std::vector<GridMap> grid_maps;
+  for (const Tensor& map : maps) {
+    contiguous.push_back(torch::stable::contiguous(map));
+    GridMap grid_map{contiguous.back().const_data_ptr(), static_cast<int>(map.dim()) - 1, {}};
+    for (int axis = 0; axis < grid_map.rank; ++axis) grid_map.extent[axis] = map.size(axis + 1);
+    grid_maps.push_back(grid_map);
+  }
+  Tensor sums = torch::stable::new_empty(maps[0], {count, count});  // [B, B]
+  const Downsample downsample = area ? Downsample::kArea : Downsample::kNearest;
+  cpu::CrossLayerSums work(
+      {grid_maps.data(), sums.mutable_data_ptr(), count, maps[0].size(0), is_double(maps[0]), downsample});
+  run_tasks(work.tasks(), [&](int64_t task) { work.run_task(task); });
+  work.merge();
+  return sums;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kfac2, CPU, m) { m.impl("cross_layer_sums", TORCH_BOX(&cross_layer_sums_cpu)); }
+
+}  // namespace kfac2

@@ -1,0 +1,91 @@
+"""Uncentred covariances of rows, Σ row rowᵀ: the Kronecker factors, for all layers in one native call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfac2.ops._checks import check_same_length, check_tensors
+from kfac2.ops.layer_maps import decode_windows, spatial_rank, sum_dtype
+from kfac2.window import IntOrInts, Padding, Window
+
+
+def covariances(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Tensor]:
+    """Sum the outer products of each layer's rows: Σ_n Σ_t row[n, t] row[n, t]ᵀ, without forming patches.
+
+    Args:
+        tensors: one for each layer, (N, C, *spatial) with up to three spatial axes; float32, float64, float16
+            or bfloat16; any strides.
+        windows: one for each tensor.
+
+    Returns:
+        For each layer (groups, d, d): raw sums, symmetric to the last bit; d counts channels slowest, then
+        kernel offsets, bias last. float64 for float64 tensors, else float32.
+
+    Raises:
+        TypeError: if `tensors` is not a list of tensors.
+        ValueError: if a list is empty, lengths differ, or tensors are on several devices.
+        RuntimeError: if a tensor does not fit its window.
+    """
+    check_tensors("tensors", tensors)
+    check_same_length("windows", windows, "tensors", tensors)
+    numbers = [number for window in windows for number in window.encode()]
+    return torch.ops.kfac2.covariances([tensor.detach() for tensor in tensors], numbers)
+
+
+def input_covariance(
+    x: Tensor,
+    kernel_size: IntOrInts,
+    stride: IntOrInts = 1,
+    padding: Padding = 0,
+    dilation: IntOrInts = 1,
+    bias: bool = False,
+) -> Tensor:
+    """Sum the outer products of a convolution's patches: Σ_n Σ_t ā āᵀ.
+
+    Args:
+        x: (N, C, *spatial) with up to three spatial axes. The rows of a Linear layer are (N, C) with
+            `kernel_size=()`.
+        kernel_size: an int or one for each axis.
+        stride: an int or one for each axis; default 1.
+        padding: an int, one for each axis, `'same'` or `'valid'`; default 0.
+        dilation: an int or one for each axis; default 1.
+        bias: whether a 1 is appended to each patch; default False.
+
+    Returns:
+        (d, d) raw sums, d = C * kernel places, ordered as `torch.nn.functional.unfold` orders a patch, plus 1
+        with bias (last); float64 for a float64 tensor, else float32.
+
+    Raises:
+        TypeError: if a geometry argument is not made of ints.
+        ValueError: if a geometry argument does not fit the number of spatial axes.
+        RuntimeError: if the kernel does not fit into the padded map.
+    """
+    window = Window.of(spatial_rank("x", x), kernel_size, stride, padding, dilation, bias=int(bias))
+    return covariances([x], [window])[0][0]
+
+
+def grad_covariance(g: Tensor) -> Tensor:
+    """Sum the outer products of output-gradient rows: Σ_n Σ_t g gᵀ.
+
+    Args:
+        g: (N, C, *grid), features at dim 1, up to three grid axes.
+
+    Returns:
+        (C, C) raw sums; float64 for a float64 tensor, else float32.
+
+    Raises:
+        ValueError: if `g` has fewer than two or more than five dimensions.
+    """
+    return covariances([g], [Window.places(spatial_rank("g", g))])[0][0]
+
+
+@torch.library.register_fake("kfac2::covariances")
+def _(tensors: Sequence[Tensor], windows: Sequence[int]) -> list[Tensor]:
+    results = []
+    for tensor, window in zip(tensors, decode_windows(tensors, windows), strict=True):
+        d = window.row_length(tensor.shape[1])
+        results.append(tensor.new_empty((window.groups, d, d), dtype=sum_dtype(tensor.dtype)))
+    return results

@@ -1,0 +1,131 @@
+"""The statistics ops against kfac2.reference, which forms patches and every A_ij, over drawn shapes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compare import assert_equal
+from drawn import TOLERANCE, cases, map_sets
+from kfac2 import ops, reference
+from kfac2.window import Window
+
+
+@given(cases())
+def test_patch_sums(case):
+    expected = reference.patch_sums(case.x.double(), *case.geometry)
+    got = ops.patch_sums(case.x, *case.geometry)
+    assert got.dtype == (torch.float64 if case.x.dtype == torch.float64 else torch.float32)
+    # A sum may cancel: the error is measured against the sum of magnitudes.
+    scale = reference.patch_sums(case.x.double().abs(), *case.geometry)
+    assert_equal(got.double() - expected + scale, scale, TOLERANCE[case.x.dtype])
+
+
+@given(cases())
+def test_input_covariance(case):
+    got = ops.input_covariance(case.x, *case.geometry)
+    assert got.dtype == (torch.float64 if case.x.dtype == torch.float64 else torch.float32)
+    assert_equal(got, reference.input_covariance(case.x.double(), *case.geometry), TOLERANCE[case.x.dtype])
+    assert torch.equal(got, got.T)
+
+
+@given(cases())
+def test_fronts_for_output_gradients(case):
+    assert_equal(ops.grad_covariance(case.x), reference.grad_covariance(case.x.double()), TOLERANCE[case.x.dtype])
+    scale = reference.channel_sums(case.x.double().abs())
+    shifted = ops.channel_sums(case.x).double() - reference.channel_sums(case.x.double()) + scale
+    assert_equal(shifted, scale, TOLERANCE[case.x.dtype])
+
+
+@given(st.lists(cases(dtypes=(torch.float64, torch.float32), ranks=(1, 2), batches=(1, 3)), min_size=1, max_size=4),
+       st.integers(1, 3))
+def test_lists_and_groups(drawn, groups):
+    tensors, windows, parts = [], [], []
+    for case in drawn:
+        x = torch.cat([case.x * (q + 1) for q in range(groups)], dim=1)
+        rank = x.dim() - 2
+        window = Window.of(rank, case.kernel_size, case.stride, case.padding, case.dilation, groups, int(case.bias))
+        tensors.append(x)
+        windows.append(window)
+        parts += [(part, case.geometry) for part in x.chunk(groups, dim=1)]
+    maps = ops.layer_maps(tensors, windows)
+    blocks = [block for layer in ops.covariances(tensors, windows) for block in layer]
+    assert len(maps) == len(blocks) == len(parts)
+    for map_of_block, block, (part, geometry) in zip(maps, blocks, parts, strict=True):
+        tolerance = TOLERANCE[part.dtype]
+        scale = reference.patch_sums(part.double().abs(), *geometry)
+        assert_equal(map_of_block.double() - reference.patch_sums(part.double(), *geometry) + scale, scale, tolerance)
+        assert_equal(block, reference.input_covariance(part.double(), *geometry), tolerance)
+
+
+def test_patch_order_is_that_of_unfold():
+    x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    rows = F.unfold(x, (3, 2), padding=1).transpose(1, 2).flatten(0, 1)
+    assert_equal(ops.input_covariance(x, (3, 2), padding=1), rows.T @ rows)
+
+
+@given(map_sets(), st.sampled_from(["nearest", "area"]))
+def test_cross_layer_sums(drawn, downsample):
+    rows, grids = drawn
+    maps = [r.sum(2).reshape(r.shape[0], *grid) for r, grid in zip(rows, grids, strict=True)]
+    sums = ops.cross_layer_sums(maps, downsample)
+    assert_equal(sums, reference.cross_layer_sums(rows, grids, downsample), 1e-9)
+    assert torch.equal(sums, sums.T)
+
+
+@pytest.mark.parametrize("smaller, larger", [(22, 26), (7, 9), (8, 32), (1, 5), (5, 5)])
+def test_nearest_takes_the_integer_index(smaller, larger):
+    small, large = torch.randn(4, smaller, dtype=torch.float64), torch.randn(4, larger, dtype=torch.float64)
+    index = [(t * larger) // smaller for t in range(smaller)]
+    assert_equal(ops.cross_layer_sums([small, large])[0, 1], (small * large[:, index]).sum())
+
+
+def test_area_is_adaptive_average_pooling():
+    a = torch.randn(3, 8, 5, dtype=torch.float64)
+    b = torch.randn(3, 3, 9, dtype=torch.float64)
+    expected = (F.adaptive_avg_pool2d(a, (3, 5)) * F.adaptive_avg_pool2d(b, (3, 5))).sum()
+    assert_equal(ops.cross_layer_sums([a, b], "area")[0, 1], expected)
+
+
+def test_grids_meet_axis_by_axis():
+    a, b = torch.randn(2, 8, 4, dtype=torch.float64), torch.randn(2, 4, 8, dtype=torch.float64)
+    assert_equal(ops.cross_layer_sums([a, b])[0, 1], (a[:, ::2] * b[:, :, ::2]).sum())
+
+
+@pytest.mark.parametrize("count, batch", [(112, 16), (3, 700)])
+def test_cross_layer_sums_of_many_maps_and_samples(count, batch):
+    maps = [torch.randn(batch, *((16, 16), (8, 8), (4,), ())[i % 4], dtype=torch.float64) for i in range(count)]
+    rows = [m.reshape(batch, -1, 1) for m in maps]
+    sums = ops.cross_layer_sums(maps)
+    assert_equal(sums, reference.cross_layer_sums(rows, [m.shape[1:] for m in maps]))
+
+
+def test_half_maps_give_float32_sums():
+    maps = [torch.randn(5, 4).to(torch.bfloat16), torch.randn(5, 2).to(torch.bfloat16)]
+    sums = ops.cross_layer_sums(maps)
+    assert sums.dtype == torch.float32
+    assert_equal(sums, ops.cross_layer_sums([m.double() for m in maps]), 1e-6)
+
+
+@given(st.integers(1, 6), st.booleans())
+def test_coarse_fisher(blocks, grouped):
+    rows = [[torch.randn(2, 5, d, dtype=torch.float64) for d in (2, 3)[: 1 + i % 2]] for i in range(blocks)]
+    flat = [torch.cat(r, dim=2) for r in rows]
+    layer_of_block = [i // 2 for i in range(blocks)] if grouped else list(range(blocks))
+    pairs = [[reference.cross_covariance(a, (5,), b, (5,)) for b in flat] for a in flat]
+    sums = torch.stack([torch.stack([p.sum() for p in row]) for row in pairs])
+    expected = reference.coarse_fisher(pairs, pairs, layer_of_block)
+    assert_equal(ops.coarse_fisher(sums, sums, layer_of_block), expected)
+
+
+def test_splitting_work_among_threads_changes_nothing():
+    x, window = torch.randn(64, 32, 16, 16), Window.of(2, 3, padding=1, bias=1)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        maps = ops.layer_maps([x, x], [window, window])
+        results.append([*ops.covariances([x, x], [window, window]), *maps, ops.cross_layer_sums(maps * 30)])
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_equal(results[0][0][0], reference.input_covariance(x.double(), 3, 1, 1, 1, True), 1e-5)
