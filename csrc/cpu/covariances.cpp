@@ -22,10 +22,10 @@
 namespace kfac2::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 18;            // samples converted at a time: half of a common L2
-constexpr int64_t kTaskProducts = 1 << 26;          // multiply-adds worth a task of their own
-constexpr int64_t kMaxSplits = 8;                   // tasks of one layer, each with its own sums
-constexpr int64_t kMaxSplitNumbers = 1 << 22;       // numbers in those sums together
+constexpr int64_t kBlockBytes = 1 << 18;       // samples converted at a time: half of a common L2
+constexpr int64_t kTaskProducts = 1 << 26;     // multiply-adds worth a task of their own
+constexpr int64_t kMaxSplits = 8;              // tasks of one layer, each with its own sums
+constexpr int64_t kMaxSplitNumbers = 1 << 22;  // numbers in those sums together
 
 struct Range {
   int64_t begin, end;
@@ -125,8 +125,8 @@ struct Plan {
     for (int axis = 0; axis < kSpatialRank; ++axis) axes[axis] = axis_pieces(source, axis);
     pieces = combine(axes);
     const int64_t numbers = source.row_length() * source.row_length();
-    splits = std::min({products() / kTaskProducts, kMaxSplits, kMaxSplitNumbers / std::max<int64_t>(1, numbers),
-                       source.batch});
+    splits = std::min(
+        {products() / kTaskProducts, kMaxSplits, kMaxSplitNumbers / std::max<int64_t>(1, numbers), source.batch});
     splits = std::max<int64_t>(1, splits);
   }
 
@@ -168,7 +168,9 @@ class Accumulator {
 
  public:
   Accumulator(const Plan& plan, int64_t group)
-      : plan_(plan), source_(plan.source), channels_(source_.channels_per_group()),
+      : plan_(plan),
+        source_(plan.source),
+        channels_(source_.channels_per_group()),
         padded_(ceil_div(channels_, kVectorBytes / int64_t{sizeof(Sum)}) * (kVectorBytes / int64_t{sizeof(Sum)})),
         x_(static_cast<const T*>(source_.data) + group * channels_ * source_.channel_stride),
         products_(plan.pieces.size() * padded_ * padded_, Sum(0)),
@@ -266,8 +268,10 @@ class Accumulator {
         for (int64_t tz = z.begin; tz < z.end; ++tz)
           for (int64_t ty = y.begin; ty < y.end; ++ty)
             for (int64_t tx = x.begin; tx < x.end; ++tx) {
-              const int64_t place = ((n * source_.extent[0] + position(0, oz, tz)) * source_.extent[1] +
-                                     position(1, oy, ty)) * source_.extent[2] + position(2, ox, tx);
+              const int64_t place =
+                  ((n * source_.extent[0] + position(0, oz, tz)) * source_.extent[1] + position(1, oy, ty)) *
+                      source_.extent[2] +
+                  position(2, ox, tx);
               const Sum* from = block_.data() + place * padded_;
 #pragma omp simd
               for (int64_t c = 0; c < padded_; ++c) sums[c] += from[c];

@@ -7,13 +7,15 @@
 #include <map>
 #include <vector>
 
+#include "simd.h"
+
 namespace kfac2::cpu {
 namespace {
 
-constexpr int64_t kBlockPlaces = 2048;        // numbers of one map in a block of samples
-constexpr int64_t kTaskProducts = 1 << 24;    // multiply-adds worth a task of their own
-constexpr int64_t kMaxTasks = 16;             // each holds B*B partial sums
-constexpr int64_t kRowTile = 4;               // maps x maps held in registers by dot_tile
+constexpr int64_t kBlockPlaces = 2048;      // numbers of one map in a block of samples
+constexpr int64_t kTaskProducts = 1 << 24;  // multiply-adds worth a task of their own
+constexpr int64_t kMaxTasks = 16;           // each holds B*B partial sums
+constexpr int64_t kRowTile = 4;             // maps x maps held in registers by dot_tile
 
 // Maps of one grid.
 struct GridClass {
@@ -77,7 +79,8 @@ T downsampled(const T* map, const GridMap& shape, const Meeting& meeting, int64_
 
 // sums[i][j] = rows_i . cols_j over `length` numbers, for a tile of up to kRowTile x kRowTile.
 template <typename T>
-void dot_tile(const T* const* rows, const T* const* cols, int64_t length, T (&sums)[kRowTile][kRowTile]) {
+KFAC2_INLINE void dot_tile_of(const T* const* rows, const T* const* cols, int64_t length,
+                              T (&sums)[kRowTile][kRowTile]) {
   T s00 = 0, s01 = 0, s02 = 0, s03 = 0, s10 = 0, s11 = 0, s12 = 0, s13 = 0;
   T s20 = 0, s21 = 0, s22 = 0, s23 = 0, s30 = 0, s31 = 0, s32 = 0, s33 = 0;
   const T *a0 = rows[0], *a1 = rows[1], *a2 = rows[2], *a3 = rows[3];
@@ -96,12 +99,21 @@ void dot_tile(const T* const* rows, const T* const* cols, int64_t length, T (&su
   std::copy_n(&all[0][0], kRowTile * kRowTile, &sums[0][0]);
 }
 
+KFAC2_CLONES void dot_tile(const float* const* rows, const float* const* cols, int64_t length,
+                           float (&sums)[kRowTile][kRowTile]) {
+  dot_tile_of<float>(rows, cols, length, sums);
+}
+KFAC2_CLONES void dot_tile(const double* const* rows, const double* const* cols, int64_t length,
+                           double (&sums)[kRowTile][kRowTile]) {
+  dot_tile_of<double>(rows, cols, length, sums);
+}
+
 // Adds, in double, the products of all rows of a class with all rows of another; each pair at its place
 // above the diagonal.
 template <typename T>
 void add_products(const std::vector<const T*>& rows, const std::vector<int64_t>& row_index,
-                  const std::vector<const T*>& cols, const std::vector<int64_t>& col_index, bool same,
-                  int64_t length, double* sums, int64_t count) {
+                  const std::vector<const T*>& cols, const std::vector<int64_t>& col_index, bool same, int64_t length,
+                  double* sums, int64_t count) {
   T tile[kRowTile][kRowTile];
   const int64_t row_count = static_cast<int64_t>(rows.size()), col_count = static_cast<int64_t>(cols.size());
   for (int64_t i = 0; i < row_count; i += kRowTile) {
@@ -112,7 +124,7 @@ void add_products(const std::vector<const T*>& rows, const std::vector<int64_t>&
         row_tile[k] = rows[std::min(i + k, row_count - 1)];
         col_tile[k] = cols[std::min(j + k, col_count - 1)];
       }
-      dot_tile<T>(row_tile, col_tile, length, tile);
+      dot_tile(row_tile, col_tile, length, tile);
       for (int64_t di = 0; di < std::min(kRowTile, row_count - i); ++di) {
         for (int64_t dj = 0; dj < std::min(kRowTile, col_count - j); ++dj) {
           if (same && j + dj < i + di) continue;
@@ -132,8 +144,8 @@ class BlockRows {
   const std::vector<const T*>& at(const CrossLayerSumsParams& params, const GridClass& grid_class,
                                   const Meeting& meeting, int64_t sample_begin, int64_t samples) {
     const int64_t own = grid_class.shape.places();
-    const bool agree = !meeting.one_place && std::equal(meeting.extent, meeting.extent + meeting.rank,
-                                                        grid_class.shape.extent);
+    const bool agree =
+        !meeting.one_place && std::equal(meeting.extent, meeting.extent + meeting.rank, grid_class.shape.extent);
     rows_.clear();
     if (!agree) copy_.resize(grid_class.members.size() * samples * meeting.places);
     T* to = copy_.data();
@@ -209,8 +221,7 @@ void CrossLayerSums::State::add_samples(int64_t task, int64_t begin, int64_t end
       const auto& rows = first_rows.at(params, first, meeting, n, samples);
       const bool same = meeting.first == meeting.second;
       const auto& cols = same ? rows : second_rows.at(params, second, meeting, n, samples);
-      add_products<T>(rows, first.members, cols, second.members, same, samples * meeting.places, sums,
-                      params.count);
+      add_products<T>(rows, first.members, cols, second.members, same, samples * meeting.places, sums, params.count);
     }
   }
 }

@@ -6,38 +6,92 @@
 #include <vector>
 
 #include "scalar.h"
+#include "simd.h"
 
 namespace kfac2::cpu {
 namespace {
 
-// plane[p] = sum over the group's channels of x[c, p]; p runs over D, H, W, W fastest.
+// Places that lie `step` apart, channels `channel_stride` apart: plane[p] = sum over channels of x[c, p].
 template <typename T>
-void sum_channels(const RowSource& source, const T* x, int64_t channels, SumType<T>* plane) {
-  const int64_t height = source.extent[1], width = source.extent[2];
-  const int64_t step = source.spatial_stride[2];
-  for (int64_t line = 0; line < source.extent[0] * height; ++line) {
-    const T* start = x + (line / height) * source.spatial_stride[0] + (line % height) * source.spatial_stride[1];
-    SumType<T>* out = plane + line * width;
-    if (source.channel_stride == 1) {  // channels last: one run of memory for each place
-      for (int64_t w = 0; w < width; ++w) {
-        SumType<T> sum = 0;
+KFAC2_INLINE void sum_run(const T* x, int64_t places, int64_t step, int64_t channels, int64_t channel_stride,
+                          SumType<T>* plane) {
+  if (channel_stride == 1) {  // channels last: one run of memory for each place
+    for (int64_t p = 0; p < places; ++p) {
+      SumType<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < channels; ++c) sum += to_sum_type(start[w * step + c]);
-        out[w] = sum;
-      }
-    } else {
-      std::fill_n(out, width, SumType<T>(0));
-      for (int64_t c = 0; c < channels; ++c) {
-        const T* run = start + c * source.channel_stride;
-        if (step == 1) {
+      for (int64_t c = 0; c < channels; ++c) sum += to_sum_type(x[p * step + c]);
+      plane[p] = sum;
+    }
+    return;
+  }
+  std::fill_n(plane, places, SumType<T>(0));
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* run = x + c * channel_stride;
+    if (step == 1) {
 #pragma omp simd
-          for (int64_t w = 0; w < width; ++w) out[w] += to_sum_type(run[w]);
-        } else {
-          for (int64_t w = 0; w < width; ++w) out[w] += to_sum_type(run[w * step]);
-        }
-      }
+      for (int64_t p = 0; p < places; ++p) plane[p] += to_sum_type(run[p]);
+    } else {
+      for (int64_t p = 0; p < places; ++p) plane[p] += to_sum_type(run[p * step]);
     }
   }
+}
+
+#define KFAC2_SUM_RUN(T)                                                                                           \
+  KFAC2_CLONES void sum_run_of(const T* x, int64_t places, int64_t step, int64_t channels, int64_t channel_stride, \
+                               SumType<T>* plane) {                                                                \
+    sum_run<T>(x, places, step, channels, channel_stride, plane);                                                  \
+  }
+KFAC2_SUM_RUN(float)
+KFAC2_SUM_RUN(double)
+KFAC2_SUM_RUN(Half)
+KFAC2_SUM_RUN(BFloat16)
+#undef KFAC2_SUM_RUN
+
+// A layer's places (batch, D, H, W) as few long runs of equal step: axes that follow each other in memory
+// without a gap are merged, W and H first. With rows of a Linear layer the whole batch is one run.
+struct Runs {
+  int64_t count[3] = {1, 1, 1};   // runs along three outer axes
+  int64_t stride[3] = {0, 0, 0};  // in x
+  int64_t places;                 // in each run
+  int64_t step;
+};
+
+Runs merged_runs(const RowSource& source, int64_t samples) {
+  const int64_t count[4] = {samples, source.extent[0], source.extent[1], source.extent[2]};
+  const int64_t stride[4] = {source.batch_stride, source.spatial_stride[0], source.spatial_stride[1],
+                             source.spatial_stride[2]};
+  Runs runs;
+  runs.places = 1;
+  runs.step = 1;
+  int outer = 2;
+  bool merging = true;
+  for (int axis = 3; axis >= 0; --axis) {
+    if (count[axis] == 1) continue;
+    if (runs.places == 1 && merging) {
+      runs.places = count[axis];
+      runs.step = stride[axis];
+    } else if (merging && stride[axis] == runs.places * runs.step) {
+      runs.places *= count[axis];
+    } else {
+      merging = false;
+      runs.count[outer] = count[axis];
+      runs.stride[outer--] = stride[axis];
+    }
+  }
+  return runs;
+}
+
+// plane[n, p] = sum over the group's channels of x[n, c, p]; p runs over D, H, W, W fastest.
+template <typename T>
+void sum_channels(const RowSource& source, const T* x, int64_t samples, SumType<T>* plane) {
+  const Runs runs = merged_runs(source, samples);
+  for (int64_t i = 0; i < runs.count[0]; ++i)
+    for (int64_t j = 0; j < runs.count[1]; ++j)
+      for (int64_t k = 0; k < runs.count[2]; ++k) {
+        const T* run = x + i * runs.stride[0] + j * runs.stride[1] + k * runs.stride[2];
+        sum_run_of(run, runs.places, runs.step, source.channels_per_group(), source.channel_stride, plane);
+        plane += runs.places;
+      }
 }
 
 // One axis of the box filter: [outer, extent, inner] -> [outer, grid, inner]; the sum over a patch of a
@@ -76,7 +130,7 @@ template <typename T>
 const SumType<T>* filtered_plane(const RowSource& source, const T* x, std::vector<SumType<T>>& plane,
                                  std::vector<SumType<T>>& scratch) {
   plane.resize(source.places());
-  sum_channels<T>(source, x, source.channels_per_group(), plane.data());
+  sum_channels<T>(source, x, 1, plane.data());
   int64_t extent[kSpatialRank] = {source.extent[0], source.extent[1], source.extent[2]};
   for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
     if (is_identity(source.window, axis)) continue;
@@ -100,18 +154,19 @@ void layer_share(const RowSource& source, void* maps, int64_t sample_begin, int6
   const Sum ones = static_cast<Sum>(source.window.bias);
   const int64_t channels = source.channels_per_group();
   const int64_t places = source.grid_places();
+  const int64_t samples = sample_end - sample_begin;
   for (int64_t q = 0; q < source.window.groups; ++q) {
-    const T* group = static_cast<const T*>(source.data) + q * channels * source.channel_stride;
-    for (int64_t n = sample_begin; n < sample_end; ++n) {
-      const T* x = group + n * source.batch_stride;
-      Sum* map = static_cast<Sum*>(maps) + (q * source.batch + n) * places;
-      if (identity) {
-        sum_channels<T>(source, x, channels, map);
-      } else {
-        std::copy_n(filtered_plane<T>(source, x, plane, scratch), places, map);
+    const T* x =
+        static_cast<const T*>(source.data) + q * channels * source.channel_stride + sample_begin * source.batch_stride;
+    Sum* map = static_cast<Sum*>(maps) + (q * source.batch + sample_begin) * places;
+    if (identity) {
+      sum_channels<T>(source, x, samples, map);
+    } else {
+      for (int64_t n = 0; n < samples; ++n) {
+        std::copy_n(filtered_plane<T>(source, x + n * source.batch_stride, plane, scratch), places, map + n * places);
       }
-      for (int64_t p = 0; p < places; ++p) map[p] += ones;
     }
+    for (int64_t p = 0; p < samples * places; ++p) map[p] += ones;
   }
 }
 

@@ -5,13 +5,14 @@
 
 #include <cstring>
 
+#include "simd.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define KFAC2_X86_DISPATCH 1
 #define KFAC2_TARGET(isa) __attribute__((target(isa)))
 #else
 #define KFAC2_X86_DISPATCH 0
 #endif
-#define KFAC2_INLINE inline __attribute__((always_inline))
 
 namespace kfac2::cpu {
 namespace {
@@ -28,8 +29,7 @@ KFAC2_INLINE void add_tile(const OuterProducts<Sum>& run, int64_t row, int64_t c
   Vector tile[kRows][kVectors];
   Sum* sums = run.sums + row * run.channels + column;
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v)
-      std::memcpy(&tile[r][v], sums + r * run.channels + v * kLanes, kVectorBytes);
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&tile[r][v], sums + r * run.channels + v * kLanes, kVectorBytes);
   const Sum* left = run.left + row;
   const Sum* right = run.right + column;
   const int64_t step = run.step[3];
@@ -48,8 +48,7 @@ KFAC2_INLINE void add_tile(const OuterProducts<Sum>& run, int64_t row, int64_t c
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v)
-      std::memcpy(sums + r * run.channels + v * kLanes, &tile[r][v], kVectorBytes);
+    for (int v = 0; v < kVectors; ++v) std::memcpy(sums + r * run.channels + v * kLanes, &tile[r][v], kVectorBytes);
 }
 
 template <typename Sum, int kRows, int kVectors>

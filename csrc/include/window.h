@@ -47,9 +47,7 @@ struct RowSource {
   int64_t grid_places() const { return grid(0) * grid(1) * grid(2); }
   int64_t channels_per_group() const { return channels / window.groups; }
   // Length of a row (d_in of one Kronecker block).
-  int64_t row_length() const {
-    return channels_per_group() * window.offsets() + (window.bias != 0 ? 1 : 0);
-  }
+  int64_t row_length() const { return channels_per_group() * window.offsets() + (window.bias != 0 ? 1 : 0); }
 };
 
 }  // namespace kfac2

@@ -20,8 +20,8 @@ void check_maps(const std::vector<Tensor>& maps) {
   for (size_t i = 0; i < maps.size(); ++i) {
     check(maps[i].dim() >= 1 && maps[i].dim() <= 1 + kMaxGridRank, kOp, "expected map ", i,
           " of shape [N, *grid] with at most ", kMaxGridRank, " grid axes, got ", shape_of(maps[i]));
-    check(maps[i].scalar_type() == maps[0].scalar_type(), kOp, "expected all maps to have the dtype of map 0, map ",
-          i, " has another");
+    check(maps[i].scalar_type() == maps[0].scalar_type(), kOp, "expected all maps to have the dtype of map 0, map ", i,
+          " has another");
     check(maps[i].size(0) == maps[0].size(0), kOp, "expected all maps to have N = ", maps[0].size(0), ", map ", i,
           " has shape ", shape_of(maps[i]));
   }

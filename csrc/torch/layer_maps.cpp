@@ -23,9 +23,8 @@ std::vector<Tensor> layer_maps_cpu(const std::vector<Tensor>& tensors, const std
     pointers.push_back(maps.back().mutable_data_ptr());
   }
   const LayerMapsParams params{sources.data(), pointers.data(), static_cast<int64_t>(sources.size())};
-  torch::stable::parallel_for(0, cpu::layer_maps_slots(params), 1, [&](int64_t begin, int64_t end) {
-    cpu::layer_maps(params, begin, end);
-  });
+  torch::stable::parallel_for(0, cpu::layer_maps_slots(params), 1,
+                              [&](int64_t begin, int64_t end) { cpu::layer_maps(params, begin, end); });
   return maps;
 }
 

@@ -48,9 +48,8 @@ void check_window(const char* op, const RowSource& source, const Tensor& tensor,
 
 std::vector<RowSource> row_sources(const char* op, const std::vector<Tensor>& tensors,
                                    const std::vector<int64_t>& windows) {
-  check(static_cast<int64_t>(windows.size()) == kWindowNumbers * static_cast<int64_t>(tensors.size()), op,
-        "expected ", kWindowNumbers, " window numbers for each of ", tensors.size(), " tensors, got ",
-        windows.size());
+  check(static_cast<int64_t>(windows.size()) == kWindowNumbers * static_cast<int64_t>(tensors.size()), op, "expected ",
+        kWindowNumbers, " window numbers for each of ", tensors.size(), " tensors, got ", windows.size());
   std::vector<RowSource> sources;
   for (size_t index = 0; index < tensors.size(); ++index) {
     const Tensor& tensor = tensors[index];

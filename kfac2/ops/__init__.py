@@ -1,7 +1,38 @@
-"""The kernels of kfac2 as functions on tensors. All return raw sums; scaling is the caller's."""
+"""The kernels of kfac2 as functions on tensors. The statistics are raw sums; scaling is the caller's.
+
+| function | for | runs in |
+|---|---|---|
+| `layer_maps`, with its fronts `channel_sums` and `patch_sums` | the sum of each row, all layers at once | csrc |
+| `cross_layer_sums` | inner products of all pairs of maps | csrc |
+| `coarse_fisher` | the L×L Fisher of the second level | csrc |
+| `covariances`, with its fronts `input_covariance` and `grad_covariance` | Kronecker factors, all layers | csrc |
+| `factored_tikhonov_inverse`, `precondition` | damped inverses by Cholesky, and their use | torch, by size |
+| `eigendecompose`, `precondition_eigh` | the exact damped inverse, and its use | torch, by size |
+"""
 
 from kfac2.ops.coarse_fisher import coarse_fisher
 from kfac2.ops.covariances import covariances, grad_covariance, input_covariance
 from kfac2.ops.cross_layer_sums import cross_layer_sums
+from kfac2.ops.eigendecompose import Eigendecomposition, eigendecompose
+from kfac2.ops.factored_tikhonov_inverse import FactoredInverse, factored_tikhonov_inverse
 from kfac2.ops.layer_maps import channel_sums, layer_maps, patch_sums
+from kfac2.ops.precondition import precondition, precondition_eigh
 from kfac2.window import Window
+
+__all__ = [
+    "Eigendecomposition",
+    "FactoredInverse",
+    "Window",
+    "channel_sums",
+    "coarse_fisher",
+    "covariances",
+    "cross_layer_sums",
+    "eigendecompose",
+    "factored_tikhonov_inverse",
+    "grad_covariance",
+    "input_covariance",
+    "layer_maps",
+    "patch_sums",
+    "precondition",
+    "precondition_eigh",
+]

@@ -1,0 +1,151 @@
+"""From running averages to what a step multiplies with; and what happens where a factor is bad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac2 import ops
+from kfac2.layers import Layer
+from kfac2.statistics import Statistics
+
+Warn = Callable[[str, str], None]
+
+FIELDS = {
+    "cholesky": ("A_inv", "G_inv"),
+    "eigh": ("A_values", "A_vectors", "G_values", "G_vectors"),
+}
+
+
+@dataclass(frozen=True)
+class Inverses:
+    """The damped inverses of one inverse update; replaced whole, never changed.
+
+    Attributes:
+        damping: λ of that update.
+        fine: for each layer that has one its block's inverse, fields as in `FIELDS`, each (blocks, ...).
+        coarse: (F_coarse + λ_c I)⁻¹, (L, L); None with one level, or while there is none.
+    """
+
+    damping: float
+    fine: dict[Layer, dict[str, Tensor]]
+    coarse: Tensor | None
+
+
+def invert(
+    statistics: Statistics,
+    layers: Sequence[Layer],
+    previous: Inverses | None,
+    inverse: str,
+    damping: float,
+    coarse_damping: float,
+    warn: Warn,
+) -> Inverses:
+    """Invert every layer's damped block, and the coarse Fisher.
+
+    Args:
+        statistics: the running averages.
+        layers: the handled layers; those without statistics get no inverse.
+        previous: the inverses so far, which stand in where a factor is not finite.
+        inverse: `'cholesky'` or `'eigh'`.
+        damping: λ.
+        coarse_damping: λ_c.
+        warn: called with a key and a message where a factor had to be mended.
+    """
+    present = [layer for layer in layers if layer in statistics.A]
+    A_list, G_list = [statistics.A[layer] for layer in present], [statistics.G[layer] for layer in present]
+    decompose = _factored if inverse == "cholesky" else _decomposed
+    results, status = decompose(A_list, G_list, damping)
+    fine = dict(zip(present, results, strict=True))
+    for i in torch.stack([s.max() for s in status]).nonzero().flatten().tolist():
+        layer = present[i]
+        mended = _mend(A_list[i], G_list[i], inverse, damping)
+        if mended is not None:
+            fine[layer] = mended
+            warn(
+                f"indefinite {layer.name}",
+                f"kfac2: a factor of {layer.name} is not positive definite; its eigenvalues were floored at 0",
+            )
+            continue
+        warn(f"not finite {layer.name}", f"kfac2: a factor of {layer.name} is not finite; its last inverse is kept")
+        del fine[layer]
+        if previous is not None and layer in previous.fine:
+            fine[layer] = previous.fine[layer]
+    coarse = None
+    if statistics.input_sums is not None and statistics.grad_sums is not None:
+        blocks = layer_of_block(layers)
+        fisher = ops.coarse_fisher(statistics.input_sums, statistics.grad_sums, blocks)
+        coarse = coarse_inverse(fisher, coarse_damping)
+        if coarse is None:
+            warn("not finite coarse", "kfac2: the coarse Fisher is not finite; its last inverse is kept")
+            coarse = previous.coarse if previous is not None else None
+    return Inverses(damping, fine, coarse)
+
+
+def layer_of_block(layers: Sequence[Layer]) -> list[int]:
+    """Return the layer number of each map of the coarse space."""
+    return [i for i, layer in enumerate(layers) for _ in range(layer.maps)]
+
+
+def coarse_inverse(fisher: Tensor, damping: float) -> Tensor | None:
+    """Return (F_coarse + λ_c I)⁻¹, eigenvalues floored at 0; None where the matrix is not finite.
+
+    Grids that do not divide each other can make F_coarse indefinite; the floor keeps the coarse step from
+    ever turning uphill. In float64: an L×L matrix costs nothing, and its condition may be large.
+    """
+    if not bool(fisher.isfinite().all()):
+        return None
+    values, vectors = torch.linalg.eigh(fisher.double())
+    return ((vectors / (values.clamp(min=0) + damping)) @ vectors.mT).to(fisher.dtype)
+
+
+_Result = tuple[list[dict[str, Tensor]], list[Tensor]]
+
+
+def _by_layer(inverse: str, lists: Sequence[list[Tensor]]) -> list[dict[str, Tensor]]:
+    return [dict(zip(FIELDS[inverse], fields, strict=True)) for fields in zip(*lists, strict=True)]
+
+
+def _factored(A_list: list[Tensor], G_list: list[Tensor], damping: float) -> _Result:
+    A_inv, G_inv, status = ops.factored_tikhonov_inverse(A_list, G_list, damping)
+    return _by_layer("cholesky", (A_inv, G_inv)), status
+
+
+def _decomposed(A_list: list[Tensor], G_list: list[Tensor], damping: float) -> _Result:
+    try:
+        *lists, status = ops.eigendecompose(A_list, G_list)
+    except torch.linalg.LinAlgError:  # one of them did not converge: find it layer by layer
+        results, failed = [], []
+        for A, G in zip(A_list, G_list, strict=True):
+            mended = _mend(A, G, "eigh", damping)
+            zeros = {"A_values": A[..., 0], "A_vectors": A, "G_values": G[..., 0], "G_vectors": G}
+            results.append(zeros if mended is None else mended)
+            failed.append(torch.full((len(A),), int(mended is None), dtype=torch.int32, device=A.device))
+        return results, failed
+    return _by_layer("eigh", lists), status
+
+
+def _mend(A: Tensor, G: Tensor, inverse: str, damping: float) -> dict[str, Tensor] | None:
+    """Decompose a layer's factors in float64, floor the eigenvalues at 0; None where that is impossible."""
+    if not (bool(A.isfinite().all()) and bool(G.isfinite().all())):
+        return None
+    try:
+        (A_values, A_vectors), (G_values, G_vectors) = torch.linalg.eigh(A.double()), torch.linalg.eigh(G.double())
+    except torch.linalg.LinAlgError:
+        return None
+    A_values, G_values = A_values.clamp(min=0), G_values.clamp(min=0)
+    if inverse == "eigh":
+        fields = (A_values, A_vectors, G_values, G_vectors)
+    else:
+        A_scale, G_scale = (M.double().diagonal(dim1=-2, dim2=-1).mean(-1) for M in (A, G))
+        pi = torch.where((A_scale > 0) & (G_scale > 0), A_scale / G_scale, 1.0).sqrt()
+        root = math.sqrt(damping)
+        fields = tuple(
+            (vectors / (values + shift.unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT
+            for values, vectors, shift in ((A_values, A_vectors, root * pi), (G_values, G_vectors, root / pi))
+        )
+    return {name: value.to(A.dtype) for name, value in zip(FIELDS[inverse], fields, strict=True)}

@@ -1,0 +1,245 @@
+"""The optimizer: two-level K-FAC, then SGD with weight decay and momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.optim import Optimizer
+from torch.optim.sgd import sgd
+
+from kfac2.options import check_option
+from kfac2.preconditioner import Preconditioner
+
+_NUMBER = (int, float)
+
+
+class KFAC(Optimizer):
+    """Two-level K-FAC (Tselepidis, Kohler, Orvieto, 2020) with an SGD step.
+
+    For layer i with gradient matrix ∇_i (bias in the last column) and Kronecker factors A_i, G_i:
+
+        v_i = (G_i + √λ/π_i I)⁻¹ ∇_i (A_i + π_i √λ I)⁻¹ + ω c_i 1 1ᵀ,
+        c   = (F_coarse + λ_c I)⁻¹ y,    y_i = the sum of all elements of ∇_i,
+
+    scaled by ν = min(1, √(κ / Σ_i η_i² |v_i · ∇_i|)). Then weight decay is added, and momentum takes its step.
+    Parameters that K-FAC does not handle take a plain SGD step.
+
+    ```python
+    opt = kfac2.KFAC(model, lr=1e-2, momentum=0.9, weight_decay=1e-3, damping=1e-3, kl_clip=1e-2)
+    for x, y in loader:
+        opt.zero_grad()
+        out = model(x)
+        opt.accumulate_fisher(Categorical(logits=out))  # does nothing except every cov_every steps
+        F.cross_entropy(out, y).backward()
+        opt.step()
+    ```
+
+    The mean of -log_prob of the distribution must be the training loss up to a constant: the damping λ is
+    relative to the Fisher of that loss (see `accumulate_fisher`).
+
+    Args:
+        model: the model; handled are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` whose weight
+            requires grad at construction. Why another is left to SGD is logged to `kfac2`.
+        lr: η, the learning rate; default 1e-2.
+        params: parameters or groups as in `torch.optim` (lr, momentum, weight_decay, nesterov for each); by
+            default all of `model` in one group.
+        momentum: μ; default 0.9.
+        weight_decay: added to the preconditioned gradient; default 0.
+        nesterov: Nesterov's momentum; default False.
+        damping: λ > 0, in units of the Fisher of the mean loss; default 1e-3.
+        kl_clip: κ > 0, bounds the change of the predictions of one step; None switches it off. Default 1e-2.
+        levels: 2, or 1 for plain K-FAC.
+        inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
+            of A ⊗ G + λI.
+        fisher: `'mc'` for the true Fisher, labels drawn from the model (call `accumulate_fisher`);
+            `'empirical'` for the gradients of the ordinary backward pass (no call needed).
+        stat_decay: bound of ε in the running averages; default 0.95.
+        cov_every: iterations between statistics; default 10.
+        inv_every: iterations between inverses; default 100.
+        downsample: `'nearest'` or `'area'`, how maps of different grids meet.
+        coarse_weight: ω, the weight of the coarse step; default 1 (the paper).
+        coarse_damping: λ_c > 0; by default λ (the paper).
+        coarse_max_groups: a convolution with more groups than this gives the coarse space one map, the sum
+            over its groups, in place of one for each; an approximation that counts products across groups as
+            well. Default 32.
+        cases: M for the empirical Fisher, the number of terms that the mean loss averages over; by default
+            the batch size.
+        skip: full names of modules, or regular expressions that match them in full, left to SGD.
+
+    Attributes:
+        options: the K-FAC options; `opt.options.damping = ...` sets one during training.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if a hyper-parameter is out of its range, `skip` matches nothing, or the model has no
+            layer to handle.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-2,  # η in the paper
+        *,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
+        momentum: float = 0.9,  # μ
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        damping: float = 1e-3,  # λ
+        kl_clip: float | None = 1e-2,  # κ
+        levels: int = 2,
+        inverse: str = "cholesky",
+        fisher: str = "mc",
+        stat_decay: float = 0.95,  # ε is at most this
+        cov_every: int = 10,
+        inv_every: int = 100,
+        downsample: str = "nearest",
+        coarse_weight: float = 1.0,  # ω
+        coarse_damping: float | None = None,  # λ_c
+        coarse_max_groups: int = 32,
+        cases: int | None = None,  # M
+        skip: Iterable[str] = (),
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(model.parameters() if params is None else params, defaults)
+        self.preconditioner = Preconditioner(
+            model,
+            params=[parameter for group in self.param_groups for parameter in group["params"]],
+            skip=skip,
+            damping=damping,
+            kl_clip=kl_clip,
+            levels=levels,
+            inverse=inverse,
+            fisher=fisher,
+            stat_decay=stat_decay,
+            cov_every=cov_every,
+            inv_every=inv_every,
+            downsample=downsample,
+            coarse_weight=coarse_weight,
+            coarse_damping=coarse_damping,
+            coarse_max_groups=coarse_max_groups,
+            cases=cases,
+        )
+        self.options = self.preconditioner.options
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in `torch.optim`; its layers, if new, are left to SGD.
+
+        Args:
+            param_group: `params`, and what differs from the defaults.
+
+        Raises:
+            TypeError: if a value has the wrong type.
+            ValueError: if a value is out of its range.
+        """
+        settings = {**self.defaults, **param_group}
+        for name in ("lr", "momentum", "weight_decay"):
+            value = settings[name].item() if isinstance(settings[name], Tensor) else settings[name]
+            check_option(name, value, _NUMBER, lambda v: 0 <= v < float("inf"), "a number of at least 0")
+        if not isinstance(settings["nesterov"], bool):
+            raise TypeError(f"nesterov must be True or False, got {settings['nesterov']!r}")
+        if settings["nesterov"] and settings["momentum"] == 0:
+            raise ValueError("nesterov must be False without momentum, got nesterov=True with momentum=0")
+        super().add_param_group(param_group)
+        if hasattr(self, "preconditioner"):
+            self.preconditioner.watch(param_group["params"])
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Precondition the gradients in place and take an SGD step.
+
+        Where a NaN or an infinity came up, nothing but the iteration count moves, and a warning names the
+        layer.
+
+        Args:
+            closure: reevaluates the model (calling `accumulate_fisher`) and returns the loss.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: if statistics are missing.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
+        if self.preconditioner.precondition(lambda layer: float(rates[id(layer.weight)])):
+            for group in self.param_groups:
+                self._sgd(group)
+        return loss
+
+    def _sgd(self, group: dict[str, Any]) -> None:
+        params = [parameter for parameter in group["params"] if parameter.grad is not None]
+        buffers = [self.state[parameter].get("momentum_buffer") for parameter in params]
+        sgd(
+            params,
+            [parameter.grad for parameter in params],
+            buffers,
+            has_sparse_grad=any(parameter.grad.is_sparse for parameter in params),
+            foreach=True,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+        )
+        if group["momentum"] != 0:
+            for parameter, buffer in zip(params, buffers, strict=True):
+                self.state[parameter]["momentum_buffer"] = buffer
+
+    def accumulate_fisher(self, distribution: Distribution) -> None:
+        """See `Preconditioner.accumulate_fisher`."""
+        self.preconditioner.accumulate_fisher(distribution)
+
+    @property
+    def needs_fisher(self) -> bool:
+        """See `Preconditioner.needs_fisher`."""
+        return self.preconditioner.needs_fisher
+
+    @property
+    def layers(self) -> list[str]:
+        """See `Preconditioner.layers`."""
+        return self.preconditioner.layers
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """See `Preconditioner.factors`."""
+        return self.preconditioner.factors(name)
+
+    def coarse_sums(self) -> tuple[Tensor, Tensor]:
+        """See `Preconditioner.coarse_sums`."""
+        return self.preconditioner.coarse_sums()
+
+    def coarse_fisher(self) -> Tensor:
+        """See `Preconditioner.coarse_fisher`."""
+        return self.preconditioner.coarse_fisher()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
+        return {**super().state_dict(), "kfac": self.preconditioner.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state; see `Preconditioner.load_state_dict`.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            ValueError: if the state does not fit; nothing is changed then.
+        """
+        if "kfac" not in state_dict:
+            raise ValueError(f"state_dict must be one of kfac2.KFAC, got one with the keys {sorted(state_dict)}")
+        self.preconditioner.check_state_dict(state_dict["kfac"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
+        self.preconditioner.load_state_dict(state_dict["kfac"])

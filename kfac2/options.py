@@ -1,0 +1,84 @@
+"""The hyper-parameters of K-FAC, checked when they are set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kfac2.ops.cross_layer_sums import DOWNSAMPLE
+
+_Rule = tuple[type | tuple[type, ...], Callable[[Any], bool], str]
+
+
+def _one_of(*words: object) -> _Rule:
+    return type(words[0]), lambda value: value in words, "one of " + ", ".join(repr(word) for word in words)
+
+
+_NUMBER = (int, float)
+_RULES: dict[str, _Rule] = {
+    "damping": (_NUMBER, lambda v: 0 < v < math.inf, "a number above 0"),
+    "kl_clip": ((*_NUMBER, type(None)), lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
+    "levels": _one_of(1, 2),
+    "inverse": _one_of("cholesky", "eigh"),
+    "fisher": _one_of("mc", "empirical"),
+    "stat_decay": (_NUMBER, lambda v: 0 <= v < 1, "a number in [0, 1)"),
+    "cov_every": (int, lambda v: v >= 1, "an int of at least 1"),
+    "inv_every": (int, lambda v: v >= 1, "an int of at least 1"),
+    "downsample": _one_of(*DOWNSAMPLE),
+    "coarse_weight": (_NUMBER, math.isfinite, "a finite number"),
+    "coarse_damping": ((*_NUMBER, type(None)), lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
+    "coarse_max_groups": (int, lambda v: v >= 1, "an int of at least 1"),
+    "cases": ((int, type(None)), lambda v: v is None or v >= 1, "an int of at least 1, or None"),
+}
+STRUCTURAL = ("levels", "inverse", "fisher", "downsample", "coarse_max_groups")  # state depends on them
+
+
+@dataclass
+class Options:
+    """What `KFAC` and `Preconditioner` share; see `KFAC` for what each means.
+
+    All but `levels`, `inverse`, `fisher`, `downsample` and `coarse_max_groups` may be set during training
+    (a damping schedule, say); a value is checked when it is set.
+
+    Raises:
+        TypeError: if a value has the wrong type.
+        ValueError: if a value is out of its range, or a fixed option is set again.
+    """
+
+    damping: float = 1e-3
+    kl_clip: float | None = 1e-2
+    levels: int = 2
+    inverse: str = "cholesky"
+    fisher: str = "mc"
+    stat_decay: float = 0.95
+    cov_every: int = 10
+    inv_every: int = 100
+    downsample: str = "nearest"
+    coarse_weight: float = 1.0
+    coarse_damping: float | None = None
+    coarse_max_groups: int = 32
+    cases: int | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _RULES:
+            raise AttributeError(f"kfac2 has no option {name!r}; the options are {', '.join(_RULES)}")
+        check_option(name, value, *_RULES[name])
+        if name in STRUCTURAL and name in self.__dict__ and self.__dict__[name] != value:
+            raise ValueError(f"{name} is fixed at construction ({self.__dict__[name]!r}), got {value!r}")
+        super().__setattr__(name, value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def check_option(
+    name: str, value: Any, types: type | tuple[type, ...], allowed: Callable[[Any], bool], wanted: str
+) -> None:
+    """Check one value; the error names it, says what it got and what would be right."""
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}")
+    if not allowed(value):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")

@@ -1,0 +1,479 @@
+"""Two-level K-FAC without the SGD step: statistics, inverses, and gradients rewritten in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from kfac2 import ops
+from kfac2.capture import Capture, Captures
+from kfac2.inverses import Inverses, invert, layer_of_block
+from kfac2.layers import Layer, find_layers, logger
+from kfac2.options import STRUCTURAL, Options, check_option
+from kfac2.statistics import RawSums, Rows, Statistics, updated
+from kfac2.update import Update
+
+_STATE_KEYS = {"iteration", "updates", "options", "layers", "dropped", "factors", "sums", "inverses"}
+
+
+class Preconditioner:
+    """Rewrites gradients by two-level K-FAC, for any optimizer to follow.
+
+    ```python
+    preconditioner = kfac2.Preconditioner(model, kl_clip=None)
+    adam = torch.optim.AdamW(model.parameters())
+    for x, y in loader:
+        adam.zero_grad()
+        out = model(x)
+        preconditioner.accumulate_fisher(Categorical(logits=out))
+        F.cross_entropy(out, y).backward()
+        preconditioner.step()
+        adam.step()
+    ```
+
+    Args:
+        model: the model; handled are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` whose weight
+            requires grad.
+        params: the parameters that are trained; by default all of `model`.
+        skip: full names of modules, or regular expressions that match them in full, left alone.
+        **options: `damping`, `kl_clip`, `levels`, `inverse`, `fisher`, `stat_decay`, `cov_every`,
+            `inv_every`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups` and `cases`, as
+            in `KFAC`.
+
+    Attributes:
+        options: the options; those that state does not depend on may be set during training.
+        iteration: k, calls of `step` so far.
+
+    Raises:
+        TypeError: if an argument has the wrong type, or an option is unknown.
+        ValueError: if an option is out of its range, `skip` matches nothing, the model has no layer to
+            handle, or its layers are on two devices.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, params: Iterable[nn.Parameter] | None = None, skip: Iterable[str] = (), **options: Any
+    ) -> None:
+        unknown = sorted(set(options) - set(Options.__dataclass_fields__))
+        if unknown:
+            raise TypeError(f"{unknown[0]} is no option of kfac2; the options are {', '.join(Options.__dataclass_fields__)}")
+        self.options = Options(**options)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._params = list(model.parameters() if params is None else params)
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._layers = find_layers(model, self._params, skip, self.options.coarse_max_groups)
+        self._dropped: list[str] = []
+        self._captures = Captures(self._layers, self._wants_statistics, self.options.fisher == "empirical")
+        self._raw = RawSums()
+        self._statistics: Statistics | None = None
+        self._inverses: Inverses | None = None
+        self._update: Update | None = None
+        self._warned: set[str] = set()
+        self.iteration = 0
+
+    # -- what the user reads --------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[str]:
+        """The handled modules' names, in the order of `model.named_modules()`."""
+        return [layer.name for layer in self._layers]
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether this iteration wants `accumulate_fisher`: each `cov_every`-th, and while there is nothing yet."""
+        return self.options.fisher == "mc" and self._wants_statistics()
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Copy the current running averages of a layer's Kronecker factors.
+
+        Args:
+            name: a name from `layers`.
+
+        Returns:
+            A (d_in, d_in), the bias last, and G (d_out, d_out); for a convolution of q groups
+            (q, d_in, d_in) and (q, d_out, d_out).
+
+        Raises:
+            KeyError: if no handled layer has that name.
+            RuntimeError: if the layer has no statistics yet.
+        """
+        layer = next((layer for layer in self._layers if layer.name == name), None)
+        if layer is None:
+            raise KeyError(f"name must be one of the handled layers {self.layers}, got {name!r}")
+        if self._statistics is None or layer not in self._statistics.A:
+            raise RuntimeError(f"{name} has no statistics yet: call accumulate_fisher and step first")
+        A, G = self._statistics.A[layer].clone(), self._statistics.G[layer].clone()
+        return (A, G) if layer.blocks > 1 else (A[0], G[0])
+
+    def coarse_sums(self) -> tuple[Tensor, Tensor]:
+        """Copy the running averages of the two matrices of sums.
+
+        Returns:
+            The sums of A and the sums of G over every pair of blocks, (B, B) each: entry (q, r) is the sum of
+            all elements of A_qr, or G_qr. A layer is one block, a convolution of q groups q of them (one,
+            with more than `coarse_max_groups`).
+
+        Raises:
+            RuntimeError: with `levels=1`, or if there are no statistics yet.
+        """
+        if self.options.levels == 1:
+            raise RuntimeError("there are no coarse sums with levels=1: build with levels=2")
+        if self._statistics is None or self._statistics.input_sums is None or self._statistics.grad_sums is None:
+            raise RuntimeError("there are no statistics yet: call accumulate_fisher and step first")
+        return self._statistics.input_sums.clone(), self._statistics.grad_sums.clone()
+
+    def coarse_fisher(self) -> Tensor:
+        """Return F_coarse, (L, L), from the current running averages (eq. 7), layers as in `layers`.
+
+        Raises:
+            RuntimeError: with `levels=1`, or if there are no statistics yet.
+        """
+        return ops.coarse_fisher(*self.coarse_sums(), layer_of_block(self._layers))
+
+    # -- statistics -----------------------------------------------------------------------------------------
+
+    def accumulate_fisher(self, distribution: Distribution) -> None:
+        """Take statistics from the model's own predictive distribution; does nothing unless `needs_fisher`.
+
+        Draws labels with `.sample()` and differentiates -log_prob with respect to the layers' outputs only:
+        no weight gradient is computed, `.grad` stays as it is, and the graph is kept for the loss. Call it
+        after the forward pass and before or after `backward()` (then with `retain_graph=True`). Several calls
+        in one iteration add up.
+
+        The training loss must be the mean of -log_prob up to a constant, or λ means something else: for
+        `Normal(mean, 1)` that is ½ `F.mse_loss`; `Independent(Normal(...), 1)` has one case for each sample
+        where `Normal` has one for each number, and differs by the dimension.
+
+        Args:
+            distribution: any `torch.distributions.Distribution` whose parameters carry the graph.
+
+        Raises:
+            TypeError: if `distribution` is none.
+            ValueError: if it carries no graph, or none that holds a handled layer's output.
+        """
+        if not isinstance(distribution, Distribution):
+            raise TypeError(
+                f"distribution must be a torch.distributions.Distribution, got {type(distribution).__name__}"
+            )
+        if not self.needs_fisher:
+            return
+        with torch.no_grad():
+            labels = distribution.sample()
+        with torch.enable_grad():
+            log_prob = distribution.log_prob(labels)
+        if not log_prob.requires_grad:
+            raise ValueError(
+                f"distribution must carry the model's graph, got a {type(distribution).__name__} of detached "
+                "parameters: build it from the model's output, outside torch.no_grad()"
+            )
+        records = self._captures.records
+        # M times the gradient of the mean is the gradient of the sum
+        edges = [record.edge for record in records]
+        grads = torch.autograd.grad(-log_prob.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
+        reached = [(record, g) for record, g in zip(records, grads, strict=True) if g is not None]
+        if not reached:
+            raise ValueError(
+                "distribution must come from a forward pass of the model in this iteration, with grad enabled; "
+                "got one whose graph holds no output of a handled layer"
+            )
+        passed = self._one_pass(reached)
+        if passed:
+            self._add_pass(passed, log_prob.numel(), scale=1.0)
+
+    def _wants_statistics(self) -> bool:
+        return self._statistics is None or self.iteration % self.options.cov_every == 0
+
+    def _one_pass(self, reached: Sequence[tuple[Capture, Tensor]]) -> list[Rows]:
+        """Order captures as the layers are, and drop layers that were called twice."""
+        by_layer: dict[Layer, list[Rows]] = {}
+        for record, g in reached:
+            layer = record.layer
+            by_layer.setdefault(layer, []).append(Rows(layer, layer.input_rows(record.x), layer.grad_rows(g)))
+        for layer, calls in by_layer.items():
+            if len(calls) > 1:
+                logger.warning("%s is left to SGD: it is called %d times in one forward pass", layer.name, len(calls))
+                self._drop(layer)
+        return [by_layer[layer][0] for layer in self._layers if layer in by_layer]
+
+    def _add_pass(self, passed: Sequence[Rows], cases: int, scale: float) -> None:
+        with torch.no_grad():
+            self._raw.add_pass(passed, self._layers, cases, scale, self.options.levels, self.options.downsample)
+
+    def _take_backward(self) -> None:
+        """With the empirical Fisher: the gradients that the ordinary backward passes of this iteration left."""
+        rounds: dict[int, list[tuple[Capture, Tensor]]] = {}
+        for record in self._captures.records:
+            if record.g is not None:
+                rounds.setdefault(record.round, []).append((record, record.g))
+        passes = [self._one_pass(reached) for reached in rounds.values()]
+        for passed in passes:
+            kept = [rows for rows in passed if rows.layer in self._layers]  # a later pass may have dropped one
+            if kept:
+                cases = kept[0].x.shape[0] if self.options.cases is None else self.options.cases
+                self._add_pass(kept, cases, scale=float(cases))
+
+    def _drop(self, layer: Layer) -> None:
+        """Leave a layer to SGD from now on; what this iteration has summed so far is discarded with it."""
+        kept = [other for other in self._layers if other is not layer]
+        if self._statistics is not None:
+            self._statistics = _without(self._statistics, self._layers, layer)
+        self._layers = kept
+        self._dropped.append(layer.name)
+        self._captures.forget(layer)
+        self._raw = RawSums()
+        self._inverses = self._update = None
+
+    # -- the step -------------------------------------------------------------------------------------------
+
+    def step(self, lr: float | Mapping[str, float] | None = None) -> bool:
+        """Precondition the gradients in place: statistics, inverses, both levels, KL clip.
+
+        Parameters that K-FAC does not handle keep their gradients.
+
+        Args:
+            lr: η for the KL clip: one number, or one for each layer by name. Needed unless `kl_clip=None`.
+
+        Returns:
+            True; or False where a NaN or an infinity came up. Then nothing but the iteration count has
+            moved, a warning has named the layer, and all gradients are None, so that the optimizer that
+            follows leaves the parameters alone.
+
+        Raises:
+            RuntimeError: if statistics are missing.
+            ValueError: if `lr` is missing or negative.
+            TypeError: if `lr` is no number.
+            KeyError: if a mapping lacks a layer.
+        """
+        done = self.precondition(self._rate_of(lr))
+        if not done:
+            for parameter in self._params:
+                parameter.grad = None
+        return done
+
+    def _rate_of(self, lr: float | Mapping[str, float] | None) -> Callable[[Layer], float]:
+        if lr is None:
+            if self.options.kl_clip is not None:
+                raise ValueError("lr must be given, since the KL clip depends on it; got None (or set kl_clip=None)")
+            return lambda layer: 1.0
+        rates = {name: lr[name] for name in self.layers} if isinstance(lr, Mapping) else dict.fromkeys(self.layers, lr)
+        for rate in rates.values():
+            check_option("lr", rate, (int, float), lambda v: v >= 0, "a number of at least 0")
+        return lambda layer: rates[layer.name]
+
+    def watch(self, params: Iterable[nn.Parameter]) -> None:
+        """Look for NaNs and infinities in the gradients of further parameters, too.
+
+        Args:
+            params: parameters that joined the optimizer later.
+        """
+        self._params += list(params)
+
+    @torch.no_grad()
+    def precondition(self, rate_of: Callable[[Layer], float]) -> bool:
+        """Do the work of `step`; on False gradients stay as they are.
+
+        Args:
+            rate_of: gives η_i of a layer.
+
+        Returns:
+            False where a NaN or an infinity came up.
+
+        Raises:
+            RuntimeError: if statistics are missing.
+        """
+        if self._wants_statistics():
+            if self.options.fisher == "empirical":
+                self._take_backward()
+            if not self._raw.A:
+                self._report_missing()
+        name = self._not_finite()
+        if name is None:
+            statistics, inverses = self._refreshed()
+            name = self._write(statistics, inverses, rate_of)
+        if name is not None:
+            warnings.warn(
+                f"kfac2: a NaN or an infinity in {name} at iteration {self.iteration}; the step is skipped",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._captures.clear()
+        self._raw = RawSums()
+        self.iteration += 1
+        return name is None
+
+    def _report_missing(self) -> None:
+        call = "accumulate_fisher" if self.options.fisher == "mc" else "backward() with grad enabled"
+        if self._statistics is None:
+            raise RuntimeError(f"there are no statistics at all: call {call} before step(), got none in this iteration")
+        self._warn_once(
+            "missing", f"kfac2: {call} was not called in an iteration that wants statistics; older ones are used"
+        )
+
+    def _not_finite(self) -> str | None:
+        """Name what is not finite among this iteration's sums and gradients."""
+        layer = self._raw.not_finite()
+        if layer is not None:
+            return f"the statistics of {layer.name}"
+        with_grad = [parameter for parameter in self._params if parameter.grad is not None]
+        if not with_grad:
+            return None
+        norms = torch._foreach_norm([parameter.grad for parameter in with_grad], float("inf"))
+        finite = torch.stack([norm.to(torch.float64) for norm in norms]).isfinite()
+        if finite.all():
+            return None
+        worst = with_grad[int((~finite).nonzero()[0])]
+        return f"the gradient of {self._names.get(id(worst), 'a parameter outside the model')}"
+
+    def _refreshed(self) -> tuple[Statistics | None, Inverses | None]:
+        """Return statistics and inverses as of this iteration; commit neither."""
+        statistics, inverses = self._statistics, self._inverses
+        if self._raw.A:
+            statistics = updated(statistics, self._raw, self._layers, self.options.stat_decay)
+        if statistics is not None and (inverses is None or self.iteration % self.options.inv_every == 0):
+            coarse_damping = self.options.coarse_damping
+            inverses = invert(
+                statistics,
+                self._layers,
+                inverses,
+                self.options.inverse,
+                self.options.damping,
+                self.options.damping if coarse_damping is None else coarse_damping,
+                self._warn_once,
+            )
+        return statistics, inverses
+
+    def _write(
+        self, statistics: Statistics | None, inverses: Inverses | None, rate_of: Callable[[Layer], float]
+    ) -> str | None:
+        """Compute the new gradients; write them and commit the state only if all are finite."""
+        if statistics is None or inverses is None:
+            return None
+        if self._update is None:
+            dtypes = [torch.float64 if layer.weight.dtype == torch.float64 else torch.float32 for layer in self._layers]
+            self._update = Update(self._layers, dtypes)
+        rates = [rate_of(layer) for layer in self._layers]
+        options = self.options
+        grads, values, total = self._update.compute(inverses, options.coarse_weight, options.kl_clip, rates)
+        if not total.isfinite():
+            return "the preconditioned gradients"
+        if grads:
+            torch._foreach_copy_(grads, values)
+        self._statistics, self._inverses = statistics, inverses
+        return None
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+    # -- state ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that training goes on from, loadable with `torch.load(..., weights_only=True)`.
+
+        Factors, sums and inverses keep their own dtype. Labels are drawn from torch's global generator: to
+        resume bit for bit, save and restore its state too.
+        """
+        statistics, inverses = self._statistics, self._inverses
+        factors = {} if statistics is None else {
+            layer.name: {"A": statistics.A[layer], "G": statistics.G[layer]} for layer in statistics.A
+        }
+        sums = {}
+        if statistics is not None and statistics.input_sums is not None:
+            sums = {"input": statistics.input_sums, "grad": statistics.grad_sums}
+        saved = {}
+        if inverses is not None:
+            fine = {layer.name: dict(fields) for layer, fields in inverses.fine.items()}
+            saved = {"damping": inverses.damping, "fine": fine, "coarse": inverses.coarse}
+        return {
+            "iteration": self.iteration,
+            "updates": 0 if statistics is None else statistics.updates,
+            "options": self.options.as_dict(),
+            "layers": {layer.name: {"in_coarse": layer.in_coarse} for layer in self._layers},
+            "dropped": list(self._dropped),
+            "factors": factors,
+            "sums": sums,
+            "inverses": saved,
+        }
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check that a state fits this model and these options; changes nothing.
+
+        Raises:
+            ValueError: naming what does not fit.
+        """
+        missing = _STATE_KEYS - set(state)
+        if missing:
+            raise ValueError(f"state_dict must be one of kfac2, got one without {sorted(missing)}")
+        for name in STRUCTURAL:
+            mine = getattr(self.options, name)
+            if state["options"][name] != mine:
+                raise ValueError(f"state_dict must have been saved with {name}={mine!r}, got {state['options'][name]!r}")
+        saved = [*state["layers"], *state["dropped"]]
+        mine_too = [*self.layers, *self._dropped]
+        if sorted(saved) != sorted(mine_too):
+            raise ValueError(f"state_dict must hold the layers {mine_too}, got {saved}")
+        shapes = {layer.name: layer.matrix_shape for layer in self._layers}
+        for name, factors in state["factors"].items():
+            blocks, d_out, d_in = shapes[name]
+            for key, d in (("A", d_in), ("G", d_out)):
+                if tuple(factors[key].shape) != (blocks, d, d):
+                    raise ValueError(
+                        f"state_dict must have {key} of {name} in shape {(blocks, d, d)}, got {tuple(factors[key].shape)}"
+                    )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. Options that may change during training are restored as well.
+
+        Args:
+            state: what `state_dict` returned, for the same model and structural options.
+
+        Raises:
+            ValueError: if the state does not fit; nothing is changed then.
+        """
+        self.check_state_dict(state)
+        by_name = {layer.name: layer for layer in self._layers}
+        for name in state["dropped"]:
+            if name in by_name:
+                self._drop(by_name.pop(name))
+        for name, value in state["options"].items():
+            setattr(self.options, name, value)
+        for layer in self._layers:
+            layer.in_coarse = state["layers"][layer.name]["in_coarse"]
+        self.iteration = state["iteration"]
+        self._statistics = self._inverses = None
+        self._captures.clear()
+        self._raw = RawSums()
+
+        def here(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone().to(self._layers[0].weight.device)
+
+        if state["updates"]:
+            A = {by_name[name]: here(factors["A"]) for name, factors in state["factors"].items()}
+            G = {by_name[name]: here(factors["G"]) for name, factors in state["factors"].items()}
+            input_sums, grad_sums = (here(state["sums"][key]) if state["sums"] else None for key in ("input", "grad"))
+            self._statistics = Statistics(state["updates"], A, G, input_sums, grad_sums)
+        saved = state["inverses"]
+        if saved:
+            fine = {
+                by_name[name]: {field: here(value) for field, value in fields.items()}
+                for name, fields in saved["fine"].items()
+            }
+            coarse = None if saved["coarse"] is None else here(saved["coarse"])
+            self._inverses = Inverses(saved["damping"], fine, coarse)
+
+
+def _without(statistics: Statistics, layers: Sequence[Layer], layer: Layer) -> Statistics:
+    """Leave a layer out of the statistics."""
+    A, G = ({key: value for key, value in factors.items() if key is not layer} for factors in (statistics.A, statistics.G))
+    input_sums, grad_sums = statistics.input_sums, statistics.grad_sums
+    if input_sums is not None and grad_sums is not None:
+        owners = [other for other in layers for _ in range(other.maps)]
+        kept = torch.tensor([i for i, owner in enumerate(owners) if owner is not layer], device=input_sums.device)
+        input_sums, grad_sums = input_sums[kept][:, kept], grad_sums[kept][:, kept]
+    return Statistics(statistics.updates, A, G, input_sums, grad_sums)

@@ -1,0 +1,182 @@
+"""Raw sums of one iteration, and their running averages (Algorithm 1 of the paper)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kfac2 import ops
+from kfac2.layers import Layer
+
+
+@dataclass
+class Rows:
+    """What one layer contributed to one forward-backward pass: x (N, C, *spatial) and g (N, C, *grid)."""
+
+    layer: Layer
+    x: Tensor
+    g: Tensor
+
+
+@dataclass
+class RawSums:
+    """Sums over the rows of one iteration, not yet normalised; several passes add up.
+
+    Attributes:
+        A: Σ ā āᵀ by layer, (blocks, d_in, d_in).
+        G: Σ g gᵀ by layer, (blocks, d_out, d_out).
+        rows: number of g rows by layer, N · T_i.
+        cases: M, independent cases of the loss.
+        input_sums: (B, B) over the maps of all layers, or None with one level.
+        grad_sums: likewise for g.
+    """
+
+    A: dict[Layer, Tensor] = field(default_factory=dict)
+    G: dict[Layer, Tensor] = field(default_factory=dict)
+    rows: dict[Layer, int] = field(default_factory=dict)
+    cases: int = 0
+    input_sums: Tensor | None = None
+    grad_sums: Tensor | None = None
+
+    def add_pass(
+        self, passed: Sequence[Rows], layers: Sequence[Layer], cases: int, scale: float, levels: int, downsample: str
+    ) -> None:
+        """Add one forward-backward pass.
+
+        Args:
+            passed: the layers that took part, each once, in the order of `layers`.
+            layers: all handled layers.
+            cases: M of this pass.
+            scale: what each g is to be multiplied by (M where g is the gradient of a mean).
+            levels: 1 or 2; with 1 no maps are formed.
+            downsample: how maps of different grids meet.
+        """
+        input_windows = [rows.layer.input_window(rows.x.dim() - 2) for rows in passed]
+        grad_windows = [rows.layer.grad_window(rows.g.dim() - 2) for rows in passed]
+        tensors = [rows.x for rows in passed] + [rows.g for rows in passed]
+        sums = ops.covariances(tensors, input_windows + grad_windows)
+        for rows, A, G in zip(passed, sums, sums[len(passed) :], strict=False):
+            G = G * scale**2 if scale != 1 else G
+            self.A[rows.layer] = self.A[rows.layer] + A if rows.layer in self.A else A
+            self.G[rows.layer] = self.G[rows.layer] + G if rows.layer in self.G else G
+            self.rows[rows.layer] = self.rows.get(rows.layer, 0) + rows.g.numel() // rows.g.shape[1]
+        self.cases += cases
+        if levels == 2:
+            input_sums, grad_sums = _pair_sums(passed, layers, downsample)
+            grad_sums = grad_sums * scale**2
+            self.input_sums = input_sums if self.input_sums is None else self.input_sums + input_sums
+            self.grad_sums = grad_sums if self.grad_sums is None else self.grad_sums + grad_sums
+
+    def not_finite(self) -> Layer | None:
+        """Return a layer whose sums hold a NaN or an infinity, or None. A bad row shows on the diagonal."""
+        if not self.A:
+            return None
+        layers = [*self.A, *self.G]
+        diagonals = [m.diagonal(dim1=-2, dim2=-1).sum() for m in (*self.A.values(), *self.G.values())]
+        bad = ~torch.stack(diagonals).isfinite()
+        return layers[int(bad.nonzero()[0])] if bad.any() else None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Running averages; never changed, only replaced, so that a step that fails leaves them as they were.
+
+    Attributes:
+        updates: t, statistics updates so far.
+        A: A_ii by layer, (blocks, d_in, d_in); a layer not used so far has none.
+        G: G_ii by layer, (blocks, d_out, d_out).
+        input_sums: the sums of A over all pairs of blocks, (B, B); None with one level.
+        grad_sums: the sums of G, (B, B); None with one level.
+    """
+
+    updates: int
+    A: dict[Layer, Tensor]
+    G: dict[Layer, Tensor]
+    input_sums: Tensor | None
+    grad_sums: Tensor | None
+
+
+def updated(old: Statistics | None, raw: RawSums, layers: Sequence[Layer], decay: float) -> Statistics:
+    """Average one iteration in: ε = min(1 - 1/t, decay), X ← εX + (1 - ε)X_new.
+
+    A layer's first statistics are taken as they are; a layer without rows in this iteration keeps its
+    factors, and counts as a zero map in the sums.
+    """
+    t = 1 if old is None else old.updates + 1
+    kept = min(1 - 1 / t, decay)
+
+    def average(before: Tensor | None, raw_sum: Tensor, scale: float | Tensor) -> Tensor:
+        new = raw_sum * scale
+        return new if before is None else torch.lerp(new, before, kept)
+
+    before_a, before_g = (old.A, old.G) if old is not None else ({}, {})
+    A, G = dict(before_a), dict(before_g)
+    for layer in raw.A:
+        A[layer] = average(before_a.get(layer), raw.A[layer], 1 / raw.cases)
+        G[layer] = average(before_g.get(layer), raw.G[layer], 1 / raw.rows[layer])
+    if raw.input_sums is None or raw.grad_sums is None:
+        return Statistics(t, A, G, None, None)
+    in_coarse = [float(layer.in_coarse) for layer in layers for _ in range(layer.maps)]
+    counts = [raw.rows.get(layer, 0) for layer in layers for _ in range(layer.maps)]
+    mask = raw.input_sums.new_tensor(in_coarse)
+    # 1/√(N T_i) for each map: with √(T_i T_j) both matrices of sums stay Gram matrices.
+    root = mask * raw.grad_sums.new_tensor([count**-0.5 if count else 0.0 for count in counts])
+    return Statistics(
+        t,
+        A,
+        G,
+        average(None if old is None else old.input_sums, raw.input_sums, torch.outer(mask, mask) / raw.cases),
+        average(None if old is None else old.grad_sums, raw.grad_sums, torch.outer(root, root)),
+    )
+
+
+def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str) -> tuple[Tensor, Tensor]:
+    """Both (B, B) matrices of sums of one pass; a layer that took no part is a zero map."""
+    samples = passed[0].x.shape[0]
+    fitting = [rows for rows in passed if _fits(rows, samples)]
+    windows = [rows.layer.map_window(rows.layer.input_window(rows.x.dim() - 2)) for rows in fitting]
+    windows += [rows.layer.map_window(rows.layer.grad_window(rows.g.dim() - 2)) for rows in fitting]
+    maps = ops.layer_maps([rows.x for rows in fitting] + [rows.g for rows in fitting], windows)
+    on_grids = [_on_samples(values, samples) for values in maps]
+    first, blocks = {}, 0
+    for layer in layers:
+        first[layer] = blocks
+        blocks += layer.maps
+    index = torch.tensor(
+        [first[rows.layer] + q for rows in fitting for q in range(rows.layer.maps)], device=maps[0].device
+    )
+    sums = []
+    for group in (on_grids[: len(index)], on_grids[len(index) :]):
+        dtype = torch.float64 if any(values.dtype == torch.float64 for values in group) else torch.float32
+        present = ops.cross_layer_sums([values.to(dtype) for values in group], downsample)
+        whole = present
+        if len(index) < blocks:
+            whole = present.new_zeros(blocks, blocks)
+            whole[index.unsqueeze(1), index] = present
+        sums.append(whole)
+    return sums[0], sums[1]
+
+
+def _fits(rows: Rows, samples: int) -> bool:
+    """Tell whether a layer is in the coarse space; one whose batch is no multiple of N leaves it for good."""
+    layer = rows.layer
+    if layer.in_coarse and (samples == 0 or rows.x.shape[0] % samples != 0):
+        layer.in_coarse = False
+        warnings.warn(
+            f"kfac2: {layer.name} has a leading size of {rows.x.shape[0]}, which is no multiple of the batch size "
+            f"{samples} of the first handled layer; it leaves the coarse space and keeps its own block",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return layer.in_coarse
+
+
+def _on_samples(values: Tensor, samples: int) -> Tensor:
+    """View a map (N·r, *grid) as (N, r, *grid); r = 1 adds no axis."""
+    if values.shape[0] == samples:
+        return values
+    return values.reshape(samples, values.shape[0] // samples, *values.shape[1:])
