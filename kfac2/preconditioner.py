@@ -74,6 +74,7 @@ class Preconditioner:
         self._inverses: Inverses | None = None
         self._update: Update | None = None
         self._warned: set[str] = set()
+        self._poisoned: str | None = None  # what was not finite in this iteration's call of accumulate_fisher
         self.iteration = 0
 
     # -- what the user reads --------------------------------------------------------------------------------
@@ -162,10 +163,17 @@ class Preconditioner:
             )
         if not self.needs_fisher:
             return
-        with torch.no_grad():
-            labels = distribution.sample()
-        with torch.enable_grad():
-            log_prob = distribution.log_prob(labels)
+        try:
+            with torch.no_grad():
+                labels = distribution.sample()
+            with torch.enable_grad():
+                log_prob = distribution.log_prob(labels)
+        except (RuntimeError, ValueError):  # what sampling from NaNs raises; the step will be skipped
+            bad = next((record for record in self._captures.records if not record.x.isfinite().all()), None)
+            if bad is None:
+                raise
+            self._poisoned = f"the input of {bad.layer.name}"
+            return
         if not log_prob.requires_grad:
             raise ValueError(
                 f"distribution must carry the model's graph, got a {type(distribution).__name__} of detached "
@@ -289,9 +297,9 @@ class Preconditioner:
         if self._wants_statistics():
             if self.options.fisher == "empirical":
                 self._take_backward()
-            if not self._raw.A:
+            if not self._raw.A and self._poisoned is None:
                 self._report_missing()
-        name = self._not_finite()
+        name = self._poisoned or self._not_finite()
         if name is None:
             statistics, inverses = self._refreshed()
             name = self._write(statistics, inverses, rate_of)
@@ -301,10 +309,15 @@ class Preconditioner:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        self._captures.clear()
-        self._raw = RawSums()
+        self._forget_iteration()
         self.iteration += 1
         return name is None
+
+    def _forget_iteration(self) -> None:
+        """Free what this iteration captured and summed."""
+        self._captures.clear()
+        self._raw = RawSums()
+        self._poisoned = None
 
     def _report_missing(self) -> None:
         call = "accumulate_fisher" if self.options.fisher == "mc" else "backward() with grad enabled"
@@ -447,8 +460,7 @@ class Preconditioner:
             layer.in_coarse = state["layers"][layer.name]["in_coarse"]
         self.iteration = state["iteration"]
         self._statistics = self._inverses = None
-        self._captures.clear()
-        self._raw = RawSums()
+        self._forget_iteration()
 
         def here(tensor: Tensor) -> Tensor:
             return tensor.detach().clone().to(self._layers[0].weight.device)

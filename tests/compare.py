@@ -5,9 +5,9 @@ import torch
 
 def error(x: torch.Tensor, reference: torch.Tensor) -> float:
     assert x.shape == reference.shape, f"shape {tuple(x.shape)} where {tuple(reference.shape)} was expected"
-    x, reference = x.double(), reference.double()
+    x, reference = x.detach().double(), reference.detach().double()
     norm = reference.norm()
-    return float((x - reference).norm() / norm) if norm > 0 else float(x.norm())
+    return ((x - reference).norm() / norm if norm > 0 else x.norm()).item()
 
 
 def assert_equal(x: torch.Tensor, reference: torch.Tensor, tolerance: float = 1e-9) -> None:

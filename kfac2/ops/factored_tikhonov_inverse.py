@@ -79,5 +79,5 @@ def _inverse(factors: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     damped = factors + torch.diag_embed(damping.unsqueeze(-1).expand(factors.shape[:-1]))
     root, info = torch.linalg.cholesky_ex(damped)
     inverse = torch.cholesky_inverse(root)
-    finite = inverse.isfinite().flatten(1).all(1)  # a NaN in the factor is one in its inverse
+    finite = (factors.isfinite() & inverse.isfinite()).flatten(1).all(1)
     return inverse, ((info != 0) | ~finite).to(torch.int32)

@@ -1,0 +1,366 @@
+"""What is captured, what is left alone, and which layers are handled."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import Categorical
+from torch.nn.utils.parametrizations import weight_norm
+
+import models
+from compare import assert_equal
+from kfac2 import KFAC
+
+
+def net(inplace=False):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace), nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.1, inplace), nn.Flatten(),
+        nn.Linear(16, 5), nn.ELU(inplace=inplace), nn.Linear(5, 3),
+    ).double()  # fmt: skip
+
+
+def batch():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(6, 2, 4, 4, dtype=torch.float64, generator=generator), torch.arange(6) % 3
+
+
+def iterate(model, opt, before=lambda: None, after=lambda: None):
+    x, y = batch()
+    opt.zero_grad()
+    before()
+    out = model(x)
+    after()
+    torch.manual_seed(7)
+    opt.accumulate_fisher(Categorical(logits=out))
+    F.cross_entropy(out, y).backward()
+    opt.step()
+
+
+def assert_same_statistics(opt, other):
+    assert opt.layers == other.layers
+    for name in opt.layers:
+        for ours, theirs in zip(opt.factors(name), other.factors(name), strict=True):
+            assert torch.equal(ours, theirs)
+    assert torch.equal(opt.coarse_fisher(), other.coarse_fisher())
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_in_place_activations_change_nothing(fisher):
+    optimizers = []
+    for inplace in (False, True):
+        model = net(inplace)
+        optimizers.append(KFAC(model, fisher=fisher))
+        iterate(model, optimizers[-1])
+    opt, other = optimizers
+    assert_equal(opt.coarse_fisher(), other.coarse_fisher())
+    for name in opt.layers:
+        for ours, theirs in zip(opt.factors(name), other.factors(name), strict=True):
+            assert_equal(ours, theirs)
+
+
+def test_other_forwards_leave_the_statistics_alone():
+    plain, disturbed = net(), net()
+    opt, other = KFAC(plain), KFAC(disturbed)
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+
+    def disturb():
+        disturbed.eval()
+        disturbed(x)  # captured, but not in the distribution's graph
+        disturbed.train()
+        with torch.no_grad():
+            disturbed(x)
+        disturbed(x * 2)
+
+    iterate(plain, opt)
+    iterate(disturbed, other, before=disturb, after=disturb)
+    assert_same_statistics(opt, other)
+
+
+def test_a_forward_in_eval_mode_counts_if_it_is_in_the_graph():
+    model = net().eval()
+    opt = KFAC(model)
+    iterate(model, opt)
+    assert opt.factors("0")[0].norm() > 0
+
+
+def test_grads_stay_untouched_and_nothing_is_done_between_updates():
+    model = net()
+    opt = KFAC(model, cov_every=2)
+    x, y = batch()
+    assert opt.needs_fisher
+    out = model(x)
+    opt.accumulate_fisher(Categorical(logits=out))
+    assert all(p.grad is None for p in model.parameters())
+    F.cross_entropy(out, y).backward()
+    opt.step()
+    assert not opt.needs_fisher
+    before = opt.coarse_fisher()
+    state = torch.get_rng_state()
+    opt.accumulate_fisher(Categorical(logits=model(x)))
+    assert torch.equal(torch.get_rng_state(), state)
+    F.cross_entropy(model(x), y).backward()
+    opt.step()
+    assert torch.equal(opt.coarse_fisher(), before)
+    assert opt.needs_fisher
+
+
+def test_captures_are_freed_at_the_step():
+    model = net()
+    opt = KFAC(model)
+    iterate(model, opt)
+    assert opt.preconditioner._captures.records == []
+
+
+def test_a_copy_of_the_model_does_not_disturb():
+    plain, copied = net(), net()
+    opt, other = KFAC(plain), KFAC(copied)
+    average = copy.deepcopy(copied)
+    restored = pickle.loads(pickle.dumps(copied))
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    iterate(plain, opt)
+    iterate(copied, other, before=lambda: (average(x), restored(x)))
+    assert_same_statistics(opt, other)
+    assert len(other.preconditioner._captures.records) == 0
+    model = net()
+    del opt
+    KFAC(model)  # an optimizer that is gone leaves hooks that do nothing
+    model(x)
+
+
+def test_frozen_parameters():
+    model = net()
+    model[2].weight.requires_grad_(False)
+    model[5].bias.requires_grad_(False)
+    opt = KFAC(model)
+    assert opt.layers == ["0", "5", "7"]
+    before = [model[2].weight.clone(), model[5].bias.clone()]
+    iterate(model, opt)
+    assert opt.factors("5")[0].shape == (16, 16)
+    assert opt.factors("7")[0].shape == (6, 6)
+    assert torch.equal(before[0], model[2].weight) and torch.equal(before[1], model[5].bias)
+    model[0].weight.requires_grad_(False)  # later: no gradient, no step, no crash
+    model[0].bias.requires_grad_(False)
+    before = model[0].weight.clone()
+    for _ in range(11):
+        iterate(model, opt)
+    assert torch.equal(before, model[0].weight)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+        self.use = ["a", "b"]
+
+    def forward(self, x):
+        return self.head(torch.tanh(sum(getattr(self, name)(x) for name in self.use)))
+
+
+def branch_step(model, opt, use):
+    model.use = use
+    x, y = torch.randn(5, 3).double(), torch.arange(5) % 2
+    opt.zero_grad()
+    out = model(x)
+    opt.accumulate_fisher(Categorical(logits=out))
+    F.cross_entropy(out, y).backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    opt.step()
+    return gradient
+
+
+def test_an_unused_layer_is_a_zero_map_and_keeps_its_factors():
+    model = Branches().double()
+    opt = KFAC(model, cov_every=1, inv_every=1, stat_decay=0.9)
+    branch_step(model, opt, ["a", "b"])
+    factors, sums = opt.factors("b"), opt.coarse_sums()
+    weight = model.b.weight.clone()
+    branch_step(model, opt, ["a"])
+    assert all(torch.equal(ours, old) for ours, old in zip(opt.factors("b"), factors, strict=True))
+    assert torch.equal(model.b.weight, weight)
+    for now, old in zip(opt.coarse_sums(), sums, strict=True):
+        assert_equal(now[1], 0.5 * old[1])  # t = 2 is everyone's: averaged with zero by half
+    branch_step(model, opt, ["a", "b"])
+
+
+def test_a_layer_without_statistics_takes_its_plain_gradient():
+    model = Branches().double()
+    opt = KFAC(model, cov_every=2, inv_every=1, kl_clip=None, momentum=0)
+    branch_step(model, opt, ["a"])
+    with pytest.raises(RuntimeError, match="b has no statistics yet"):
+        opt.factors("b")
+    before = model.b.weight.clone()
+    gradient = branch_step(model, opt, ["a", "b"])["b.weight"]
+    assert_equal(before - model.b.weight, 1e-2 * gradient)
+    for _ in range(2):
+        branch_step(model, opt, ["a", "b"])
+    assert opt.factors("b")[0].norm() > 0
+
+
+def test_a_layer_that_does_not_fit_leaves_the_coarse_space():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.odd, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x))
+            extra = self.odd(torch.cat([h, h[:1]]))  # N + 1 rows
+            return self.head(h + extra[:-1])
+
+    model = Odd().double()
+    opt = KFAC(model, cov_every=1)
+    x = torch.randn(4, 3).double()
+    for step in range(2):
+        opt.zero_grad()
+        out = model(x)
+        if step == 0:
+            with pytest.warns(RuntimeWarning, match="odd has a leading size of 5"):
+                opt.accumulate_fisher(Categorical(logits=out))
+        else:
+            opt.accumulate_fisher(Categorical(logits=out))
+        out.sum().backward()
+        opt.step()
+    fisher = opt.coarse_fisher()
+    assert fisher.shape == (3, 3) and not fisher[1].any() and fisher[0, 0] > 0
+    assert opt.factors("odd")[0].norm() > 0
+
+
+def test_unbatched_inputs_are_one_sample():
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(0), nn.Linear(9, 3)).double()
+    twin = copy.deepcopy(model)
+    opt, other = KFAC(model), KFAC(twin)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for m, o, value in ((model, opt, x), (nn.Sequential(twin[0], nn.Flatten(1), twin[2]), other, x.unsqueeze(0))):
+        torch.manual_seed(0)
+        out = m(value)
+        o.accumulate_fisher(Categorical(logits=out))
+        out.sum().backward()
+        o.step()
+    assert_equal(opt.coarse_fisher(), other.coarse_fisher())
+
+
+def test_keyword_input():
+    class Keyword(nn.Linear):
+        pass
+
+    model = nn.Sequential(Keyword(3, 2)).double()
+    opt = KFAC(model)
+    out = model[0](input=torch.randn(4, 3).double())
+    opt.accumulate_fisher(Categorical(logits=out))
+    out.sum().backward()
+    opt.step()
+    assert opt.layers == ["0"] and opt.factors("0")[0].shape == (4, 4)
+
+
+def reasons(model, caplog, **options):
+    with caplog.at_level(logging.WARNING, logger="kfac2"):
+        opt = KFAC(model, **options)
+    return opt, [record.getMessage() for record in caplog.records]
+
+
+def test_layers_left_to_sgd_are_logged_with_the_reason(caplog):
+    class Own(nn.Linear):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    model = nn.ModuleDict({
+        "plain": nn.Linear(2, 2),
+        "attention": nn.MultiheadAttention(4, 2),
+        "normed": weight_norm(nn.Linear(2, 2)),
+        "reflect": nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"),
+        "own": Own(2, 2),
+        "tied": nn.Linear(3, 5, bias=False),
+        "embedding": nn.Embedding(5, 3),
+        "frozen": nn.Linear(2, 2).requires_grad_(False),
+        "skipped": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+    })  # fmt: skip
+    model["tied"].weight = model["embedding"].weight
+    opt, messages = reasons(model, caplog, skip=(r"skipped\..",))
+    assert opt.layers == ["plain"]
+    for name, reason in {
+        "attention.out_proj": "without running hooks", "normed": "parametrised", "reflect": "padding_mode='reflect'",
+        "own": "forward of its own", "tied": "tied", "frozen": "frozen", "skipped.0": "named by skip",
+        "skipped.1": "named by skip",
+    }.items():  # fmt: skip
+        assert sum(message.startswith(name + " ") and reason in message for message in messages) == 1, name
+    assert len(messages) == 8
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_a_module_called_twice_is_left_to_sgd(fisher, caplog):
+    model = Twice().double()
+    opt = KFAC(model, fisher=fisher, cov_every=1, momentum=0)
+    x = torch.randn(4, 3).double()
+    with caplog.at_level(logging.WARNING, logger="kfac2"):
+        for _ in range(3):
+            opt.zero_grad()
+            out = model(x)
+            opt.accumulate_fisher(Categorical(logits=out))
+            F.cross_entropy(out, torch.arange(4) % 2).backward()
+            before, gradient = model.shared.weight.clone(), model.shared.weight.grad.clone()
+            opt.step()
+            assert_equal(before - model.shared.weight, 1e-2 * gradient)
+    assert [record.getMessage() for record in caplog.records] == [
+        "shared is left to SGD: it is called 2 times in one forward pass"
+    ]
+    assert opt.layers == ["head"] and opt.coarse_fisher().shape == (1, 1)
+    fresh = KFAC(Twice().double(), fisher=fisher, cov_every=1, momentum=0)
+    fresh.load_state_dict(opt.state_dict())
+    assert fresh.layers == ["head"]
+
+
+def test_layers_follow_named_modules():
+    model = models.task("tokens").model
+    assert KFAC(model).layers == ["inner", "flat", "head"]
+    assert KFAC(nn.Linear(2, 2)).layers == [""]
+
+
+def test_low_precision_models_keep_float32_factors():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).to(torch.bfloat16)
+    opt = KFAC(model, kl_clip=1e-3)
+    x = torch.randn(8, 4).to(torch.bfloat16)
+    for _ in range(3):
+        opt.zero_grad()
+        out = model(x)
+        opt.accumulate_fisher(Categorical(logits=out.float()))
+        F.cross_entropy(out.float(), torch.arange(8) % 3).backward()
+        opt.step()
+    assert opt.factors("0")[0].dtype == torch.float32
+    assert model[0].weight.dtype == torch.bfloat16 and model[0].weight.isfinite().all()
+
+
+def test_autocast():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    opt = KFAC(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(torch.randn(8, 4))
+    opt.accumulate_fisher(Categorical(logits=out.float()))
+    F.cross_entropy(out.float(), torch.arange(8) % 3).backward()
+    opt.step()
+    assert opt.factors("0")[1].dtype == torch.float32 and opt.coarse_fisher().isfinite().all()
+
+
+def test_channels_last_changes_nothing():
+    plain, last = net(), net().to(memory_format=torch.channels_last)
+    optimizers = [KFAC(plain), KFAC(last)]
+    for model, opt in zip((plain, last), optimizers, strict=True):
+        iterate(model, opt)
+    for name in optimizers[0].layers:
+        for ours, theirs in zip(optimizers[0].factors(name), optimizers[1].factors(name), strict=True):
+            assert_equal(ours, theirs)
+    for p, q in zip(plain.parameters(), last.parameters(), strict=True):
+        assert_equal(p, q)

@@ -1,0 +1,204 @@
+"""Every refusal, by message: it names the argument, what it got and what would be right."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import Categorical
+
+from kfac2 import KFAC, Preconditioner, ops
+from kfac2.window import Window
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+HYPER_PARAMETERS = [
+    ({"lr": -1.0}, ValueError, "lr must be a number of at least 0, got -1.0"),
+    ({"lr": "fast"}, TypeError, "lr must be a number of at least 0, got 'fast' of type str"),
+    ({"momentum": -0.1}, ValueError, "momentum must be a number of at least 0"),
+    ({"weight_decay": -1e-3}, ValueError, "weight_decay must be a number of at least 0"),
+    ({"nesterov": True, "momentum": 0.0}, ValueError, "nesterov must be False without momentum"),
+    ({"nesterov": 1}, TypeError, "nesterov must be True or False"),
+    ({"damping": 0.0}, ValueError, "damping must be a number above 0, got 0.0"),
+    ({"damping": float("nan")}, ValueError, "damping must be a number above 0"),
+    ({"damping": None}, TypeError, "damping must be a number above 0, got None"),
+    ({"kl_clip": 0.0}, ValueError, "kl_clip must be a number above 0, or None"),
+    ({"levels": 3}, ValueError, "levels must be one of 1, 2, got 3"),
+    ({"levels": "two"}, TypeError, "levels must be one of 1, 2"),
+    ({"inverse": "qr"}, ValueError, "inverse must be one of 'cholesky', 'eigh', got 'qr'"),
+    ({"fisher": "exact"}, ValueError, "fisher must be one of 'mc', 'empirical'"),
+    ({"stat_decay": 1.0}, ValueError, r"stat_decay must be a number in \[0, 1\), got 1.0"),
+    ({"cov_every": 0}, ValueError, "cov_every must be an int of at least 1"),
+    ({"cov_every": 1.5}, TypeError, "cov_every must be an int of at least 1, got 1.5"),
+    ({"inv_every": True}, TypeError, "inv_every must be an int"),
+    ({"downsample": "bilinear"}, ValueError, "downsample must be one of 'nearest', 'area'"),
+    ({"coarse_weight": float("inf")}, ValueError, "coarse_weight must be a finite number"),
+    ({"coarse_damping": -1.0}, ValueError, "coarse_damping must be a number above 0, or None"),
+    ({"coarse_max_groups": 0}, ValueError, "coarse_max_groups must be an int of at least 1"),
+    ({"cases": 0}, ValueError, "cases must be an int of at least 1, or None"),
+    ({"skip": ("nothing",)}, ValueError, "skip must name modules of the model in full, got 'nothing'"),
+    ({"skip": (3,)}, TypeError, "skip must hold names or regular expressions, got 3"),
+    ({"skip": (".*",)}, ValueError, "model must have a Linear or Conv layer"),
+]
+
+
+@pytest.mark.parametrize("options, error, message", HYPER_PARAMETERS)
+def test_hyper_parameters(options, error, message):
+    with pytest.raises(error, match=message):
+        KFAC(net(), **options)
+
+
+def test_models():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+        KFAC([nn.Linear(2, 2)])
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+        Preconditioner([nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="must have a Linear or Conv layer .* got none in BatchNorm1d"):
+        KFAC(nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match="all handled layers on one device, got 0 on cpu and 2 on meta"):
+        KFAC(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, device="meta")))
+    with pytest.raises(TypeError, match="dampning is no option of kfac2; the options are damping"):
+        Preconditioner(net(), dampning=1.0)
+
+
+def test_options_during_training():
+    opt = KFAC(net())
+    opt.options.damping = 1.0
+    with pytest.raises(ValueError, match="damping must be a number above 0, got -1"):
+        opt.options.damping = -1
+    assert opt.options.damping == 1.0
+    with pytest.raises(ValueError, match=r"levels is fixed at construction \(2\), got 1"):
+        opt.options.levels = 1
+    with pytest.raises(AttributeError, match="kfac2 has no option 'dampning'"):
+        opt.options.dampning = 1.0
+
+
+def test_groups():
+    opt = KFAC(net(), params=[{"params": []}, {"params": list((model := net()).parameters())}]) if False else KFAC(net())
+    with pytest.raises(ValueError, match="lr must be a number of at least 0, got -2"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "lr": -2})
+    assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "lr": 1.0})
+    assert opt.param_groups[1]["momentum"] == 0.9
+
+
+def test_distributions():
+    model = net()
+    opt = KFAC(model)
+    out = model(torch.randn(5, 3))
+    with pytest.raises(TypeError, match=r"distribution must be a torch.distributions.Distribution, got Tensor"):
+        opt.accumulate_fisher(out)
+    with pytest.raises(ValueError, match="distribution must carry the model's graph, got a Categorical of detached"):
+        opt.accumulate_fisher(Categorical(logits=out.detach()))
+    other = nn.Linear(3, 2)(torch.randn(5, 3))
+    with pytest.raises(ValueError, match="distribution must come from a forward pass of the model"):
+        opt.accumulate_fisher(Categorical(logits=other))
+
+
+def test_missing_statistics():
+    model = net()
+    opt = KFAC(model, cov_every=2)
+    x, y = torch.randn(5, 3), torch.arange(5) % 2
+
+    def step(call):
+        opt.zero_grad()
+        out = model(x)
+        if call:
+            opt.accumulate_fisher(Categorical(logits=out))
+        F.cross_entropy(out, y).backward()
+        opt.step()
+
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"no statistics at all: call accumulate_fisher before step\(\)"):
+        step(False)
+    assert opt.preconditioner.iteration == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    for call in (True, False):
+        step(call)
+    with pytest.warns(RuntimeWarning, match="accumulate_fisher was not called in an iteration that wants statistics"):
+        step(False)
+    for _ in range(4):
+        step(False)  # warned once
+    empirical = KFAC(net(), fisher="empirical")
+    assert not empirical.needs_fisher
+    with pytest.raises(RuntimeError, match=r"call backward\(\) with grad enabled"):
+        empirical.step()
+
+
+def test_reading_statistics():
+    opt = KFAC(net())
+    with pytest.raises(KeyError, match="one of the handled layers .*got 'fc'"):
+        opt.factors("fc")
+    with pytest.raises(RuntimeError, match="0 has no statistics yet: call accumulate_fisher"):
+        opt.factors("0")
+    with pytest.raises(RuntimeError, match="there are no statistics yet"):
+        opt.coarse_fisher()
+    one = KFAC(net(), levels=1)
+    for read in (one.coarse_fisher, one.coarse_sums):
+        with pytest.raises(RuntimeError, match="no coarse sums with levels=1"):
+            read()
+
+
+def test_preconditioner_rates():
+    preconditioner = Preconditioner(net())
+    with pytest.raises(ValueError, match="lr must be given, since the KL clip depends on it; got None"):
+        preconditioner.step()
+    with pytest.raises(ValueError, match="lr must be a number of at least 0, got -1"):
+        preconditioner.step(lr=-1)
+    with pytest.raises(KeyError, match="2"):
+        preconditioner.step(lr={"0": 0.1})
+
+
+X, G = torch.randn(3, 2, 5, 4), torch.randn(3, 4, 6)
+EYE = torch.eye(2)
+OPS = [
+    (lambda: ops.patch_sums(X, 3.5), TypeError, "kernel_size must be an int or a sequence of ints|'float' object"),
+    (lambda: ops.patch_sums(X, (3, 3, 3)), ValueError, "kernel_size must have one number for each of the 2 spatial axes"),
+    (lambda: ops.patch_sums(X, 0), ValueError, "kernel_size must be at least 1, got 0"),
+    (lambda: ops.patch_sums(X, 3, stride=0), ValueError, "stride must be at least 1, got 0"),
+    (lambda: ops.patch_sums(X, 3, padding=-1), ValueError, "padding must be at least 0, got -1"),
+    (lambda: ops.patch_sums(X, 3, padding="full"), ValueError, "padding must be 'same', 'valid' or numbers, got 'full'"),
+    (lambda: ops.patch_sums(X, 3, 2, "same"), ValueError, "padding='same' must go with stride 1, got stride=2"),
+    (lambda: ops.patch_sums(X, 3, dilation=(1, 0)), ValueError, r"dilation must be at least 1, got \(1, 0\)"),
+    (lambda: ops.patch_sums(X, 6), RuntimeError, r"kernel of window 0 to fit into its padded tensor, got .*\[3, 2, 5, 4\]"),
+    (lambda: ops.patch_sums(torch.randn(3), 1), ValueError, r"x must have shape \(N, C\) with up to three .*, got \(3,\)"),
+    (lambda: ops.channel_sums(torch.zeros(1, 1, 1, 1, 1, 1)), ValueError, "g must have shape"),
+    (lambda: ops.grad_covariance(torch.ones(3, 2, dtype=torch.int64)), RuntimeError, "covariances: expected tensor 0 to be float32"),
+    (lambda: ops.layer_maps([], []), ValueError, "tensors must hold at least one tensor, got an empty list"),
+    (lambda: ops.layer_maps(X, []), TypeError, "tensors must be a list of tensors, got Tensor"),
+    (lambda: ops.layer_maps([X], []), ValueError, "windows must have one entry for each of the 1 entries of tensors, got 0"),
+    (lambda: ops.covariances([X], [Window.places(2, groups=3)]), RuntimeError, "divisible by groups = 3"),
+    (lambda: ops.covariances([X, X.to("meta")], [Window.places(2)] * 2), ValueError, r"tensors\[1\] must be on the device of"),
+    (lambda: torch.ops.kfac2.layer_maps([X], [1, 2]), RuntimeError, "expected 17 window numbers for each of 1 tensors, got 2"),
+    (lambda: ops.cross_layer_sums([]), ValueError, "maps must hold at least one tensor"),
+    (lambda: ops.cross_layer_sums([G], "cubic"), ValueError, "downsample must be 'nearest' or 'area', got 'cubic'"),
+    (lambda: ops.cross_layer_sums([G, G[:2]]), RuntimeError, r"all maps to have N = 3, map 1 has shape \[2, 4, 6\]"),
+    (lambda: ops.cross_layer_sums([G, G.double()]), RuntimeError, "dtype of map 0, map 1 has another"),
+    (lambda: ops.cross_layer_sums([torch.ones(2, dtype=torch.int32)]), RuntimeError, "maps of dtype float32 or float64"),
+    (lambda: ops.cross_layer_sums([torch.zeros(1, 1, 1, 1, 1, 1)]), RuntimeError, "at most 4 grid axes, got .1, 1, 1, 1, 1, 1."),
+    (lambda: ops.coarse_fisher(EYE, torch.eye(3)), RuntimeError, r"shape \[B, B\] with B = 2 .*got \[3, 3\]"),
+    (lambda: ops.coarse_fisher(EYE, EYE.double()), RuntimeError, "input_sums and grad_sums of one dtype"),
+    (lambda: ops.coarse_fisher(EYE, EYE, [0, -1]), RuntimeError, r"layer_of_block in \[0, 1\), got -1"),
+    (lambda: ops.coarse_fisher(EYE, EYE.to("meta")), ValueError, "grad_sums must be on the device of input_sums"),
+    (lambda: ops.factored_tikhonov_inverse([], [], 0.1), ValueError, "A_list must hold at least one tensor"),
+    (lambda: ops.factored_tikhonov_inverse([EYE], [EYE] * 2, 0.1), ValueError, "G_list must have one entry for each of the 1"),
+    (lambda: ops.factored_tikhonov_inverse([EYE[:1]], [EYE], 0.1), ValueError, r"A_list\[0\] must have shape \(d, d\) .*got \(1, 2\)"),
+    (lambda: ops.factored_tikhonov_inverse([EYE], [EYE.double()], 0.1), TypeError, r"G_list\[0\] must have the dtype of A_list\[0\]"),
+    (lambda: ops.factored_tikhonov_inverse([EYE.half()], [EYE], 0.1), TypeError, r"A_list\[0\] must be float32 or float64"),
+    (lambda: ops.factored_tikhonov_inverse([EYE], [EYE], -1.0), ValueError, "damping must be at least 0, got -1.0"),
+    (lambda: ops.factored_tikhonov_inverse([EYE], [EYE], "1"), TypeError, "damping must be a float, got str"),
+    (lambda: ops.factored_tikhonov_inverse([EYE], [EYE.to("meta")], 0.1), ValueError, "G_list must be on the device of A_list"),
+    (lambda: ops.eigendecompose([torch.stack([EYE] * 2)], [EYE]), ValueError, r"G_list\[0\] must have as many blocks as A_list\[0\], 2"),
+    (lambda: ops.precondition([torch.ones(2, 3)], [EYE], [EYE]), ValueError, r"A_inv\[0\] must have shape \(1, 3, 3\) for a gradient"),
+    (lambda: ops.precondition([EYE], [EYE], [EYE.double()]), TypeError, r"G_inv\[0\] must have the dtype of grads\[0\]"),
+    (lambda: ops.precondition_eigh([EYE], [torch.ones(3)], [EYE], [torch.ones(2)], [EYE], 0.1), ValueError, r"A_values\[0\] must hold \(1, 2\) numbers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(OPS)))
+def test_ops(number):
+    call, error, message = OPS[number]
+    with pytest.raises(error, match=message):
+        call()

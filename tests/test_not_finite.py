@@ -1,0 +1,190 @@
+"""NaNs, infinities and factors that cannot be inverted: warned about, never a crash, never a NaN."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import Categorical
+
+from compare import assert_equal
+from kfac2 import KFAC, Preconditioner, reference
+from kfac2.inverses import invert
+from kfac2.layers import find_layers
+from kfac2.statistics import Statistics
+from test_state import flatten
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def iterate(model, opt, x, poison=lambda: None):
+    opt.zero_grad()
+    out = model(x)
+    if isinstance(opt, KFAC):
+        opt.accumulate_fisher(Categorical(logits=out, validate_args=False))
+    F.cross_entropy(out, torch.arange(len(x)) % 2).backward()
+    poison()
+    opt.step()
+
+
+def snapshot(model, opt):
+    state = copy.deepcopy(opt.state_dict())
+    state["kfac"]["iteration"] = None
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return flatten({"parameters": parameters, "state": state})
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k] for k, v in a.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["gradient of a layer", "gradient of batch norm", "input"])
+def test_the_step_is_skipped_and_only_the_iteration_count_moves(where, value):
+    model = net()
+    opt = KFAC(model, cov_every=2, inv_every=2)
+    x = torch.randn(6, 3)
+    for _ in range(2):
+        iterate(model, opt, x)
+    before = snapshot(model, opt)
+    model.eval()  # the running statistics of batch norm are the model's business
+    bad = x.clone()
+    if where == "input":
+        bad[1, 2] = value
+    poisoned = {"gradient of a layer": model[3].bias, "gradient of batch norm": model[1].weight}.get(where)
+    named = {"gradient of a layer": "the gradient of 3.bias", "gradient of batch norm": "the gradient of 1.weight"}
+    with pytest.warns(RuntimeWarning, match=named.get(where, "the input of 0") + ".* at iteration 2"):
+        iterate(model, opt, bad, poison=lambda: poisoned.grad.fill_(value) if poisoned is not None else None)
+    assert same(before, snapshot(model, opt))
+    assert opt.preconditioner.iteration == 3
+    model.train()
+    iterate(model, opt, x)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_bad_first_step_leaves_a_sound_optimizer():
+    model = net()
+    opt = KFAC(model)
+    with pytest.warns(RuntimeWarning, match="the step is skipped"):
+        iterate(model, opt, torch.full((4, 3), float("nan")))
+    model[1].reset_running_stats()
+    assert opt.needs_fisher  # no statistics yet: asked for at once
+    iterate(model, opt, torch.randn(6, 3))
+    assert opt.factors("0")[0].isfinite().all()
+
+
+def test_statistics_that_overflow_are_not_averaged_in():
+    model = net()
+    opt = KFAC(model, cov_every=1)
+    iterate(model, opt, torch.randn(6, 3))
+    before = opt.coarse_fisher()
+    opt.zero_grad()
+    out = model[3](model[2](torch.randn(6, 4)) * 1e30)  # finite, but its square is not
+    opt.accumulate_fisher(Categorical(logits=out.clamp(-1, 1)))
+    with pytest.warns(RuntimeWarning, match="the statistics of 3"):
+        opt.step()
+    assert torch.equal(opt.coarse_fisher(), before)
+
+
+def test_preconditioner_drops_the_gradients():
+    model = net()
+    preconditioner, adam = Preconditioner(model, kl_clip=None), torch.optim.AdamW(model.parameters())
+    out = model(torch.randn(4, 3))
+    preconditioner.accumulate_fisher(Categorical(logits=out))
+    out.sum().backward()
+    model[0].weight.grad[0, 0] = float("nan")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.warns(RuntimeWarning, match="the gradient of 0.weight"):
+        assert not preconditioner.step()
+    adam.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def factors(*matrices):
+    return torch.stack([torch.as_tensor(m, dtype=torch.float64) for m in matrices])
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigh"])
+def test_an_indefinite_factor_is_floored_and_a_broken_one_keeps_its_last_inverse(inverse):
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
+    layers = find_layers(model, list(model.parameters()), (), 32)
+    good = factors([[2.0, 0.5], [0.5, 1.0]])
+    indefinite = factors([[1.0, 0.0], [0.0, -3.0]])
+    warned = []
+
+    def run(A, previous):
+        G = dict.fromkeys(layers, good)
+        statistics = Statistics(1, dict(zip(layers, A, strict=True)), G, None, None)
+        return invert(statistics, layers, previous, inverse, 0.1, 0.1, lambda key, message: warned.append(message))
+
+    first = run([good, good, good], None)
+    broken = good * float("nan")
+    result = run([good, indefinite, broken], first)
+    assert result.fine[layers[2]] is first.fine[layers[2]]
+    assert any("a factor of 2 is not finite" in message for message in warned)
+    if inverse == "cholesky":
+        assert any("a factor of 1 is not positive definite" in message for message in warned)
+    floored = result.fine[layers[1]]
+    assert all(value.isfinite().all() for value in floored.values())
+    if inverse == "eigh":
+        assert_equal(floored["A_values"][0], torch.tensor([0.0, 1.0]))
+    else:  # the trace is negative: π = 1
+        assert_equal(floored["A_inv"][0], torch.diag(torch.tensor([1 / (1 + 0.1**0.5), 1 / 0.1**0.5], dtype=torch.float64)))
+    expected = reference.factored_tikhonov_inverse([good[0]], [good[0]], 0.1)
+    if inverse == "cholesky":
+        assert_equal(result.fine[layers[0]]["A_inv"][0], expected[0][0])
+    without = run([broken, good, good], None)
+    assert layers[0] not in without.fine and layers[1] in without.fine
+
+
+def test_eigendecomposition_that_does_not_converge_is_done_in_float64(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    layers = find_layers(model, list(model.parameters()), (), 32)
+    good = factors([[2.0, 0.5], [0.5, 1.0]]).float()
+    eigh = torch.linalg.eigh
+
+    def stubborn(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    statistics = Statistics(1, dict.fromkeys(layers, good), dict.fromkeys(layers, good), None, None)
+    result = invert(statistics, layers, None, "eigh", 0.1, 0.1, lambda key, message: None)
+    for layer in layers:
+        values, vectors = result.fine[layer]["A_values"], result.fine[layer]["A_vectors"]
+        assert_equal(vectors @ torch.diag_embed(values) @ vectors.mT, good, 1e-5)
+
+
+def test_training_goes_on_with_the_plain_gradient_where_there_is_no_inverse():
+    model = net()
+    opt = KFAC(model, kl_clip=None, momentum=0, inv_every=1)
+    x = torch.randn(6, 3)
+    iterate(model, opt, x)
+    state = opt.state_dict()
+    state["kfac"]["factors"]["0"]["A"].fill_(float("nan"))
+    state["kfac"]["inverses"] = {}
+    opt.load_state_dict(state)
+    before = model[0].weight.clone()
+    opt.zero_grad()
+    F.cross_entropy(model(x), torch.arange(6) % 2).backward()
+    gradient = model[0].weight.grad.clone()
+    with pytest.warns(RuntimeWarning, match="a factor of 0 is not finite"):
+        opt.step()
+    assert_equal(before - model[0].weight, 1e-2 * gradient, 1e-4)
+
+
+def test_preconditioned_gradients_that_overflow_are_not_written():
+    model = net().double()
+    opt = KFAC(model, kl_clip=None, cov_every=100)
+    x = torch.randn(6, 3).double()
+    iterate(model, opt, x)
+    before = snapshot(model, opt)
+    with pytest.warns(RuntimeWarning, match="the preconditioned gradients"):
+        iterate(model, opt, x, poison=lambda: model[3].weight.grad.fill_(1e200))
+    assert same(before, snapshot(model, opt))

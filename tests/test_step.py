@@ -1,0 +1,207 @@
+"""Whole training steps against dense linear algebra on vec(∇) (tests/oracle.py), parameter by parameter."""
+
+import copy
+
+import pytest
+import torch
+
+import models
+from compare import assert_equal
+from kfac2 import KFAC, Preconditioner
+from oracle import Oracle
+
+STEPS = 7
+BASE = {"lr": 0.05, "cov_every": 2, "inv_every": 3, "damping": 1e-2, "kl_clip": None, "weight_decay": 1e-2}
+VARIANTS = {
+    "one level": {"levels": 1},
+    "two levels": {},
+    "eigh": {"inverse": "eigh"},
+    "eigh, one level": {"inverse": "eigh", "levels": 1},
+    "clip active": {"kl_clip": 1e-5},
+    "clip not active": {"kl_clip": 1e6},
+    "no momentum": {"momentum": 0.0},
+    "nesterov": {"nesterov": True},
+    "coarse weight": {"coarse_weight": 0.3},
+    "negative coarse weight": {"coarse_weight": -2.0},
+    "coarse damping": {"coarse_damping": 0.5, "kl_clip": 1e-4},
+    "area": {"downsample": "area"},
+    "empirical": {"fisher": "empirical"},
+    "empirical with cases": {"fisher": "empirical", "cases": 3},
+    "decay": {"stat_decay": 0.2, "cov_every": 1, "inv_every": 1},
+    "all": {"inverse": "eigh", "kl_clip": 1e-4, "nesterov": True, "coarse_weight": 0.7, "coarse_damping": 0.1,
+            "downsample": "area", "weight_decay": 0.1},
+}
+
+
+def run_both(name, options, steps=STEPS):
+    """Train a model and its copy side by side; returns the optimizer, the oracle, and both models."""
+    task = models.task(name)
+    twin = copy.deepcopy(task.model)
+    opt = KFAC(task.model, **options)
+    oracle = Oracle(twin, opt.layers, **options)
+    for step in range(steps):
+        torch.manual_seed(step)
+        opt.zero_grad()
+        out = task.model(task.x)
+        opt.accumulate_fisher(task.distribution(out))
+        task.loss(out).backward()
+        opt.step()
+        torch.manual_seed(step)
+        oracle.train_step(task.x, task.distribution, task.loss)
+    return opt, oracle, task.model, twin
+
+
+def assert_same_parameters(model, twin):
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.isfinite(q).all(), name
+        assert_equal(p, q)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["linear", "conv2d", "grouped"])
+def test_every_option(name, variant):
+    options = {**BASE, **VARIANTS[variant]}
+    opt, oracle, model, twin = run_both(name, options)
+    assert_same_parameters(model, twin)
+    if options["kl_clip"] is not None:
+        assert (oracle.nu < 1) == (options["kl_clip"] < 1)
+    if options.get("levels") != 1:
+        assert_equal(opt.coarse_fisher(), oracle.coarse_fisher())
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigh"])
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_kind_of_layer_and_prediction(name, inverse):
+    opt, oracle, model, twin = run_both(name, {**BASE, "inverse": inverse, "kl_clip": 1e-4})
+    assert_same_parameters(model, twin)
+    assert_equal(opt.coarse_fisher(), oracle.coarse_fisher())
+    for i, layer in enumerate(opt.layers):
+        blocks = [q for q, owner in enumerate(oracle.layer_of_block) if owner == i]
+        A, G = opt.factors(layer)
+        assert_equal(A, torch.stack([oracle.A[q, q] for q in blocks]).reshape(A.shape))
+        assert_equal(G, torch.stack([oracle.G[q, q] for q in blocks]).reshape(G.shape))
+
+
+def test_the_step_moves_parameters_and_levels_differ():
+    ends = []
+    for levels in (1, 2):
+        torch.manual_seed(0)
+        _, _, model, _ = run_both("linear", {**BASE, "levels": levels})
+        ends.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert (ends[0] - ends[1]).norm() > 1e-3 * ends[0].norm()
+
+
+def test_parameter_groups_with_the_clip_active():
+    task = models.task("conv2d")
+    twin = copy.deepcopy(task.model)
+    slow, fast = {"lr": 0.01, "momentum": 0.5, "weight_decay": 0.1}, {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+
+    def grouped(model):
+        params = list(model.parameters())
+        return [{"params": params[::3], **slow}, {"params": [p for i, p in enumerate(params) if i % 3], **fast}]
+
+    options = {"kl_clip": 1e-5, "damping": 1e-2, "cov_every": 2, "inv_every": 3}
+    opt = KFAC(task.model, params=grouped(task.model), **options)
+    settings = {id(p): {**{"nesterov": False, "weight_decay": 0.0}, **{k: v for k, v in group.items() if k != "params"}}
+                for group in grouped(twin) for p in group["params"]}
+    rates = {key: value["lr"] for key, value in settings.items()}
+    oracle = Oracle(twin, opt.layers, rates=rates, **options)
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        opt.zero_grad()
+        out = task.model(task.x)
+        opt.accumulate_fisher(task.distribution(out))
+        task.loss(out).backward()
+        opt.step()
+        torch.manual_seed(step)
+        oracle.train_step(task.x, task.distribution, task.loss, sgd=lambda: oracle.sgd(settings))
+    assert oracle.nu < 1
+    assert len(set(rates.values())) == 2
+    assert_same_parameters(task.model, twin)
+
+
+def test_preconditioner_with_adamw():
+    task = models.task("conv2d")
+    twin = copy.deepcopy(task.model)
+    options = {"kl_clip": 1e-4, "damping": 1e-2, "cov_every": 2, "inv_every": 3}
+    preconditioner = Preconditioner(task.model, **options)
+    adam = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
+    oracle = Oracle(twin, preconditioner.layers, lr=0.05, **options)
+    twin_adam = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        adam.zero_grad()
+        out = task.model(task.x)
+        preconditioner.accumulate_fisher(task.distribution(out))
+        task.loss(out).backward()
+        rates = {name: 0.05 for name in preconditioner.layers}
+        assert preconditioner.step(lr=0.05 if step % 2 else rates)
+        adam.step()
+        torch.manual_seed(step)
+        oracle.train_step(task.x, task.distribution, task.loss, sgd=twin_adam.step)
+    assert oracle.nu < 1
+    assert_same_parameters(task.model, twin)
+
+
+def test_learning_rate_scheduler_drives_step_and_clip():
+    task = models.task("linear")
+    twin = copy.deepcopy(task.model)
+    options = {"kl_clip": 1e-5, "damping": 1e-2, "cov_every": 1, "inv_every": 1}
+    opt = KFAC(task.model, lr=0.1, **options)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5)
+    oracle = Oracle(twin, opt.layers, lr=0.1, **options)
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        opt.zero_grad()
+        out = task.model(task.x)
+        opt.accumulate_fisher(task.distribution(out))
+        task.loss(out).backward()
+        opt.step()
+        scheduler.step()
+        torch.manual_seed(step)
+        oracle.lr = 0.1 * 0.5 ** (step // 2)
+        oracle.train_step(task.x, task.distribution, task.loss)
+    assert_same_parameters(task.model, twin)
+
+
+def test_coarse_weight_zero_is_one_level_bit_for_bit():
+    ends = []
+    for options in ({"levels": 1}, {"levels": 2, "coarse_weight": 0.0}):
+        torch.manual_seed(1)
+        _, _, model, _ = run_both("conv2d", {**BASE, "kl_clip": 1e-4, **options})
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_several_calls_in_one_iteration_add_up():
+    """Two half batches give the statistics of the whole one, where labels are drawn alike."""
+    task = models.task("conv2d", batch=8)
+    opt = KFAC(task.model, fisher="empirical", kl_clip=None)
+    whole = KFAC(twin := copy.deepcopy(task.model), fisher="empirical", kl_clip=None)
+    for part, target in zip(task.x.chunk(2), task.target.chunk(2), strict=True):
+        torch.nn.functional.cross_entropy(task.model(part), target).backward()
+    opt.step()
+    torch.nn.functional.cross_entropy(twin(task.x), task.target).backward()
+    whole.step()
+    assert_equal(opt.coarse_fisher(), whole.coarse_fisher())
+    for name in opt.layers:
+        for ours, theirs in zip(opt.factors(name), whole.factors(name), strict=True):
+            assert_equal(ours, theirs)
+
+
+def test_several_accumulate_calls_add_up():
+    class Fixed(torch.distributions.Categorical):
+        def sample(self, *args):
+            return self.logits.argmin(-1)
+
+    task = models.task("conv2d", batch=8)
+    opt, whole = KFAC(task.model), KFAC(twin := copy.deepcopy(task.model))
+    for part in task.x.chunk(4):
+        opt.accumulate_fisher(Fixed(logits=task.model(part)))
+    whole.accumulate_fisher(Fixed(logits=twin(task.x)))
+    task.loss(task.model(task.x)).backward()
+    task.loss(twin(task.x)).backward()
+    opt.step()
+    whole.step()
+    assert_equal(opt.coarse_fisher(), whole.coarse_fisher())
+    assert_same_parameters(task.model, twin)
