@@ -35,7 +35,7 @@ def build_info() -> dict[str, Any]:
         `cuda`: whether CUDA kernels were compiled in; `cuda_arch`: the list of architectures they were
         compiled for.
     """
-    from kfac2 import _C
+    from kfac2 import _C  # type: ignore[attr-defined]
 
     return {
         "version": metadata.version("kfac2"),

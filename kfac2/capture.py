@@ -87,7 +87,9 @@ class Captures:
     def _capture(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         if not (torch.is_grad_enabled() and output.requires_grad and self._wanted()):
             return
-        if self._follow_backward and any(record.g is not None and record.round == self._round for record in self.records):
+        if self._follow_backward and any(
+            record.g is not None and record.round == self._round for record in self.records
+        ):
             self._round += 1  # a forward after a backward opens the next pass
         record = Capture(layer, x.detach(), get_gradient_edge(output), self._round)
         self.records.append(record)

@@ -71,7 +71,10 @@ def invert(
                 f"kfac2: a factor of {layer.name} is not positive definite; its eigenvalues were floored at 0",
             )
             continue
-        warn(f"not finite {layer.name}", f"kfac2: a factor of {layer.name} is not finite; its last inverse is kept")
+        warn(
+            f"not finite {layer.name}",
+            f"kfac2: a factor of {layer.name} is not finite; its last inverse is kept",
+        )
         del fine[layer]
         if previous is not None and layer in previous.fine:
             fine[layer] = previous.fine[layer]
@@ -134,7 +137,10 @@ def _mend(A: Tensor, G: Tensor, inverse: str, damping: float) -> dict[str, Tenso
     if not (bool(A.isfinite().all()) and bool(G.isfinite().all())):
         return None
     try:
-        (A_values, A_vectors), (G_values, G_vectors) = torch.linalg.eigh(A.double()), torch.linalg.eigh(G.double())
+        (A_values, A_vectors), (G_values, G_vectors) = (
+            torch.linalg.eigh(A.double()),
+            torch.linalg.eigh(G.double()),
+        )
     except torch.linalg.LinAlgError:
         return None
     A_values, G_values = A_values.clamp(min=0), G_values.clamp(min=0)

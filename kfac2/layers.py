@@ -35,13 +35,13 @@ class Layer:
 
     name: str
     module: nn.Linear | Conv
-    bias: nn.Parameter | None
+    bias: Tensor | None
     blocks: int
     maps: int
     in_coarse: bool = True
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The module's weight."""
         return self.module.weight
 
@@ -146,7 +146,9 @@ def _skip_patterns(model: nn.Module, skip: Iterable[str]) -> list[re.Pattern[str
     patterns = []
     for entry in entries:
         if not isinstance(entry, str):
-            raise TypeError(f"skip must hold names or regular expressions, got {entry!r} of type {type(entry).__name__}")
+            raise TypeError(
+                f"skip must hold names or regular expressions, got {entry!r} of type {type(entry).__name__}"
+            )
         pattern = re.compile(re.escape(entry) if entry in names else entry)
         if not any(pattern.fullmatch(name) for name in names):
             raise ValueError(

@@ -28,7 +28,11 @@ _RULES: dict[str, _Rule] = {
     "inv_every": (int, lambda v: v >= 1, "an int of at least 1"),
     "downsample": _one_of(*DOWNSAMPLE),
     "coarse_weight": (_NUMBER, math.isfinite, "a finite number"),
-    "coarse_damping": ((*_NUMBER, type(None)), lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
+    "coarse_damping": (
+        (*_NUMBER, type(None)),
+        lambda v: v is None or 0 < v < math.inf,
+        "a number above 0, or None",
+    ),
     "coarse_max_groups": (int, lambda v: v >= 1, "an int of at least 1"),
     "cases": ((int, type(None)), lambda v: v is None or v >= 1, "an int of at least 1, or None"),
 }

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from kfac2 import ops
+from kfac2 import ops, state
 from kfac2.capture import Capture, Captures
 from kfac2.inverses import Inverses, invert, layer_of_block
 from kfac2.layers import Layer, find_layers, logger
-from kfac2.options import STRUCTURAL, Options, check_option
-from kfac2.statistics import RawSums, Rows, Statistics, updated
+from kfac2.options import Options, check_option
+from kfac2.statistics import RawSums, Rows, Statistics, updated, without
 from kfac2.update import Update
-
-_STATE_KEYS = {"iteration", "updates", "options", "layers", "dropped", "factors", "sums", "inverses"}
 
 
 class Preconditioner:
@@ -56,11 +54,18 @@ class Preconditioner:
     """
 
     def __init__(
-        self, model: nn.Module, *, params: Iterable[nn.Parameter] | None = None, skip: Iterable[str] = (), **options: Any
+        self,
+        model: nn.Module,
+        *,
+        params: Iterable[nn.Parameter] | None = None,
+        skip: Iterable[str] = (),
+        **options: Any,
     ) -> None:
         unknown = sorted(set(options) - set(Options.__dataclass_fields__))
         if unknown:
-            raise TypeError(f"{unknown[0]} is no option of kfac2; the options are {', '.join(Options.__dataclass_fields__)}")
+            raise TypeError(
+                f"{unknown[0]} is no option of kfac2; the options are {', '.join(Options.__dataclass_fields__)}"
+            )
         self.options = Options(**options)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -229,7 +234,7 @@ class Preconditioner:
         """Leave a layer to SGD from now on; what this iteration has summed so far is discarded with it."""
         kept = [other for other in self._layers if other is not layer]
         if self._statistics is not None:
-            self._statistics = _without(self._statistics, self._layers, layer)
+            self._statistics = without(self._statistics, self._layers, layer)
         self._layers = kept
         self._dropped.append(layer.name)
         self._captures.forget(layer)
@@ -324,7 +329,8 @@ class Preconditioner:
         if self._statistics is None:
             raise RuntimeError(f"there are no statistics at all: call {call} before step(), got none in this iteration")
         self._warn_once(
-            "missing", f"kfac2: {call} was not called in an iteration that wants statistics; older ones are used"
+            "missing",
+            f"kfac2: {call} was not called in an iteration that wants statistics; older ones are used",
         )
 
     def _not_finite(self) -> str | None:
@@ -332,14 +338,14 @@ class Preconditioner:
         layer = self._raw.not_finite()
         if layer is not None:
             return f"the statistics of {layer.name}"
-        with_grad = [parameter for parameter in self._params if parameter.grad is not None]
+        with_grad = [(parameter, parameter.grad) for parameter in self._params if parameter.grad is not None]
         if not with_grad:
             return None
-        norms = torch._foreach_norm([parameter.grad for parameter in with_grad], float("inf"))
+        norms = torch._foreach_norm([grad for _, grad in with_grad], float("inf"))
         finite = torch.stack([norm.to(torch.float64) for norm in norms]).isfinite()
         if finite.all():
             return None
-        worst = with_grad[int((~finite).nonzero()[0])]
+        worst, _ = with_grad[int((~finite).nonzero()[0])]
         return f"the gradient of {self._names.get(id(worst), 'a parameter outside the model')}"
 
     def _refreshed(self) -> tuple[Statistics | None, Inverses | None]:
@@ -392,100 +398,43 @@ class Preconditioner:
         Factors, sums and inverses keep their own dtype. Labels are drawn from torch's global generator: to
         resume bit for bit, save and restore its state too.
         """
-        statistics, inverses = self._statistics, self._inverses
-        factors = {} if statistics is None else {
-            layer.name: {"A": statistics.A[layer], "G": statistics.G[layer]} for layer in statistics.A
-        }
-        sums = {}
-        if statistics is not None and statistics.input_sums is not None:
-            sums = {"input": statistics.input_sums, "grad": statistics.grad_sums}
-        saved = {}
-        if inverses is not None:
-            fine = {layer.name: dict(fields) for layer, fields in inverses.fine.items()}
-            saved = {"damping": inverses.damping, "fine": fine, "coarse": inverses.coarse}
         return {
             "iteration": self.iteration,
-            "updates": 0 if statistics is None else statistics.updates,
             "options": self.options.as_dict(),
             "layers": {layer.name: {"in_coarse": layer.in_coarse} for layer in self._layers},
             "dropped": list(self._dropped),
-            "factors": factors,
-            "sums": sums,
-            "inverses": saved,
+            "statistics": state.from_statistics(self._statistics),
+            "inverses": state.from_inverses(self._inverses),
         }
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Check that a state fits this model and these options; changes nothing.
+
+        Args:
+            state_dict: what `state_dict` returned.
 
         Raises:
             ValueError: naming what does not fit.
         """
-        missing = _STATE_KEYS - set(state)
-        if missing:
-            raise ValueError(f"state_dict must be one of kfac2, got one without {sorted(missing)}")
-        for name in STRUCTURAL:
-            mine = getattr(self.options, name)
-            if state["options"][name] != mine:
-                raise ValueError(f"state_dict must have been saved with {name}={mine!r}, got {state['options'][name]!r}")
-        saved = [*state["layers"], *state["dropped"]]
-        mine_too = [*self.layers, *self._dropped]
-        if sorted(saved) != sorted(mine_too):
-            raise ValueError(f"state_dict must hold the layers {mine_too}, got {saved}")
-        shapes = {layer.name: layer.matrix_shape for layer in self._layers}
-        for name, factors in state["factors"].items():
-            blocks, d_out, d_in = shapes[name]
-            for key, d in (("A", d_in), ("G", d_out)):
-                if tuple(factors[key].shape) != (blocks, d, d):
-                    raise ValueError(
-                        f"state_dict must have {key} of {name} in shape {(blocks, d, d)}, got {tuple(factors[key].shape)}"
-                    )
+        state.check(state_dict, self._layers, self._dropped, self.options)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state. Options that may change during training are restored as well.
 
         Args:
-            state: what `state_dict` returned, for the same model and structural options.
+            state_dict: what `state_dict` returned, for the same model and structural options.
 
         Raises:
             ValueError: if the state does not fit; nothing is changed then.
         """
-        self.check_state_dict(state)
-        by_name = {layer.name: layer for layer in self._layers}
-        for name in state["dropped"]:
-            if name in by_name:
-                self._drop(by_name.pop(name))
-        for name, value in state["options"].items():
-            setattr(self.options, name, value)
+        self.check_state_dict(state_dict)
+        for layer in [layer for layer in self._layers if layer.name in state_dict["dropped"]]:
+            self._drop(layer)
         for layer in self._layers:
-            layer.in_coarse = state["layers"][layer.name]["in_coarse"]
-        self.iteration = state["iteration"]
-        self._statistics = self._inverses = None
+            layer.in_coarse = state_dict["layers"][layer.name]["in_coarse"]
+        for name, value in state_dict["options"].items():
+            setattr(self.options, name, value)
+        self.iteration = state_dict["iteration"]
+        self._statistics = state.to_statistics(state_dict["statistics"], self._layers)
+        self._inverses = state.to_inverses(state_dict["inverses"], self._layers)
         self._forget_iteration()
-
-        def here(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone().to(self._layers[0].weight.device)
-
-        if state["updates"]:
-            A = {by_name[name]: here(factors["A"]) for name, factors in state["factors"].items()}
-            G = {by_name[name]: here(factors["G"]) for name, factors in state["factors"].items()}
-            input_sums, grad_sums = (here(state["sums"][key]) if state["sums"] else None for key in ("input", "grad"))
-            self._statistics = Statistics(state["updates"], A, G, input_sums, grad_sums)
-        saved = state["inverses"]
-        if saved:
-            fine = {
-                by_name[name]: {field: here(value) for field, value in fields.items()}
-                for name, fields in saved["fine"].items()
-            }
-            coarse = None if saved["coarse"] is None else here(saved["coarse"])
-            self._inverses = Inverses(saved["damping"], fine, coarse)
-
-
-def _without(statistics: Statistics, layers: Sequence[Layer], layer: Layer) -> Statistics:
-    """Leave a layer out of the statistics."""
-    A, G = ({key: value for key, value in factors.items() if key is not layer} for factors in (statistics.A, statistics.G))
-    input_sums, grad_sums = statistics.input_sums, statistics.grad_sums
-    if input_sums is not None and grad_sums is not None:
-        owners = [other for other in layers for _ in range(other.maps)]
-        kept = torch.tensor([i for i, owner in enumerate(owners) if owner is not layer], device=input_sums.device)
-        input_sums, grad_sums = input_sums[kept][:, kept], grad_sums[kept][:, kept]
-    return Statistics(statistics.updates, A, G, input_sums, grad_sums)

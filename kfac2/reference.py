@@ -57,8 +57,7 @@ def patches(
         zeros = [(p, p) for p in _tuple(padding, rank)]  # type: ignore[arg-type]
     padded = F.pad(x, [amount for pair in reversed(zeros) for amount in pair])
     grid = tuple(
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(padded.shape[2:], kernel, step, spread, strict=True)
+        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(padded.shape[2:], kernel, step, spread, strict=True)
     )
     slices = []
     for offset in product(*(range(k) for k in kernel)):
@@ -142,9 +141,7 @@ def grad_covariance(g: Tensor) -> Tensor:
     return flat.T @ flat
 
 
-def cross_layer_sums(
-    rows: Sequence[Tensor], grids: Sequence[Sequence[int]], downsample: str = "nearest"
-) -> Tensor:
+def cross_layer_sums(rows: Sequence[Tensor], grids: Sequence[Sequence[int]], downsample: str = "nearest") -> Tensor:
     """Form every A_ij (or G_ij) whole, and sum its elements (eq. 5-7). Takes rows, where the op takes maps."""
     size = len(rows)
     sums = rows[0].new_zeros(size, size)

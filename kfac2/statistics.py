@@ -43,7 +43,13 @@ class RawSums:
     grad_sums: Tensor | None = None
 
     def add_pass(
-        self, passed: Sequence[Rows], layers: Sequence[Layer], cases: int, scale: float, levels: int, downsample: str
+        self,
+        passed: Sequence[Rows],
+        layers: Sequence[Layer],
+        cases: int,
+        scale: float,
+        levels: int,
+        downsample: str,
     ) -> None:
         """Add one forward-backward pass.
 
@@ -132,6 +138,19 @@ def updated(old: Statistics | None, raw: RawSums, layers: Sequence[Layer], decay
         average(None if old is None else old.input_sums, raw.input_sums, torch.outer(mask, mask) / raw.cases),
         average(None if old is None else old.grad_sums, raw.grad_sums, torch.outer(root, root)),
     )
+
+
+def without(statistics: Statistics, layers: Sequence[Layer], layer: Layer) -> Statistics:
+    """Leave a layer out of the statistics."""
+    A, G = (
+        {key: value for key, value in factors.items() if key is not layer} for factors in (statistics.A, statistics.G)
+    )
+    input_sums, grad_sums = statistics.input_sums, statistics.grad_sums
+    if input_sums is not None and grad_sums is not None:
+        owners = [other for other in layers for _ in range(other.maps)]
+        kept = torch.tensor([i for i, owner in enumerate(owners) if owner is not layer], device=input_sums.device)
+        input_sums, grad_sums = input_sums[kept][:, kept], grad_sums[kept][:, kept]
+    return Statistics(statistics.updates, A, G, input_sums, grad_sums)
 
 
 def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str) -> tuple[Tensor, Tensor]:

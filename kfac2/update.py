@@ -119,7 +119,9 @@ class Update:
         nu = total.new_ones(()) if kl_clip is None else (kl_clip / total).sqrt().clamp(max=1)
         for batch, direction in zip(self._batches, directions, strict=True):
             torch.mul(direction, nu.to(direction.dtype), out=batch.result)
-        values = [view for i, is_active in enumerate(active) if is_active for view in self._present(i, self._results[i])]
+        values = [
+            view for i, is_active in enumerate(active) if is_active for view in self._present(i, self._results[i])
+        ]
         return grads, values, total
 
     def _present(self, i: int, views: list[Tensor]) -> list[Tensor]:
@@ -129,13 +131,15 @@ class Update:
 
     def _gather(self, active: Sequence[bool]) -> list[Tensor]:
         """Copy the gradients into the batches; what has none is 0 there."""
-        grads, slots, blank = [], [], []
+        grads: list[Tensor] = []
+        slots: list[Tensor] = []
+        blank: list[Tensor] = []
         for i, (layer, is_active) in enumerate(zip(self._layers, active, strict=True)):
-            if not is_active:
+            bias, grad = layer.bias, layer.weight.grad
+            if not is_active or grad is None:
                 blank += self._inputs[i]
                 continue
-            bias = layer.bias
-            grads.append(layer.weight.grad)
+            grads.append(grad)
             if bias is not None and bias.grad is not None:
                 grads.append(bias.grad)
             elif bias is not None:

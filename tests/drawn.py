@@ -39,9 +39,7 @@ def cases(draw, dtypes=tuple(TOLERANCE), ranks=(0, 1, 2, 3), batches=(0, 1, 2, 5
     stride = (1,) * rank if padding == "same" else tuple(draw(st.integers(1, 3)) for _ in range(rank))
     if padding == "numbers":
         padding = tuple(draw(st.integers(0, 3)) for _ in range(rank))
-    spatial = tuple(
-        d * (k - 1) + draw(st.integers(1, 6)) for d, k in zip(dilation, kernel, strict=True)
-    )
+    spatial = tuple(d * (k - 1) + draw(st.integers(1, 6)) for d, k in zip(dilation, kernel, strict=True))
     channels = draw(st.sampled_from([1, 2, 3, 5, 8, 17, 33]))
     dtype = draw(st.sampled_from(dtypes))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))

@@ -51,34 +51,64 @@ def _linear(d_out=3):
 
 def _conv2d():
     return nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(),
-        nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Tanh(),
-        nn.Conv2d(4, 2, (2, 1), dilation=(2, 1), bias=False), nn.Tanh(),
-        nn.Flatten(), nn.LazyLinear(3),
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(4, 2, (2, 1), dilation=(2, 1), bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LazyLinear(3),
     )
 
 
 def _grouped():
     return nn.Sequential(
-        nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Tanh(), nn.Conv2d(4, 4, 2, groups=4), nn.Tanh(),
-        nn.Flatten(), nn.LazyLinear(3),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 2, groups=4),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LazyLinear(3),
     )
 
 
 def _same(kernel):
     return nn.Sequential(
-        nn.Conv2d(2, 3, kernel, padding="same"), nn.Tanh(), nn.Conv2d(3, 2, kernel, padding="valid"), nn.Tanh(),
-        nn.Flatten(), nn.LazyLinear(3),
+        nn.Conv2d(2, 3, kernel, padding="same"),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, kernel, padding="valid"),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LazyLinear(3),
     )
 
 
 _BUILDERS = {
     "linear": (_linear, (4,)),
-    "conv1d": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv1d(3, 2, 2, stride=2), nn.Tanh(),
-                                     nn.Flatten(), nn.LazyLinear(3)), (2, 6)),
+    "conv1d": (
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 3, 3, padding=1),
+            nn.Tanh(),
+            nn.Conv1d(3, 2, 2, stride=2),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        ),
+        (2, 6),
+    ),
     "conv2d": (_conv2d, (2, 6, 5)),
-    "conv3d": (lambda: nn.Sequential(nn.Conv3d(1, 2, 2, padding=1), nn.Tanh(), nn.Conv3d(2, 2, (1, 2, 2)), nn.Tanh(),
-                                     nn.Flatten(), nn.LazyLinear(3)), (1, 2, 3, 2)),
+    "conv3d": (
+        lambda: nn.Sequential(
+            nn.Conv3d(1, 2, 2, padding=1),
+            nn.Tanh(),
+            nn.Conv3d(2, 2, (1, 2, 2)),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        ),
+        (1, 2, 3, 2),
+    ),
     "grouped": (_grouped, (4, 4, 4)),
     "same_odd": (lambda: _same(3), (2, 5, 4)),
     "same_even": (lambda: _same((2, 4)), (2, 5, 5)),

@@ -33,9 +33,30 @@ def on_samples(rows, grid, samples):
 
 
 class Oracle:
-    def __init__(self, model, names, *, lr=1e-2, momentum=0.9, weight_decay=0.0, nesterov=False, damping=1e-3,
-                 kl_clip=1e-2, levels=2, inverse="cholesky", fisher="mc", stat_decay=0.95, cov_every=10, inv_every=100,
-                 downsample="nearest", coarse_weight=1.0, coarse_damping=None, cases=None, rates=None, summed=()):
+    def __init__(
+        self,
+        model,
+        names,
+        *,
+        lr=1e-2,
+        momentum=0.9,
+        weight_decay=0.0,
+        nesterov=False,
+        damping=1e-3,
+        kl_clip=1e-2,
+        levels=2,
+        inverse="cholesky",
+        fisher="mc",
+        stat_decay=0.95,
+        cov_every=10,
+        inv_every=100,
+        downsample="nearest",
+        coarse_weight=1.0,
+        coarse_damping=None,
+        cases=None,
+        rates=None,
+        summed=(),
+    ):
         vars(self).update(locals())
         self.modules = [model.get_submodule(name) for name in names]
         self.rates = rates or {}
@@ -48,8 +69,10 @@ class Oracle:
     def forward(self, x):
         self.inputs, self.outputs, handles = {}, {}, []
         for i, module in enumerate(self.modules):
+
             def keep(module, args, output, i=i):
                 self.inputs[i], self.outputs[i] = args[0].detach(), output
+
             handles.append(module.register_forward_hook(keep))
         out = self.model(x)
         for handle in handles:
@@ -155,8 +178,13 @@ class Oracle:
         for p in self.model.parameters():
             if p.grad is None:
                 continue
-            group = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay,
-                     "nesterov": self.nesterov, **(settings or {}).get(id(p), {})}
+            group = {
+                "lr": self.lr,
+                "momentum": self.momentum,
+                "weight_decay": self.weight_decay,
+                "nesterov": self.nesterov,
+                **(settings or {}).get(id(p), {}),
+            }
             d = p.grad + group["weight_decay"] * p
             if group["momentum"]:
                 first = p not in self.buffers

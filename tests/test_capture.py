@@ -4,15 +4,15 @@ import copy
 import logging
 import pickle
 
+import models
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from compare import assert_equal
 from torch.distributions import Categorical
 from torch.nn.utils.parametrizations import weight_norm
 
-import models
-from compare import assert_equal
 from kfac2 import KFAC
 
 
@@ -235,7 +235,10 @@ def test_unbatched_inputs_are_one_sample():
     twin = copy.deepcopy(model)
     opt, other = KFAC(model), KFAC(twin)
     x = torch.randn(2, 4, dtype=torch.float64)
-    for m, o, value in ((model, opt, x), (nn.Sequential(twin[0], nn.Flatten(1), twin[2]), other, x.unsqueeze(0))):
+    for m, o, value in (
+        (model, opt, x),
+        (nn.Sequential(twin[0], nn.Flatten(1), twin[2]), other, x.unsqueeze(0)),
+    ):
         torch.manual_seed(0)
         out = m(value)
         o.accumulate_fisher(Categorical(logits=out))

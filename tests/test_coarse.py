@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from compare import assert_equal, error
 from torch.distributions import Categorical
 
-from compare import assert_equal, error
 from kfac2 import KFAC, reference
 
 

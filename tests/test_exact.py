@@ -1,9 +1,11 @@
 """Where K-FAC is exact: a deep linear network under squared loss, every input with every residual."""
 
+from itertools import pairwise
+
 import torch
+from compare import assert_equal
 from torch.distributions import Independent, Normal
 
-from compare import assert_equal
 from kfac2 import KFAC
 
 N, D = 4, 3
@@ -27,9 +29,7 @@ def layer_order(jacobian):
 
 def test_blocks_and_coarse_fisher_equal_the_dense_fisher():
     widths = [5, 4, 6, 3]
-    model = torch.nn.Sequential(
-        *(torch.nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:], strict=False))
-    ).double()
+    model = torch.nn.Sequential(*(torch.nn.Linear(a, b, bias=False) for a, b in pairwise(widths))).double()
     inputs = torch.randn(N, widths[0], dtype=torch.float64)
     opt = KFAC(model, kl_clip=None)
     out = model(inputs.repeat_interleave(D, 0))

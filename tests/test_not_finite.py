@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from compare import assert_equal
+from test_state import flatten
 from torch.distributions import Categorical
 
-from compare import assert_equal
 from kfac2 import KFAC, Preconditioner, reference
 from kfac2.inverses import invert
 from kfac2.layers import find_layers
 from kfac2.statistics import Statistics
-from test_state import flatten
 
 
 def net():
@@ -57,7 +57,10 @@ def test_the_step_is_skipped_and_only_the_iteration_count_moves(where, value):
     if where == "input":
         bad[1, 2] = value
     poisoned = {"gradient of a layer": model[3].bias, "gradient of batch norm": model[1].weight}.get(where)
-    named = {"gradient of a layer": "the gradient of 3.bias", "gradient of batch norm": "the gradient of 1.weight"}
+    named = {
+        "gradient of a layer": "the gradient of 3.bias",
+        "gradient of batch norm": "the gradient of 1.weight",
+    }
     with pytest.warns(RuntimeWarning, match=named.get(where, "the input of 0") + ".* at iteration 2"):
         iterate(model, opt, bad, poison=lambda: poisoned.grad.fill_(value) if poisoned is not None else None)
     assert same(before, snapshot(model, opt))
@@ -111,7 +114,9 @@ def factors(*matrices):
 
 @pytest.mark.parametrize("inverse", ["cholesky", "eigh"])
 def test_an_indefinite_factor_is_floored_and_a_broken_one_keeps_its_last_inverse(inverse):
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
+    model = nn.Sequential(
+        nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    ).double()
     layers = find_layers(model, list(model.parameters()), (), 32)
     good = factors([[2.0, 0.5], [0.5, 1.0]])
     indefinite = factors([[1.0, 0.0], [0.0, -3.0]])
@@ -134,7 +139,10 @@ def test_an_indefinite_factor_is_floored_and_a_broken_one_keeps_its_last_inverse
     if inverse == "eigh":
         assert_equal(floored["A_values"][0], torch.tensor([0.0, 1.0]))
     else:  # the trace is negative: π = 1
-        assert_equal(floored["A_inv"][0], torch.diag(torch.tensor([1 / (1 + 0.1**0.5), 1 / 0.1**0.5], dtype=torch.float64)))
+        assert_equal(
+            floored["A_inv"][0],
+            torch.diag(torch.tensor([1 / (1 + 0.1**0.5), 1 / 0.1**0.5], dtype=torch.float64)),
+        )
     expected = reference.factored_tikhonov_inverse([good[0]], [good[0]], 0.1)
     if inverse == "cholesky":
         assert_equal(result.fine[layers[0]]["A_inv"][0], expected[0][0])
@@ -167,8 +175,8 @@ def test_training_goes_on_with_the_plain_gradient_where_there_is_no_inverse():
     x = torch.randn(6, 3)
     iterate(model, opt, x)
     state = opt.state_dict()
-    state["kfac"]["factors"]["0"]["A"].fill_(float("nan"))
-    state["kfac"]["inverses"] = {}
+    state["kfac"]["statistics"]["factors"]["0"]["A"].fill_(float("nan"))
+    state["kfac"]["inverses"] = None
     opt.load_state_dict(state)
     before = model[0].weight.clone()
     opt.zero_grad()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from compare import assert_equal
+
 from kfac2 import build_info, ops, reference
 from kfac2.window import Window
 
@@ -41,7 +41,11 @@ def test_opcheck(name, dtype):
 
 def public_calls():
     x, g = torch.randn(3, 2, 6, 5), torch.randn(3, 4, 2)
-    A, G, grads = [torch.eye(3) * 2, torch.eye(2)], [torch.eye(2), torch.eye(4)], [torch.randn(2, 3), torch.randn(4, 2)]
+    A, G, grads = (
+        [torch.eye(3) * 2, torch.eye(2)],
+        [torch.eye(2), torch.eye(4)],
+        [torch.randn(2, 3), torch.randn(4, 2)],
+    )
     maps = [torch.randn(3, 4), torch.randn(3, 2, 2)]
     sums = torch.randn(3, 3)
     parts = ops.eigendecompose(A, G)
@@ -92,7 +96,10 @@ def test_every_public_op_is_called_documented_and_has_a_reference():
             assert hasattr(reference, name), name
 
 
-@pytest.mark.parametrize("folder, forbidden", [("cpu", r"torch/|ATen|c10/|cuda|Python\.h"), ("include", r"torch/|ATen|c10/|cuda|Python\.h")])
+@pytest.mark.parametrize(
+    "folder, forbidden",
+    [("cpu", r"torch/|ATen|c10/|cuda|Python\.h"), ("include", r"torch/|ATen|c10/|cuda|Python\.h")],
+)
 def test_layer_rule(folder, forbidden):
     files = [path for path in (ROOT / "csrc" / folder).iterdir()]
     assert files
@@ -103,7 +110,12 @@ def test_layer_rule(folder, forbidden):
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_one_stem_in_every_folder(name):
-    for place in (f"csrc/include/{name}.h", f"csrc/cpu/{name}.cpp", f"csrc/torch/{name}.cpp", f"kfac2/ops/{name}.py"):
+    for place in (
+        f"csrc/include/{name}.h",
+        f"csrc/cpu/{name}.cpp",
+        f"csrc/torch/{name}.cpp",
+        f"kfac2/ops/{name}.py",
+    ):
         assert (ROOT / place).is_file(), place
 
 
@@ -130,7 +142,9 @@ def test_one_native_call_for_all_layers(count, monkeypatch):
     calls = []
     for name in NATIVE:
         native = getattr(torch.ops.kfac2, name)
-        monkeypatch.setattr(torch.ops.kfac2, name, lambda *a, native=native, name=name: (calls.append(name), native(*a))[1])
+        monkeypatch.setattr(
+            torch.ops.kfac2, name, lambda *a, native=native, name=name: (calls.append(name), native(*a))[1]
+        )
     x = [torch.randn(2, 3, 4, 4) for _ in range(count)]
     windows = [Window.of(2, 3)] * count
     maps = ops.layer_maps(x, windows)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from compare import assert_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compare import assert_equal
 from kfac2 import ops, reference
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -66,7 +66,10 @@ def test_eigendecompose_and_precondition(drawn):
     A, G, grads, damping = drawn
     tolerance = TOLERANCE[A[0].dtype]
     parts = ops.eigendecompose(A, G)
-    for values, vectors, factors in ((parts.A_values, parts.A_vectors, A), (parts.G_values, parts.G_vectors, G)):
+    for values, vectors, factors in (
+        (parts.A_values, parts.A_vectors, A),
+        (parts.G_values, parts.G_vectors, G),
+    ):
         for w, V, M in zip(values, vectors, factors, strict=True):
             assert_equal(V @ torch.diag_embed(w) @ V.mT, M, tolerance)
             assert (w >= 0).all()
@@ -74,7 +77,9 @@ def test_eigendecompose_and_precondition(drawn):
     for ours, theirs in zip([v for s in parts.A_values for v in s.reshape(-1, s.shape[-1])], expected, strict=True):
         assert_equal(ours, theirs[0], tolerance)
     stepped = ops.precondition_eigh(grads, *parts[:4], damping)
-    for ours, theirs in zip(flat(stepped), reference.precondition_eigh(flat(grads), flat(A), flat(G), damping), strict=True):
+    for ours, theirs in zip(
+        flat(stepped), reference.precondition_eigh(flat(grads), flat(A), flat(G), damping), strict=True
+    ):
         assert_equal(ours, theirs, tolerance)
 
 

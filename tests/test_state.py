@@ -42,7 +42,8 @@ def through_a_file(state):
 
 @pytest.mark.parametrize("at", [1, 6, 8])
 @pytest.mark.parametrize(
-    "options", [{}, {"inverse": "eigh", "nesterov": True}, {"levels": 1}, {"fisher": "empirical", "downsample": "area"}]
+    "options",
+    [{}, {"inverse": "eigh", "nesterov": True}, {"levels": 1}, {"fisher": "empirical", "downsample": "area"}],
 )
 def test_resumed_training_equals_uninterrupted_training(options, at):
     model, opt, scheduler = build(**options)
@@ -96,18 +97,18 @@ def test_options_set_during_training_are_restored():
     model, opt, scheduler = build()
     train(model, opt, scheduler, 1)
     opt.options.damping = 0.5
-    other_model, other, _ = build()
+    _, other, _ = build()
     other.load_state_dict(opt.state_dict())
     assert other.options.damping == 0.5
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.pop("kfac"), "state_dict must be one of kfac2.KFAC"),
-    (lambda s: s["kfac"].pop("factors"), "without .'factors'."),
+    (lambda s: s["kfac"].pop("statistics"), "without .'statistics'."),
     (lambda s: s["kfac"]["options"].update(levels=1), "saved with levels=2, got 1"),
     (lambda s: s["kfac"]["options"].update(inverse="eigh"), "saved with inverse='cholesky', got 'eigh'"),
     (lambda s: s["kfac"]["layers"].update(other={"in_coarse": True}), "must hold the layers"),
-    (lambda s: s["kfac"]["factors"]["0"].update(A=torch.zeros(2, 3, 3)), r"A of 0 in shape \(2, 10, 10\), got \(2, 3, 3\)"),
+    (lambda s: s["kfac"]["statistics"]["factors"]["0"].update(A=torch.zeros(2, 3, 3)), r"A of 0 in shape \(2, 10, 10\), got \(2, 3, 3\)"),
     (lambda s: s.update(param_groups=[]), "parameter groups"),
 ])  # fmt: skip
 def test_a_state_that_does_not_fit_changes_nothing(change, message):

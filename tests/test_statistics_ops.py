@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_equal
+from drawn import TOLERANCE, cases, map_sets
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compare import assert_equal
-from drawn import TOLERANCE, cases, map_sets
 from kfac2 import ops, reference
 from kfac2.window import Window
 
@@ -38,8 +38,10 @@ def test_fronts_for_output_gradients(case):
     assert_equal(shifted, scale, TOLERANCE[case.x.dtype])
 
 
-@given(st.lists(cases(dtypes=(torch.float64, torch.float32), ranks=(1, 2), batches=(1, 3)), min_size=1, max_size=4),
-       st.integers(1, 3))
+@given(
+    st.lists(cases(dtypes=(torch.float64, torch.float32), ranks=(1, 2), batches=(1, 3)), min_size=1, max_size=4),
+    st.integers(1, 3),
+)
 def test_lists_and_groups(drawn, groups):
     tensors, windows, parts = [], [], []
     for case in drawn:

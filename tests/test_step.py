@@ -2,13 +2,13 @@
 
 import copy
 
+import models
 import pytest
 import torch
-
-import models
 from compare import assert_equal
-from kfac2 import KFAC, Preconditioner
 from oracle import Oracle
+
+from kfac2 import KFAC, Preconditioner
 
 STEPS = 7
 BASE = {"lr": 0.05, "cov_every": 2, "inv_every": 3, "damping": 1e-2, "kl_clip": None, "weight_decay": 1e-2}
@@ -28,8 +28,15 @@ VARIANTS = {
     "empirical": {"fisher": "empirical"},
     "empirical with cases": {"fisher": "empirical", "cases": 3},
     "decay": {"stat_decay": 0.2, "cov_every": 1, "inv_every": 1},
-    "all": {"inverse": "eigh", "kl_clip": 1e-4, "nesterov": True, "coarse_weight": 0.7, "coarse_damping": 0.1,
-            "downsample": "area", "weight_decay": 0.1},
+    "all": {
+        "inverse": "eigh",
+        "kl_clip": 1e-4,
+        "nesterov": True,
+        "coarse_weight": 0.7,
+        "coarse_damping": 0.1,
+        "downsample": "area",
+        "weight_decay": 0.1,
+    },
 }
 
 
@@ -94,16 +101,28 @@ def test_the_step_moves_parameters_and_levels_differ():
 def test_parameter_groups_with_the_clip_active():
     task = models.task("conv2d")
     twin = copy.deepcopy(task.model)
-    slow, fast = {"lr": 0.01, "momentum": 0.5, "weight_decay": 0.1}, {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    slow, fast = (
+        {"lr": 0.01, "momentum": 0.5, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    )
 
     def grouped(model):
         params = list(model.parameters())
-        return [{"params": params[::3], **slow}, {"params": [p for i, p in enumerate(params) if i % 3], **fast}]
+        return [
+            {"params": params[::3], **slow},
+            {"params": [p for i, p in enumerate(params) if i % 3], **fast},
+        ]
 
     options = {"kl_clip": 1e-5, "damping": 1e-2, "cov_every": 2, "inv_every": 3}
     opt = KFAC(task.model, params=grouped(task.model), **options)
-    settings = {id(p): {**{"nesterov": False, "weight_decay": 0.0}, **{k: v for k, v in group.items() if k != "params"}}
-                for group in grouped(twin) for p in group["params"]}
+    settings = {
+        id(p): {
+            **{"nesterov": False, "weight_decay": 0.0},
+            **{k: v for k, v in group.items() if k != "params"},
+        }
+        for group in grouped(twin)
+        for p in group["params"]
+    }
     rates = {key: value["lr"] for key, value in settings.items()}
     oracle = Oracle(twin, opt.layers, rates=rates, **options)
     for step in range(STEPS):

@@ -41,7 +41,9 @@ def check_damping(damping: float) -> None:
 
 
 def by_shape(
-    function: Callable[..., tuple[Tensor, ...]], *stacks: Sequence[Tensor], shapes: Sequence[Tensor] | None = None
+    function: Callable[..., tuple[Tensor, ...]],
+    *stacks: Sequence[Tensor],
+    shapes: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], ...]:
     """Apply a batched function once for each distinct shape.
 

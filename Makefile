@@ -1,0 +1,42 @@
+# Every target makes the virtual environment it needs. The interpreter's own torch is used if it has one.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo lint format cpu-check clean
+
+help:  ## show what each target does
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
+
+$(BIN)/python:
+	@$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q $(TORCH) numpy
+
+# Installed in place, with build isolation; built again where a source is newer.
+$(VENV)/installed: $(BIN)/python $(SOURCES)
+	@echo "installing kfac2 into $(VENV)"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,lint]'
+	@touch $@
+
+test: $(VENV)/installed  ## run all tests (about 4 minutes on 2 cores)
+	@$(BIN)/pytest -n 2 --dist worksteal -p no:benchmark -W ignore::DeprecationWarning
+
+demo: $(VENV)/installed  ## train two networks with SGD, Adam, one- and two-level K-FAC; draw demo.png
+	@$(BIN)/python bench/demo.py $(ARGS)
+
+lint: $(VENV)/installed  ## check formats, names, docstrings and types
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	@$(BIN)/mypy --no-error-summary
+
+format: $(VENV)/installed  ## format all sources
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/ruff format -q .
+	@$(BIN)/clang-format -i $(wildcard csrc/*/*.cpp csrc/*/*.h)
+
+clean:  ## delete what was built, and the environment
+	@rm -rf $(VENV) build *.egg-info kfac2/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

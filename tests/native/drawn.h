@@ -1,0 +1,112 @@
+// Drawn layers for the native tests: buffers of exactly the size that the sources may read, so that
+// AddressSanitizer sees one element too many.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "window.h"
+
+namespace kfac2::tests {
+
+using Random = std::mt19937_64;
+
+inline int64_t draw(Random& random, int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random);
+}
+
+template <typename T>
+std::vector<T> drawn_numbers(Random& random, int64_t count) {
+  std::vector<T> numbers(count);
+  std::normal_distribution<double> normal;
+  for (T& number : numbers) number = static_cast<T>(normal(random));
+  return numbers;
+}
+
+inline Window drawn_window(Random& random, int64_t groups) {
+  Window window;
+  for (int axis = 0; axis < kSpatialRank; ++axis) {
+    window.kernel[axis] = draw(random, 1, axis == 0 ? 2 : 4);
+    window.stride[axis] = draw(random, 1, 3);
+    window.pad_low[axis] = draw(random, 0, 2);
+    window.pad_high[axis] = draw(random, 0, 2);
+    window.dilation[axis] = draw(random, 1, 2);
+  }
+  window.groups = groups;
+  window.bias = draw(random, 0, 1);
+  return window;
+}
+
+// A layer with the memory it lies in.
+template <typename T>
+struct DrawnSource {
+  std::vector<T> data;
+  RowSource source;
+
+  explicit DrawnSource(Random& random, ElementType type, int64_t batch) {
+    source.element_type = type;
+    source.batch = batch;
+    const int64_t groups = draw(random, 1, 3);
+    source.channels = groups * draw(random, 1, 19);
+    source.window = drawn_window(random, groups);
+    for (int axis = 0; axis < kSpatialRank; ++axis) {
+      const Window& window = source.window;
+      const int64_t span = window.dilation[axis] * (window.kernel[axis] - 1) + 1;
+      const int64_t least = span - window.pad_low[axis] - window.pad_high[axis];
+      source.extent[axis] = std::max<int64_t>(1, least) + draw(random, 0, axis == 0 ? 1 : 6);
+    }
+    lay_out(draw(random, 0, 1) == 0);
+    data = drawn_numbers<T>(random, batch * source.channels * source.places());
+    source.data = data.data();
+  }
+
+  void lay_out(bool channels_last) {
+    const int64_t places = source.places();
+    source.batch_stride = source.channels * places;
+    source.channel_stride = channels_last ? 1 : places;
+    int64_t stride = channels_last ? source.channels : 1;
+    for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
+      source.spatial_stride[axis] = stride;
+      stride *= source.extent[axis];
+    }
+  }
+};
+
+// Element i of the row of place t (flat), straight from the definition; 0 in the padding.
+template <typename T>
+double row_element(const RowSource& source, int64_t n, int64_t group, int64_t t, int64_t i) {
+  const Window& window = source.window;
+  if (i == source.channels_per_group() * window.offsets()) return static_cast<double>(window.bias);
+  int64_t offset = i % window.offsets();
+  const int64_t channel = group * source.channels_per_group() + i / window.offsets();
+  int64_t index = n * source.batch_stride + channel * source.channel_stride;
+  for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
+    const int64_t position = t % source.grid(axis) * window.stride[axis] +
+                             offset % window.kernel[axis] * window.dilation[axis] - window.pad_low[axis];
+    if (position < 0 || position >= source.extent[axis]) return 0.0;
+    index += position * source.spatial_stride[axis];
+    t /= source.grid(axis);
+    offset /= window.kernel[axis];
+  }
+  return static_cast<double>(static_cast<const T*>(source.data)[index]);
+}
+
+// Compares two arrays by the norm of their difference; stops the program where they differ.
+template <typename A, typename B>
+void expect_equal(const char* what, const A* got, const B* expected, int64_t count, double tolerance) {
+  double difference = 0, norm = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double d = static_cast<double>(got[i]) - static_cast<double>(expected[i]);
+    difference += d * d;
+    norm += static_cast<double>(expected[i]) * static_cast<double>(expected[i]);
+  }
+  if (!(difference <= tolerance * tolerance * norm)) {
+    std::fprintf(stderr, "%s: squared error %g of %g\n", what, difference, norm);
+    std::exit(1);
+  }
+}
+
+}  // namespace kfac2::tests
