@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo lint format cpu-check clean
+.PHONY: help test bench demo lint format cpu-check clean
 
 help:  ## show what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -19,10 +19,17 @@ $(BIN)/python:
 $(VENV)/installed: $(BIN)/python $(SOURCES)
 	@echo "installing kfac2 into $(VENV)"
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,lint]'
+	@mkdir -p build
 	@touch $@
 
 test: $(VENV)/installed  ## run all tests (about 4 minutes on 2 cores)
-	@$(BIN)/pytest -n 2 --dist worksteal -p no:benchmark -W ignore::DeprecationWarning
+	@$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > build/native.log || (cat build/native.log; false)
+	@$(BIN)/ninja -C build/native --quiet
+	@$(BIN)/ctest --test-dir build/native --output-on-failure | tail -n 4
+	@$(BIN)/pytest -n 2 --dist worksteal -p no:benchmark
+
+bench: $(VENV)/installed  ## compare kernels with plain torch (pytest-benchmark)
+	@$(BIN)/pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
 
 demo: $(VENV)/installed  ## train two networks with SGD, Adam, one- and two-level K-FAC; draw demo.png
 	@$(BIN)/python bench/demo.py $(ARGS)

@@ -68,16 +68,15 @@ STYLES = {
 
 def run_all(epochs: int, seeds: int, device: str, console: Console) -> dict[str, Runs]:
     """Train everything, with one progress bar for each optimizer and problem."""
-    columns = [TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    columns = [TextColumn("{task.description:<38}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()]
     results: dict[str, Runs] = {}
     with Progress(*columns, console=console) as progress:
         for title, (make_problem, optimizers) in PROBLEMS.items():
             results[title] = {}
-            progress.console.print(title)
             for name, make_optimizer in optimizers.items():
                 problem = make_problem(0)
                 steps = -(-len(problem.train[0]) // problem.batch) * epochs * seeds
-                bar = progress.add_task(f"  {name}", total=steps)
+                bar = progress.add_task(f"{title.split(' on ')[0]}: {name}", total=steps)
                 step = partial(progress.advance, bar)
                 results[title][name] = [
                     list(train(make_problem(seed), make_optimizer, epochs, seed, device, step)) for seed in range(seeds)
