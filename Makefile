@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h)
+FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help test bench demo lint format cpu-check clean
@@ -13,12 +14,12 @@ help:  ## show what each target does
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q $(TORCH) numpy
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -qq $(TORCH) numpy
 
 # Installed in place, with build isolation; built again where a source is newer.
 $(VENV)/installed: $(BIN)/python $(SOURCES)
 	@echo "installing kfac2 into $(VENV)"
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,lint]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[test,lint]'
 	@mkdir -p build
 	@touch $@
 
@@ -37,13 +38,13 @@ demo: $(VENV)/installed  ## train two networks with SGD, Adam, one- and two-leve
 lint: $(VENV)/installed  ## check formats, names, docstrings and types
 	@$(BIN)/ruff check -q .
 	@$(BIN)/ruff format -q --check .
-	@$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	@$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	@$(BIN)/mypy --no-error-summary
 
 format: $(VENV)/installed  ## format all sources
 	@$(BIN)/ruff check -q --fix .
 	@$(BIN)/ruff format -q .
-	@$(BIN)/clang-format -i $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	@$(BIN)/clang-format -i $(FORMATTED)
 
 clean:  ## delete what was built, and the environment
 	@rm -rf $(VENV) build *.egg-info kfac2/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
