@@ -190,7 +190,7 @@ class KFAC(Optimizer):
             foreach=True,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
-            lr=group["lr"],
+            lr=float(group["lr"]),
             dampening=0.0,
             nesterov=group["nesterov"],
             maximize=False,

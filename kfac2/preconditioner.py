@@ -195,7 +195,7 @@ class Preconditioner:
                 "got one whose graph holds no output of a handled layer"
             )
         passed = self._one_pass(reached)
-        if passed:
+        if passed and log_prob.numel():
             self._add_pass(passed, log_prob.numel(), scale=1.0)
 
     def _wants_statistics(self) -> bool:
@@ -226,7 +226,7 @@ class Preconditioner:
         passes = [self._one_pass(reached) for reached in rounds.values()]
         for passed in passes:
             kept = [rows for rows in passed if rows.layer in self._layers]  # a later pass may have dropped one
-            if kept:
+            if kept and len(kept[0].x):
                 cases = kept[0].x.shape[0] if self.options.cases is None else self.options.cases
                 self._add_pass(kept, cases, scale=float(cases))
 
@@ -338,14 +338,16 @@ class Preconditioner:
         layer = self._raw.not_finite()
         if layer is not None:
             return f"the statistics of {layer.name}"
-        with_grad = [(parameter, parameter.grad) for parameter in self._params if parameter.grad is not None]
-        if not with_grad:
+        grads = [(parameter, parameter.grad) for parameter in self._params if parameter.grad is not None]
+        values = [(parameter, grad.coalesce().values() if grad.is_sparse else grad) for parameter, grad in grads]
+        values = [(parameter, numbers) for parameter, numbers in values if numbers.numel()]
+        if not values:
             return None
-        norms = torch._foreach_norm([grad for _, grad in with_grad], float("inf"))
+        norms = torch._foreach_norm([numbers for _, numbers in values], float("inf"))
         finite = torch.stack([norm.to(torch.float64) for norm in norms]).isfinite()
         if finite.all():
             return None
-        worst, _ = with_grad[int((~finite).nonzero()[0])]
+        worst, _ = values[int((~finite).nonzero()[0])]
         return f"the gradient of {self._names.get(id(worst), 'a parameter outside the model')}"
 
     def _refreshed(self) -> tuple[Statistics | None, Inverses | None]:

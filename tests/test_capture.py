@@ -367,3 +367,49 @@ def test_channels_last_changes_nothing():
             assert_equal(ours, theirs)
     for p, q in zip(plain.parameters(), last.parameters(), strict=True):
         assert_equal(p, q)
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.embedding(x))
+
+
+def test_sparse_gradients_of_other_parameters():
+    model = Words().double()
+    opt = KFAC(model, momentum=0)
+    out = model(torch.arange(5))
+    opt.accumulate_fisher(Categorical(logits=out))
+    out.square().sum().backward()
+    before, gradient = model.embedding.weight.detach().clone(), model.embedding.weight.grad.to_dense()
+    opt.step()
+    assert_equal(before - model.embedding.weight, 1e-2 * gradient)
+
+
+def test_an_empty_batch_adds_nothing():
+    model = net()
+    opt = KFAC(model, cov_every=1)
+    iterate(model, opt)
+    before = opt.coarse_fisher()
+    opt.zero_grad()
+    out = model(torch.zeros(0, 2, 4, 4, dtype=torch.float64))
+    opt.accumulate_fisher(Categorical(logits=out, validate_args=False))  # torch cannot check an empty one
+    with pytest.warns(RuntimeWarning, match="older ones are used"):
+        opt.step()
+    assert torch.equal(opt.coarse_fisher(), before)
+
+
+@pytest.mark.slow
+def test_a_compiled_model():
+    plain, twin = net(), net()
+    opt, other = KFAC(plain), KFAC(twin)
+    compiled = torch.compile(twin, backend="aot_eager")
+    for _ in range(3):
+        iterate(plain, opt)
+        iterate(compiled, other)
+    assert_equal(other.coarse_fisher(), opt.coarse_fisher())
+    for p, q in zip(plain.parameters(), twin.parameters(), strict=True):
+        assert_equal(q, p)

@@ -40,21 +40,29 @@ VARIANTS = {
 }
 
 
+def train_both(
+    task, opt, oracle, steps=STEPS, sgd=None, before=lambda step: None, step_of=lambda opt, step: opt.step()
+):
+    """Train the task's model with `opt` and the oracle's copy side by side, from the same random numbers."""
+    for step in range(steps):
+        before(step)
+        torch.manual_seed(step)
+        task.model.zero_grad()
+        out = task.model(task.x)
+        opt.accumulate_fisher(task.distribution(out))
+        task.loss(out).backward()
+        step_of(opt, step)
+        torch.manual_seed(step)
+        oracle.train_step(task.x, task.distribution, task.loss, sgd)
+
+
 def run_both(name, options, steps=STEPS):
     """Train a model and its copy side by side; returns the optimizer, the oracle, and both models."""
     task = models.task(name)
     twin = copy.deepcopy(task.model)
     opt = KFAC(task.model, **options)
     oracle = Oracle(twin, opt.layers, **options)
-    for step in range(steps):
-        torch.manual_seed(step)
-        opt.zero_grad()
-        out = task.model(task.x)
-        opt.accumulate_fisher(task.distribution(out))
-        task.loss(out).backward()
-        opt.step()
-        torch.manual_seed(step)
-        oracle.train_step(task.x, task.distribution, task.loss)
+    train_both(task, opt, oracle, steps)
     return opt, oracle, task.model, twin
 
 
@@ -125,15 +133,8 @@ def test_parameter_groups_with_the_clip_active():
     }
     rates = {key: value["lr"] for key, value in settings.items()}
     oracle = Oracle(twin, opt.layers, rates=rates, **options)
-    for step in range(STEPS):
-        torch.manual_seed(step)
-        opt.zero_grad()
-        out = task.model(task.x)
-        opt.accumulate_fisher(task.distribution(out))
-        task.loss(out).backward()
-        opt.step()
-        torch.manual_seed(step)
-        oracle.train_step(task.x, task.distribution, task.loss, sgd=lambda: oracle.sgd(settings))
+
+    train_both(task, opt, oracle, sgd=lambda: oracle.sgd(settings))
     assert oracle.nu < 1
     assert len(set(rates.values())) == 2
     assert_same_parameters(task.model, twin)
@@ -147,17 +148,12 @@ def test_preconditioner_with_adamw():
     adam = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
     oracle = Oracle(twin, preconditioner.layers, lr=0.05, **options)
     twin_adam = torch.optim.AdamW(twin.parameters(), lr=1e-2)
-    for step in range(STEPS):
-        torch.manual_seed(step)
-        adam.zero_grad()
-        out = task.model(task.x)
-        preconditioner.accumulate_fisher(task.distribution(out))
-        task.loss(out).backward()
-        rates = {name: 0.05 for name in preconditioner.layers}
-        assert preconditioner.step(lr=0.05 if step % 2 else rates)
+
+    def step_of(preconditioner, step):
+        assert preconditioner.step(lr=0.05 if step % 2 else dict.fromkeys(preconditioner.layers, 0.05))
         adam.step()
-        torch.manual_seed(step)
-        oracle.train_step(task.x, task.distribution, task.loss, sgd=twin_adam.step)
+
+    train_both(task, preconditioner, oracle, sgd=twin_adam.step, step_of=step_of)
     assert oracle.nu < 1
     assert_same_parameters(task.model, twin)
 
@@ -169,17 +165,15 @@ def test_learning_rate_scheduler_drives_step_and_clip():
     opt = KFAC(task.model, lr=0.1, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5)
     oracle = Oracle(twin, opt.layers, lr=0.1, **options)
-    for step in range(STEPS):
-        torch.manual_seed(step)
-        opt.zero_grad()
-        out = task.model(task.x)
-        opt.accumulate_fisher(task.distribution(out))
-        task.loss(out).backward()
+
+    def halve(step):
+        oracle.lr = 0.1 * 0.5 ** (step // 2)
+
+    def step_of(opt, step):
         opt.step()
         scheduler.step()
-        torch.manual_seed(step)
-        oracle.lr = 0.1 * 0.5 ** (step // 2)
-        oracle.train_step(task.x, task.distribution, task.loss)
+
+    train_both(task, opt, oracle, before=halve, step_of=step_of)
     assert_same_parameters(task.model, twin)
 
 
