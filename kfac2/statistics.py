@@ -72,8 +72,7 @@ class RawSums:
             self.rows[rows.layer] = self.rows.get(rows.layer, 0) + rows.g.numel() // rows.g.shape[1]
         self.cases += cases
         if levels == 2:
-            input_sums, grad_sums = _pair_sums(passed, layers, downsample)
-            grad_sums = grad_sums * scale**2
+            input_sums, grad_sums = _pair_sums(passed, layers, downsample, scale)
             self.input_sums = input_sums if self.input_sums is None else self.input_sums + input_sums
             self.grad_sums = grad_sums if self.grad_sums is None else self.grad_sums + grad_sums
 
@@ -153,8 +152,8 @@ def without(statistics: Statistics, layers: Sequence[Layer], layer: Layer) -> St
     return Statistics(statistics.updates, A, G, input_sums, grad_sums)
 
 
-def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str) -> tuple[Tensor, Tensor]:
-    """Both (B, B) matrices of sums of one pass; a layer that took no part is a zero map."""
+def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str, scale: float) -> tuple[Tensor, Tensor]:
+    """Both (B, B) matrices of sums of one pass, g multiplied by `scale`; a layer that took no part is a zero map."""
     samples = passed[0].x.shape[0]
     fitting = [rows for rows in passed if _fits(rows, samples)]
     windows = [rows.layer.map_window(rows.layer.input_window(rows.x.dim() - 2)) for rows in fitting]
@@ -169,9 +168,9 @@ def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str)
         [first[rows.layer] + q for rows in fitting for q in range(rows.layer.maps)], device=maps[0].device
     )
     sums = []
-    for group in (on_grids[: len(index)], on_grids[len(index) :]):
+    for group, factor in ((on_grids[: len(index)], 1.0), (on_grids[len(index) :], scale**2)):
         dtype = torch.float64 if any(values.dtype == torch.float64 for values in group) else torch.float32
-        present = ops.cross_layer_sums([values.to(dtype) for values in group], downsample)
+        present = ops.cross_layer_sums([values.to(dtype) for values in group], downsample, scale=factor)
         whole = present
         if len(index) < blocks:
             whole = present.new_zeros(blocks, blocks)

@@ -24,7 +24,7 @@ def samples(dtype):
     return {
         "layer_maps": (tensors, NUMBERS),
         "covariances": (tensors, NUMBERS),
-        "cross_layer_sums": (maps, True),
+        "cross_layer_sums": (maps, True, torch.eye(2, dtype=sums.dtype), 0.9, 0.1),
         "coarse_fisher": (sums, sums.clone(), [0, 1, 1], 2),
     }
 

@@ -131,3 +131,11 @@ def test_splitting_work_among_threads_changes_nothing():
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert_equal(results[0][0][0], reference.input_covariance(x.double(), 3, 1, 1, 1, True), 1e-5)
+
+
+def test_a_running_average_in_the_same_call():
+    maps = [torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, 2, dtype=torch.float64)]
+    previous = torch.randn(2, 2, dtype=torch.float64)
+    previous = previous + previous.T
+    got = ops.cross_layer_sums(maps, previous=previous, kept=0.9, scale=0.025)
+    assert_equal(got, 0.9 * previous + 0.025 * ops.cross_layer_sums(maps))

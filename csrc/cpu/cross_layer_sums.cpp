@@ -4,7 +4,6 @@
 #include "cross_layer_sums.h"
 
 #include <algorithm>
-#include <map>
 #include <vector>
 
 #include "simd.h"
@@ -17,65 +16,12 @@ constexpr int64_t kTaskProducts = 1 << 24;  // multiply-adds worth a task of the
 constexpr int64_t kMaxTasks = 16;           // each holds B*B partial sums
 constexpr int64_t kRowTile = 4;             // maps x maps held in registers by dot_tile
 
-// Maps of one grid.
-struct GridClass {
-  GridMap shape;
-  std::vector<int64_t> members;
-};
-
-// Where two classes meet: on the smaller extent of each axis; with different ranks, on one place.
-struct Meeting {
+// Two classes of maps, and where they meet.
+struct ClassPair {
   int64_t first, second;
-  bool one_place;
-  int rank;
-  int64_t extent[kMaxGridRank];
+  Meeting meeting;
   int64_t places;
 };
-
-Meeting meet(const std::vector<GridClass>& classes, int64_t first, int64_t second) {
-  const GridMap &a = classes[first].shape, &b = classes[second].shape;
-  Meeting meeting{first, second, a.rank != b.rank, a.rank, {}, 1};
-  if (meeting.one_place) return meeting;
-  for (int axis = 0; axis < a.rank; ++axis) {
-    meeting.extent[axis] = std::min(a.extent[axis], b.extent[axis]);
-    meeting.places *= meeting.extent[axis];
-  }
-  return meeting;
-}
-
-// What of the larger axis belongs to place t of the smaller one.
-struct Span {
-  int64_t begin, end;
-};
-
-Span span_of(int64_t t, int64_t smaller, int64_t larger, Downsample downsample) {
-  const int64_t begin = t * larger / smaller;
-  if (downsample == Downsample::kNearest) return {begin, begin + 1};
-  return {begin, ((t + 1) * larger + smaller - 1) / smaller};  // adaptive average pooling
-}
-
-// Mean of the box of `map` (one sample) that belongs to place `place` of the meeting grid.
-template <typename T>
-T downsampled(const T* map, const GridMap& shape, const Meeting& meeting, int64_t place, Downsample downsample) {
-  Span spans[kMaxGridRank] = {{0, 1}, {0, 1}, {0, 1}, {0, 1}};
-  int64_t strides[kMaxGridRank] = {0, 0, 0, 0};
-  int64_t stride = 1, count = 1;
-  for (int axis = shape.rank - 1; axis >= 0; --axis) {
-    const int64_t smaller = meeting.one_place ? 1 : meeting.extent[axis];
-    spans[axis] = span_of(place % smaller, smaller, shape.extent[axis], downsample);
-    place /= smaller;
-    strides[axis] = stride;
-    stride *= shape.extent[axis];
-    count *= spans[axis].end - spans[axis].begin;
-  }
-  T sum = 0;
-  for (int64_t i = spans[0].begin; i < spans[0].end; ++i)
-    for (int64_t j = spans[1].begin; j < spans[1].end; ++j)
-      for (int64_t k = spans[2].begin; k < spans[2].end; ++k)
-        for (int64_t l = spans[3].begin; l < spans[3].end; ++l)
-          sum += map[i * strides[0] + j * strides[1] + k * strides[2] + l * strides[3]];
-  return sum / static_cast<T>(count);
-}
 
 // sums[i][j] = rows_i . cols_j over `length` numbers, for a tile of up to kRowTile x kRowTile.
 template <typename T>
@@ -142,26 +88,34 @@ template <typename T>
 class BlockRows {
  public:
   const std::vector<const T*>& at(const CrossLayerSumsParams& params, const GridClass& grid_class,
-                                  const Meeting& meeting, int64_t sample_begin, int64_t samples) {
-    const int64_t own = grid_class.shape.places();
-    const bool agree =
-        !meeting.one_place && std::equal(meeting.extent, meeting.extent + meeting.rank, grid_class.shape.extent);
+                                  const ClassPair& pair, int64_t sample_begin, int64_t samples) {
+    const Grid& grid = grid_class.grid;
+    const int64_t own = grid.places();
+    const bool agree = pair.meeting.is(grid);
     rows_.clear();
-    if (!agree) copy_.resize(grid_class.members.size() * samples * meeting.places);
+    if (!agree) {
+      copy_.resize(grid_class.members.size() * samples * pair.places);
+      index_.resize(pair.places);
+      for (int64_t place = 0; place < pair.places; ++place) index_[place] = nearest_index(grid, pair.meeting, place);
+    }
     T* to = copy_.data();
     for (const int64_t member : grid_class.members) {
       const T* from = static_cast<const T*>(params.maps[member].data) + sample_begin * own;
       rows_.push_back(agree ? from : to);
       if (agree) continue;
-      for (int64_t n = 0; n < samples; ++n, from += own)
-        for (int64_t place = 0; place < meeting.places; ++place)
-          *to++ = downsampled(from, grid_class.shape, meeting, place, params.downsample);
+      for (int64_t n = 0; n < samples; ++n, from += own, to += pair.places) {
+        for (int64_t place = 0; place < pair.places; ++place) {
+          to[place] = params.downsample == Downsample::kNearest ? from[index_[place]]
+                                                                : area_mean(from, grid, pair.meeting, place);
+        }
+      }
     }
     return rows_;
   }
 
  private:
   std::vector<const T*> rows_;
+  std::vector<int64_t> index_;
   std::vector<T> copy_;
 };
 
@@ -170,35 +124,29 @@ class BlockRows {
 struct CrossLayerSums::State {
   CrossLayerSumsParams params;
   std::vector<GridClass> classes;
-  std::vector<Meeting> meetings;
+  std::vector<ClassPair> pairs;
   int64_t tasks = 1;
   std::vector<double> partial;  // [tasks, count, count]
 
   template <typename T>
   void add_samples(int64_t task, int64_t begin, int64_t end);
+  template <typename T>
+  void merge() const;
 };
 
 CrossLayerSums::CrossLayerSums(const CrossLayerSumsParams& params) : state_(new State) {
   State& state = *state_;
   state.params = params;
-  std::map<std::vector<int64_t>, int64_t> seen;
-  for (int64_t i = 0; i < params.count; ++i) {
-    const GridMap& map = params.maps[i];
-    const std::vector<int64_t> key(map.extent, map.extent + map.rank);
-    const auto [found, is_new] = seen.emplace(key, static_cast<int64_t>(state.classes.size()));
-    if (is_new) state.classes.push_back({map, {}});
-    state.classes[found->second].members.push_back(i);
-  }
+  state.classes = grid_classes(params.count, [&](int64_t i) -> const Grid& { return params.maps[i].grid; });
   int64_t products = 0;
-  for (int64_t p = 0; p < static_cast<int64_t>(state.classes.size()); ++p) {
-    for (int64_t q = p; q < static_cast<int64_t>(state.classes.size()); ++q) {
-      const Meeting meeting = meet(state.classes, p, q);
-      if (meeting.places == 0 || state.classes[p].shape.places() == 0 || state.classes[q].shape.places() == 0) {
-        continue;  // an empty grid has no rows
-      }
-      state.meetings.push_back(meeting);
-      products += params.batch * meeting.places *
-                  static_cast<int64_t>(state.classes[p].members.size() * state.classes[q].members.size());
+  for (size_t p = 0; p < state.classes.size(); ++p) {
+    for (size_t q = p; q < state.classes.size(); ++q) {
+      const GridClass &first = state.classes[p], &second = state.classes[q];
+      const Meeting meeting = meet(first.grid, second.grid);
+      const int64_t places = meeting.grid.places();
+      if (places == 0 || first.grid.places() == 0 || second.grid.places() == 0) continue;  // an empty grid has no rows
+      state.pairs.push_back({static_cast<int64_t>(p), static_cast<int64_t>(q), meeting, places});
+      products += params.batch * places * static_cast<int64_t>(first.members.size() * second.members.size());
     }
   }
   state.tasks = std::max<int64_t>(1, std::min({products / kTaskProducts, kMaxTasks, params.batch}));
@@ -213,15 +161,15 @@ template <typename T>
 void CrossLayerSums::State::add_samples(int64_t task, int64_t begin, int64_t end) {
   double* sums = partial.data() + task * params.count * params.count;
   BlockRows<T> first_rows, second_rows;
-  for (const Meeting& meeting : meetings) {
-    const GridClass &first = classes[meeting.first], &second = classes[meeting.second];
-    const int64_t block = std::max<int64_t>(1, kBlockPlaces / meeting.places);
+  for (const ClassPair& pair : pairs) {
+    const GridClass &first = classes[pair.first], &second = classes[pair.second];
+    const int64_t block = std::max<int64_t>(1, kBlockPlaces / pair.places);
     for (int64_t n = begin; n < end; n += block) {
       const int64_t samples = std::min(block, end - n);
-      const auto& rows = first_rows.at(params, first, meeting, n, samples);
-      const bool same = meeting.first == meeting.second;
-      const auto& cols = same ? rows : second_rows.at(params, second, meeting, n, samples);
-      add_products<T>(rows, first.members, cols, second.members, same, samples * meeting.places, sums, params.count);
+      const auto& rows = first_rows.at(params, first, pair, n, samples);
+      const bool same = pair.first == pair.second;
+      const auto& cols = same ? rows : second_rows.at(params, second, pair, n, samples);
+      add_products<T>(rows, first.members, cols, second.members, same, samples * pair.places, sums, params.count);
     }
   }
 }
@@ -236,23 +184,27 @@ void CrossLayerSums::run_task(int64_t task) {
   }
 }
 
-void CrossLayerSums::merge() {
-  const State& state = *state_;
-  const int64_t count = state.params.count;
+template <typename T>
+void CrossLayerSums::State::merge() const {
+  const int64_t count = params.count;
+  const T* previous = static_cast<const T*>(params.previous);
+  T* sums = static_cast<T*>(params.sums);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = i; j < count; ++j) {
       double sum = 0;
-      for (int64_t task = 0; task < state.tasks; ++task) {
-        sum += state.partial[(task * count + i) * count + j];
-      }
-      for (const int64_t entry : {i * count + j, j * count + i}) {
-        if (state.params.is_double) {
-          static_cast<double*>(state.params.sums)[entry] = sum;
-        } else {
-          static_cast<float*>(state.params.sums)[entry] = static_cast<float>(sum);
-        }
-      }
+      for (int64_t task = 0; task < tasks; ++task) sum += partial[(task * count + i) * count + j];
+      sum *= params.scale;
+      if (previous != nullptr) sum += params.kept * static_cast<double>(previous[i * count + j]);
+      sums[i * count + j] = sums[j * count + i] = static_cast<T>(sum);
     }
+  }
+}
+
+void CrossLayerSums::merge() {
+  if (state_->params.is_double) {
+    state_->merge<double>();
+  } else {
+    state_->merge<float>();
   }
 }
 

@@ -1,31 +1,25 @@
-// cross_layer_sums: sum over samples and places of s_i s_j, for every pair of maps.
+// cross_layer_sums: kept * previous + scale * (sum over samples and places of s_i s_j), for every pair of maps.
 #pragma once
 
 #include <cstdint>
 
+#include "grids.h"
+
 namespace kfac2 {
-
-constexpr int kMaxGridRank = 4;
-
-enum class Downsample { kNearest, kArea };
 
 struct GridMap {
   const void* data;  // [N, *grid], contiguous
-  int rank;
-  int64_t extent[kMaxGridRank];  // the first `rank` are set
-
-  int64_t places() const {
-    int64_t product = 1;
-    for (int axis = 0; axis < rank; ++axis) product *= extent[axis];
-    return product;
-  }
+  Grid grid;
 };
 
 struct CrossLayerSumsParams {
-  const GridMap* maps;  // [count]
-  void* sums;           // [count, count], of the maps' type
-  int64_t count;        // B
-  int64_t batch;        // N
+  const GridMap* maps;   // [count]
+  void* sums;            // [count, count], of the maps' type
+  const void* previous;  // [count, count], or null
+  double kept;
+  double scale;
+  int64_t count;  // B
+  int64_t batch;  // N
   bool is_double;
   Downsample downsample;
 };

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace kfac2 {
 
 constexpr int kSpatialRank = 3;

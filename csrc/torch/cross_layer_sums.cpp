@@ -27,21 +27,32 @@ void check_maps(const std::vector<Tensor>& maps) {
   }
 }
 
-Tensor cross_layer_sums_cpu(const std::vector<Tensor>& maps, bool area) {
+void check_previous(const std::vector<Tensor>& maps, const std::optional<Tensor>& previous) {
+  if (!previous) return;
+  const int64_t count = static_cast<int64_t>(maps.size());
+  check(previous->dim() == 2 && previous->size(0) == count && previous->size(1) == count, kOp,
+        "expected previous of shape [B, B] with B = ", count, " (the number of maps), got ", shape_of(*previous));
+  check(previous->scalar_type() == maps[0].scalar_type(), kOp, "expected previous to have the dtype of the maps");
+}
+
+Tensor cross_layer_sums_cpu(const std::vector<Tensor>& maps, bool area, const std::optional<Tensor>& previous,
+                            double kept, double scale) {
   check_maps(maps);
+  check_previous(maps, previous);
   const int64_t count = static_cast<int64_t>(maps.size());
   std::vector<Tensor> contiguous;
   std::vector<GridMap> grid_maps;
   for (const Tensor& map : maps) {
     contiguous.push_back(torch::stable::contiguous(map));
-    GridMap grid_map{contiguous.back().const_data_ptr(), static_cast<int>(map.dim()) - 1, {}};
-    for (int axis = 0; axis < grid_map.rank; ++axis) grid_map.extent[axis] = map.size(axis + 1);
+    GridMap grid_map{contiguous.back().const_data_ptr(), {static_cast<int>(map.dim()) - 1, {}}};
+    for (int axis = 0; axis < grid_map.grid.rank; ++axis) grid_map.grid.extent[axis] = map.size(axis + 1);
     grid_maps.push_back(grid_map);
   }
+  if (previous) contiguous.push_back(torch::stable::contiguous(*previous));
   Tensor sums = torch::stable::new_empty(maps[0], {count, count});  // [B, B]
-  const Downsample downsample = area ? Downsample::kArea : Downsample::kNearest;
-  cpu::CrossLayerSums work(
-      {grid_maps.data(), sums.mutable_data_ptr(), count, maps[0].size(0), is_double(maps[0]), downsample});
+  cpu::CrossLayerSums work({grid_maps.data(), sums.mutable_data_ptr(),
+                            previous ? contiguous.back().const_data_ptr() : nullptr, kept, scale, count,
+                            maps[0].size(0), is_double(maps[0]), area ? Downsample::kArea : Downsample::kNearest});
   run_tasks(work.tasks(), [&](int64_t task) { work.run_task(task); });
   work.merge();
   return sums;

@@ -48,7 +48,7 @@ void test_layer(Random& random, ElementType type) {
 }
 
 template <typename T>
-double at(const std::vector<T>& map, const GridMap& shape, const GridMap& other, int64_t n, int64_t place) {
+double at(const std::vector<T>& map, const Grid& shape, const Grid& other, int64_t n, int64_t place) {
   int64_t index = 0, stride = 1;
   if (shape.rank == other.rank) {
     for (int axis = shape.rank - 1; axis >= 0; --axis) {
@@ -67,9 +67,9 @@ void test_cross_layer_sums(Random& random) {
   std::vector<std::vector<T>> data;
   std::vector<GridMap> maps;
   for (int64_t i = 0; i < count; ++i) {
-    GridMap map{nullptr, static_cast<int>(draw(random, 0, 3)), {}};
-    for (int axis = 0; axis < map.rank; ++axis) map.extent[axis] = draw(random, 1, 6);
-    data.push_back(drawn_numbers<T>(random, batch * map.places()));
+    GridMap map{nullptr, {static_cast<int>(draw(random, 0, 3)), {}}};
+    for (int axis = 0; axis < map.grid.rank; ++axis) map.grid.extent[axis] = draw(random, 1, 6);
+    data.push_back(drawn_numbers<T>(random, batch * map.grid.places()));
     map.data = data.back().data();
     maps.push_back(map);
   }
@@ -77,15 +77,16 @@ void test_cross_layer_sums(Random& random) {
   std::vector<double> expected(count * count);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = 0; j < count; ++j) {
+      const Grid &a = maps[i].grid, &b = maps[j].grid;
       int64_t places = 1;
-      for (int axis = 0; maps[i].rank == maps[j].rank && axis < maps[i].rank; ++axis)
-        places *= std::min(maps[i].extent[axis], maps[j].extent[axis]);
+      for (int axis = 0; a.rank == b.rank && axis < a.rank; ++axis) places *= std::min(a.extent[axis], b.extent[axis]);
       for (int64_t n = 0; n < batch; ++n)
         for (int64_t t = 0; t < places; ++t)
-          expected[i * count + j] += at(data[i], maps[i], maps[j], n, t) * at(data[j], maps[j], maps[i], n, t);
+          expected[i * count + j] += at(data[i], a, b, n, t) * at(data[j], b, a, n, t);
     }
   }
-  cpu::CrossLayerSums work({maps.data(), sums.data(), count, batch, sizeof(T) == sizeof(double), Downsample::kNearest});
+  cpu::CrossLayerSums work(
+      {maps.data(), sums.data(), nullptr, 0.0, 1.0, count, batch, sizeof(T) == sizeof(double), Downsample::kNearest});
   for (int64_t task = 0; task < work.tasks(); ++task) work.run_task(task);
   work.merge();
   expect_equal("cross_layer_sums", sums.data(), expected.data(), sums.size(), kTolerance<T>);

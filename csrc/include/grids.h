@@ -1,0 +1,115 @@
+// Grids of maps, and where two of them meet.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "host_device.h"
+
+namespace kfac2 {
+
+constexpr int kMaxGridRank = 4;
+
+enum class Downsample { kNearest, kArea };
+
+struct Grid {
+  int rank;
+  int64_t extent[kMaxGridRank];  // the first `rank` are set
+
+  KFAC2_HOST_DEVICE int64_t places() const {
+    int64_t product = 1;
+    for (int axis = 0; axis < rank; ++axis) product *= extent[axis];
+    return product;
+  }
+};
+
+// Where two grids meet: on the smaller extent of each axis; with different ranks, on one place.
+struct Meeting {
+  bool one_place;
+  Grid grid;
+
+  KFAC2_HOST_DEVICE bool is(const Grid& other) const {
+    bool same = !one_place;
+    for (int axis = 0; same && axis < grid.rank; ++axis) same = grid.extent[axis] == other.extent[axis];
+    return same;
+  }
+};
+
+inline Meeting meet(const Grid& a, const Grid& b) {
+  Meeting meeting{a.rank != b.rank, {a.rank == b.rank ? a.rank : 0, {}}};
+  for (int axis = 0; axis < meeting.grid.rank; ++axis) {
+    meeting.grid.extent[axis] = a.extent[axis] < b.extent[axis] ? a.extent[axis] : b.extent[axis];
+  }
+  return meeting;
+}
+
+// What of the larger axis belongs to place t of the smaller one.
+struct Span {
+  int64_t begin, end;
+};
+
+KFAC2_HOST_DEVICE inline Span span_of(int64_t t, int64_t smaller, int64_t larger, Downsample downsample) {
+  const int64_t begin = t * larger / smaller;
+  if (downsample == Downsample::kNearest) return {begin, begin + 1};
+  return {begin, ((t + 1) * larger + smaller - 1) / smaller};  // adaptive average pooling
+}
+
+// The element of a map (one sample) that nearest-neighbour downsampling takes for a place of the meeting grid.
+KFAC2_HOST_DEVICE inline int64_t nearest_index(const Grid& grid, const Meeting& meeting, int64_t place) {
+  int64_t index = 0, stride = 1;
+  for (int axis = grid.rank - 1; axis >= 0; --axis) {
+    const int64_t smaller = meeting.one_place ? 1 : meeting.grid.extent[axis];
+    index += place % smaller * grid.extent[axis] / smaller * stride;
+    place /= smaller;
+    stride *= grid.extent[axis];
+  }
+  return index;
+}
+
+// The mean of the box of a map (one sample) that area downsampling takes for a place of the meeting grid.
+template <typename T>
+KFAC2_HOST_DEVICE T area_mean(const T* map, const Grid& grid, const Meeting& meeting, int64_t place) {
+  Span spans[kMaxGridRank] = {{0, 1}, {0, 1}, {0, 1}, {0, 1}};
+  int64_t strides[kMaxGridRank] = {0, 0, 0, 0};
+  int64_t stride = 1, count = 1;
+  for (int axis = grid.rank - 1; axis >= 0; --axis) {
+    const int64_t smaller = meeting.one_place ? 1 : meeting.grid.extent[axis];
+    spans[axis] = span_of(place % smaller, smaller, grid.extent[axis], Downsample::kArea);
+    place /= smaller;
+    strides[axis] = stride;
+    stride *= grid.extent[axis];
+    count *= spans[axis].end - spans[axis].begin;
+  }
+  T sum = 0;
+  for (int64_t i = spans[0].begin; i < spans[0].end; ++i)
+    for (int64_t j = spans[1].begin; j < spans[1].end; ++j)
+      for (int64_t k = spans[2].begin; k < spans[2].end; ++k)
+        for (int64_t l = spans[3].begin; l < spans[3].end; ++l)
+          sum += map[i * strides[0] + j * strides[1] + k * strides[2] + l * strides[3]];
+  return sum / static_cast<T>(count);
+}
+
+// Maps of one grid, by their numbers.
+struct GridClass {
+  Grid grid;
+  std::vector<int64_t> members;
+};
+
+// Sorts maps into classes; `grid_of(i)` is the grid of map i.
+template <typename GridOf>
+std::vector<GridClass> grid_classes(int64_t count, const GridOf& grid_of) {
+  std::vector<GridClass> classes;
+  std::map<std::vector<int64_t>, std::size_t> seen;
+  for (int64_t i = 0; i < count; ++i) {
+    const Grid& grid = grid_of(i);
+    const std::vector<int64_t> key(grid.extent, grid.extent + grid.rank);
+    const auto [found, is_new] = seen.emplace(key, classes.size());
+    if (is_new) classes.push_back({grid, {}});
+    classes[found->second].members.push_back(i);
+  }
+  return classes;
+}
+
+}  // namespace kfac2
