@@ -1,12 +1,4 @@
-// A layer's covariance consists of k x k blocks, one for each pair of kernel offsets (o1, o2):
-//
-//   block(o1, o2) = sum over samples and places t of x[t*stride + o1] x[t*stride + o2]^T,   C x C.
-//
-// Written with u = t*stride + o1 it is a sum over u of x[u] x[u + (o2 - o1)]^T, and the summand depends on
-// the difference o2 - o1 alone. Pairs with the same difference sum the same products over ranges of u that
-// differ only at the edges of the map. So each range is cut at the ends of all of them: every piece is
-// computed once, and added to each pair whose range holds it. Nothing is subtracted, no patch is formed,
-// and the zero padding is never visited.
+// The pieces of include/covariance_pieces.h, each an outer product of vectors of channels summed over positions.
 //
 // Floor: x is read once; of the k^2 * k^2 blocks about half of (2k-1)^2 are computed, so 13 C^2
 // multiply-adds for each place of a 3x3 convolution where the im2col product spends 81.
@@ -16,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "covariance_pieces.h"
 #include "outer_products.h"
 #include "scalar.h"
 
@@ -26,92 +19,6 @@ constexpr int64_t kBlockBytes = 1 << 18;       // samples converted at a time: h
 constexpr int64_t kTaskProducts = 1 << 26;     // multiply-adds worth a task of their own
 constexpr int64_t kMaxSplits = 8;              // tasks of one layer, each with its own sums
 constexpr int64_t kMaxSplitNumbers = 1 << 22;  // numbers in those sums together
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return std::max<int64_t>(0, end - begin); }
-  Range intersect(Range other) const { return {std::max(begin, other.begin), std::min(end, other.end)}; }
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
-// One axis of a piece: x[first + m*step] times x[first + m*step + shift], m < count, for every pair
-// (o1, o1 + difference) with o1 among `offsets`. Positions are those of the input, padding taken off.
-struct AxisPiece {
-  int64_t difference;
-  int64_t first, count, step, shift;
-  std::vector<int64_t> offsets;
-};
-
-// Steps m for which base + m*step lies in [0, extent).
-Range steps_inside(int64_t base, int64_t step, int64_t extent) {
-  return {ceil_div(-base, step), floor_div(extent - 1 - base, step) + 1};
-}
-
-// Pieces of one axis for one difference, among the offsets whose position is `phase` modulo the stride.
-void add_pieces(const Window& window, int axis, int64_t extent, int64_t grid, int64_t difference, int64_t phase,
-                std::vector<AxisPiece>& pieces) {
-  const int64_t step = window.stride[axis], dilation = window.dilation[axis], kernel = window.kernel[axis];
-  const int64_t base = phase - window.pad_low[axis];
-  const int64_t shift = difference * dilation;
-  const Range inside = steps_inside(base, step, extent).intersect(steps_inside(base + shift, step, extent));
-  std::vector<int64_t> offsets, cuts;
-  const auto range_of = [&](int64_t offset) {
-    const int64_t begin = (offset * dilation - phase) / step;
-    return Range{begin, begin + grid};
-  };
-  for (int64_t o1 = std::max<int64_t>(0, -difference); o1 < std::min(kernel, kernel - difference); ++o1) {
-    if (o1 * dilation % step != phase) continue;
-    const Range range = range_of(o1).intersect(inside);
-    if (range.size() == 0) continue;
-    offsets.push_back(o1);
-    cuts.push_back(range.begin);
-    cuts.push_back(range.end);
-  }
-  std::sort(cuts.begin(), cuts.end());
-  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
-  for (size_t cut = 0; cut + 1 < cuts.size(); ++cut) {
-    AxisPiece piece{difference, base + cuts[cut] * step, cuts[cut + 1] - cuts[cut], step, shift, {}};
-    for (const int64_t o1 : offsets) {
-      const Range range = range_of(o1);
-      if (range.begin <= cuts[cut] && cuts[cut + 1] <= range.end) piece.offsets.push_back(o1);
-    }
-    if (!piece.offsets.empty()) pieces.push_back(std::move(piece));
-  }
-}
-
-std::vector<AxisPiece> axis_pieces(const RowSource& source, int axis) {
-  std::vector<AxisPiece> pieces;
-  const Window& window = source.window;
-  const int64_t kernel = window.kernel[axis], stride = window.stride[axis];
-  for (int64_t difference = 1 - kernel; difference < kernel; ++difference) {
-    for (int64_t phase = 0; phase < stride; ++phase) {
-      add_pieces(window, axis, source.extent[axis], source.grid(axis), difference, phase, pieces);
-    }
-  }
-  return pieces;
-}
-
-// A piece of all three axes, with the pairs of (flattened) kernel offsets it is added to.
-struct Piece {
-  const AxisPiece* axes[kSpatialRank];
-  bool symmetric;  // o1 == o2
-};
-
-std::vector<Piece> combine(const std::vector<AxisPiece> (&axes)[kSpatialRank]) {
-  std::vector<Piece> pieces;
-  for (const AxisPiece& z : axes[0]) {
-    for (const AxisPiece& y : axes[1]) {
-      for (const AxisPiece& x : axes[2]) {
-        // block(o2, o1) is the transpose of block(o1, o2): one of two opposite differences is enough.
-        const int64_t leading = z.difference != 0 ? z.difference : y.difference != 0 ? y.difference : x.difference;
-        if (leading >= 0) pieces.push_back({{&z, &y, &x}, leading == 0});
-      }
-    }
-  }
-  return pieces;
-}
 
 // What is the same for all samples and groups of a layer.
 struct Plan {
@@ -251,28 +158,19 @@ class Accumulator {
 
   // bias_[o] += sum of x at offset o of every place.
   void add_bias(int64_t samples) {
-    const Window& window = source_.window;
-    const auto steps = [&](int axis, int64_t offset) {
-      const int64_t base = offset * window.dilation[axis] - window.pad_low[axis];
-      return steps_inside(base, window.stride[axis], source_.extent[axis]).intersect({0, source_.grid(axis)});
-    };
-    const auto position = [&](int axis, int64_t offset, int64_t t) {
-      return t * window.stride[axis] + offset * window.dilation[axis] - window.pad_low[axis];
-    };
-    for (int64_t o = 0; o < window.offsets(); ++o) {
-      const int64_t oz = o / (window.kernel[1] * window.kernel[2]), oy = o / window.kernel[2] % window.kernel[1],
-                    ox = o % window.kernel[2];
-      const Range z = steps(0, oz), y = steps(1, oy), x = steps(2, ox);
+    const int64_t* kernel = source_.window.kernel;
+    for (int64_t o = 0; o < source_.window.offsets(); ++o) {
+      const OffsetRange z = offset_range(source_, 0, o / (kernel[1] * kernel[2]));
+      const OffsetRange y = offset_range(source_, 1, o / kernel[2] % kernel[1]);
+      const OffsetRange x = offset_range(source_, 2, o % kernel[2]);
       Sum* sums = bias_.data() + o * padded_;
       for (int64_t n = 0; n < samples; ++n)
-        for (int64_t tz = z.begin; tz < z.end; ++tz)
-          for (int64_t ty = y.begin; ty < y.end; ++ty)
-            for (int64_t tx = x.begin; tx < x.end; ++tx) {
-              const int64_t place =
-                  ((n * source_.extent[0] + position(0, oz, tz)) * source_.extent[1] + position(1, oy, ty)) *
-                      source_.extent[2] +
-                  position(2, ox, tx);
-              const Sum* from = block_.data() + place * padded_;
+        for (int64_t i = 0; i < z.count; ++i)
+          for (int64_t j = 0; j < y.count; ++j)
+            for (int64_t k = 0; k < x.count; ++k) {
+              const int64_t plane = n * source_.extent[0] + z.first + i * z.step;
+              const int64_t line = plane * source_.extent[1] + y.first + j * y.step;
+              const Sum* from = block_.data() + (line * source_.extent[2] + x.first + k * x.step) * padded_;
 #pragma omp simd
               for (int64_t c = 0; c < padded_; ++c) sums[c] += from[c];
             }

@@ -1,0 +1,120 @@
+// A layer's covariance consists of k x k blocks, one for each pair of kernel offsets (o1, o2):
+//
+//   block(o1, o2) = sum over samples and places t of x[t*stride + o1] x[t*stride + o2]^T,   C x C.
+//
+// Written with u = t*stride + o1 it is a sum over u of x[u] x[u + (o2 - o1)]^T, and the summand depends on
+// the difference o2 - o1 alone. Pairs with the same difference sum the same products over ranges of u that
+// differ only at the edges of the map. So each range is cut at the ends of all of them: every piece is
+// computed once, and added to each pair whose range holds it. Nothing is subtracted, no patch is formed,
+// and the zero padding is never visited.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "window.h"
+
+namespace kfac2 {
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return std::max<int64_t>(0, end - begin); }
+  Range intersect(Range other) const { return {std::max(begin, other.begin), std::min(end, other.end)}; }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+// One axis of a piece: x[first + m*step] times x[first + m*step + shift], m < count, for every pair
+// (o1, o1 + difference) with o1 among `offsets`. Positions are those of the input, padding taken off.
+struct AxisPiece {
+  int64_t difference;
+  int64_t first, count, step, shift;
+  std::vector<int64_t> offsets;
+};
+
+// Steps m for which base + m*step lies in [0, extent).
+inline Range steps_inside(int64_t base, int64_t step, int64_t extent) {
+  return {ceil_div(-base, step), floor_div(extent - 1 - base, step) + 1};
+}
+
+// Pieces of one axis for one difference, among the offsets whose position is `phase` modulo the stride.
+inline void add_pieces(const Window& window, int axis, int64_t extent, int64_t grid, int64_t difference, int64_t phase,
+                       std::vector<AxisPiece>& pieces) {
+  const int64_t step = window.stride[axis], dilation = window.dilation[axis], kernel = window.kernel[axis];
+  const int64_t base = phase - window.pad_low[axis];
+  const int64_t shift = difference * dilation;
+  const Range inside = steps_inside(base, step, extent).intersect(steps_inside(base + shift, step, extent));
+  std::vector<int64_t> offsets, cuts;
+  const auto range_of = [&](int64_t offset) {
+    const int64_t begin = (offset * dilation - phase) / step;
+    return Range{begin, begin + grid};
+  };
+  for (int64_t o1 = std::max<int64_t>(0, -difference); o1 < std::min(kernel, kernel - difference); ++o1) {
+    if (o1 * dilation % step != phase) continue;
+    const Range range = range_of(o1).intersect(inside);
+    if (range.size() == 0) continue;
+    offsets.push_back(o1);
+    cuts.push_back(range.begin);
+    cuts.push_back(range.end);
+  }
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  for (std::size_t cut = 0; cut + 1 < cuts.size(); ++cut) {
+    AxisPiece piece{difference, base + cuts[cut] * step, cuts[cut + 1] - cuts[cut], step, shift, {}};
+    for (const int64_t o1 : offsets) {
+      const Range range = range_of(o1);
+      if (range.begin <= cuts[cut] && cuts[cut + 1] <= range.end) piece.offsets.push_back(o1);
+    }
+    if (!piece.offsets.empty()) pieces.push_back(std::move(piece));
+  }
+}
+
+inline std::vector<AxisPiece> axis_pieces(const RowSource& source, int axis) {
+  std::vector<AxisPiece> pieces;
+  const Window& window = source.window;
+  const int64_t kernel = window.kernel[axis], stride = window.stride[axis];
+  for (int64_t difference = 1 - kernel; difference < kernel; ++difference) {
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      add_pieces(window, axis, source.extent[axis], source.grid(axis), difference, phase, pieces);
+    }
+  }
+  return pieces;
+}
+
+// A piece of all three axes, with the pairs of (flattened) kernel offsets it is added to.
+struct Piece {
+  const AxisPiece* axes[kSpatialRank];
+  bool symmetric;  // o1 == o2
+};
+
+inline std::vector<Piece> combine(const std::vector<AxisPiece> (&axes)[kSpatialRank]) {
+  std::vector<Piece> pieces;
+  for (const AxisPiece& z : axes[0]) {
+    for (const AxisPiece& y : axes[1]) {
+      for (const AxisPiece& x : axes[2]) {
+        // block(o2, o1) is the transpose of block(o1, o2): one of two opposite differences is enough.
+        const int64_t leading = z.difference != 0 ? z.difference : y.difference != 0 ? y.difference : x.difference;
+        if (leading >= 0) pieces.push_back({{&z, &y, &x}, leading == 0});
+      }
+    }
+  }
+  return pieces;
+}
+
+// Sums of x at each offset (for the bias): the places t whose offset lies inside the map, and where.
+struct OffsetRange {
+  int64_t first, count, step;
+};
+
+inline OffsetRange offset_range(const RowSource& source, int axis, int64_t offset) {
+  const Window& window = source.window;
+  const int64_t base = offset * window.dilation[axis] - window.pad_low[axis], step = window.stride[axis];
+  const Range places = steps_inside(base, step, source.extent[axis]).intersect({0, source.grid(axis)});
+  return {base + places.begin * step, places.size(), step};
+}
+
+}  // namespace kfac2
