@@ -1,6 +1,7 @@
 // coarse_fisher: [F_coarse]_ij = sum over blocks q of layer i and r of layer j of A_qr * G_qr (eq. 7).
 #pragma once
 
+#include "cuda_launchers.h"
 #include <cstdint>
 
 namespace kfac2 {
@@ -20,4 +21,11 @@ namespace cpu {
 void coarse_fisher(const CoarseFisherParams& params);
 
 }  // namespace cpu
+
+namespace cuda {
+
+int64_t coarse_fisher_workspace(const CoarseFisherParams& params);
+int coarse_fisher(const CoarseFisherParams& params, void* workspace, Stream stream);
+
+}  // namespace cuda
 }  // namespace kfac2

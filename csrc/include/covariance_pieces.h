@@ -15,18 +15,10 @@
 #include <utility>
 #include <vector>
 
+#include "integers.h"
 #include "window.h"
 
 namespace kfac2 {
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return std::max<int64_t>(0, end - begin); }
-  Range intersect(Range other) const { return {std::max(begin, other.begin), std::min(end, other.end)}; }
-};
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 // One axis of a piece: x[first + m*step] times x[first + m*step + shift], m < count, for every pair
 // (o1, o1 + difference) with o1 among `offsets`. Positions are those of the input, padding taken off.
@@ -37,7 +29,7 @@ struct AxisPiece {
 };
 
 // Steps m for which base + m*step lies in [0, extent).
-inline Range steps_inside(int64_t base, int64_t step, int64_t extent) {
+KFAC2_HOST_DEVICE inline Range steps_inside(int64_t base, int64_t step, int64_t extent) {
   return {ceil_div(-base, step), floor_div(extent - 1 - base, step) + 1};
 }
 
@@ -110,7 +102,7 @@ struct OffsetRange {
   int64_t first, count, step;
 };
 
-inline OffsetRange offset_range(const RowSource& source, int axis, int64_t offset) {
+KFAC2_HOST_DEVICE inline OffsetRange offset_range(const RowSource& source, int axis, int64_t offset) {
   const Window& window = source.window;
   const int64_t base = offset * window.dilation[axis] - window.pad_low[axis], step = window.stride[axis];
   const Range places = steps_inside(base, step, source.extent[axis]).intersect({0, source.grid(axis)});

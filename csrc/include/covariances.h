@@ -1,6 +1,7 @@
 // covariances: sum over samples and places of row row^T, for every layer and group.
 #pragma once
 
+#include "cuda_launchers.h"
 #include "window.h"
 
 namespace kfac2 {
@@ -34,4 +35,11 @@ class Covariances {
 };
 
 }  // namespace cpu
+
+namespace cuda {
+
+int64_t covariances_workspace(const CovariancesParams& params);
+int covariances(const CovariancesParams& params, void* workspace, Stream stream);
+
+}  // namespace cuda
 }  // namespace kfac2

@@ -1,6 +1,7 @@
 // cross_layer_sums: kept * previous + scale * (sum over samples and places of s_i s_j), for every pair of maps.
 #pragma once
 
+#include "cuda_launchers.h"
 #include <cstdint>
 
 #include "grids.h"
@@ -44,4 +45,11 @@ class CrossLayerSums {
 };
 
 }  // namespace cpu
+
+namespace cuda {
+
+int64_t cross_layer_sums_workspace(const CrossLayerSumsParams& params);
+int cross_layer_sums(const CrossLayerSumsParams& params, void* workspace, Stream stream);
+
+}  // namespace cuda
 }  // namespace kfac2

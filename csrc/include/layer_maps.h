@@ -1,6 +1,7 @@
 // layer_maps: the scalar s = 1^T row of every row of every layer (eq. 5-7 summed over features).
 #pragma once
 
+#include "cuda_launchers.h"
 #include "window.h"
 
 namespace kfac2 {
@@ -19,4 +20,11 @@ int64_t layer_maps_slots(const LayerMapsParams& params);
 void layer_maps(const LayerMapsParams& params, int64_t slot_begin, int64_t slot_end);
 
 }  // namespace cpu
+
+namespace cuda {
+
+int64_t layer_maps_workspace(const LayerMapsParams& params);
+int layer_maps(const LayerMapsParams& params, void* workspace, Stream stream);
+
+}  // namespace cuda
 }  // namespace kfac2

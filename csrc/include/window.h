@@ -25,12 +25,12 @@ struct Window {
   int64_t bias;  // ones appended to each row: 0, 1, or the number of groups summed into one map
 
   // Places of the output map along one axis (may be <= 0: nothing fits).
-  int64_t grid(int axis, int64_t extent) const {
+  KFAC2_HOST_DEVICE int64_t grid(int axis, int64_t extent) const {
     const int64_t span = dilation[axis] * (kernel[axis] - 1) + 1;
     const int64_t room = extent + pad_low[axis] + pad_high[axis] - span;
     return room < 0 ? 0 : room / stride[axis] + 1;
   }
-  int64_t offsets() const { return kernel[0] * kernel[1] * kernel[2]; }
+  KFAC2_HOST_DEVICE int64_t offsets() const { return kernel[0] * kernel[1] * kernel[2]; }
 };
 
 struct RowSource {
@@ -44,12 +44,12 @@ struct RowSource {
   int64_t spatial_stride[kSpatialRank];
   Window window;
 
-  int64_t places() const { return extent[0] * extent[1] * extent[2]; }
-  int64_t grid(int axis) const { return window.grid(axis, extent[axis]); }
-  int64_t grid_places() const { return grid(0) * grid(1) * grid(2); }
-  int64_t channels_per_group() const { return channels / window.groups; }
+  KFAC2_HOST_DEVICE int64_t places() const { return extent[0] * extent[1] * extent[2]; }
+  KFAC2_HOST_DEVICE int64_t grid(int axis) const { return window.grid(axis, extent[axis]); }
+  KFAC2_HOST_DEVICE int64_t grid_places() const { return grid(0) * grid(1) * grid(2); }
+  KFAC2_HOST_DEVICE int64_t channels_per_group() const { return channels / window.groups; }
   // Length of a row (d_in of one Kronecker block).
-  int64_t row_length() const { return channels_per_group() * window.offsets() + (window.bias != 0 ? 1 : 0); }
+  KFAC2_HOST_DEVICE int64_t row_length() const { return channels_per_group() * window.offsets() + (window.bias != 0 ? 1 : 0); }
 };
 
 }  // namespace kfac2

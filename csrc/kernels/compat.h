@@ -14,8 +14,7 @@
 // Declares `Type& name` on the dynamic shared memory of the block, as a statement in a kernel. All such names of
 // a kernel are the same memory. A type with a comma in it needs an alias.
 #ifdef KFAC2_EMULATE
-#define KFAC2_SHARED(Type, name) \
-  Type& name = *static_cast<Type*>(::kfac2::emulation::shared_memory(sizeof(Type), alignof(Type)))
+#define KFAC2_SHARED(Type, name) Type& name = ::kfac2::emulation::shared_memory<Type>()
 #else
 #define KFAC2_SHARED(Type, name)                                              \
   extern __shared__ __align__(16) unsigned char kfac2_shared_memory[];        \

@@ -68,7 +68,6 @@ struct Fiber {
 struct Device {
   Order order = Order::kForward;
   uint64_t seed = 0;
-  cudaError_t last_error = cudaSuccess;
 
   const Launch* launch = nullptr;  // the running one
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -372,7 +371,7 @@ struct Free {
 void run_block(Device& at, const Launch& launch, std::mt19937_64& random) {
   // Of exactly this size, so that AddressSanitizer sees one element too many.
   void* memory = nullptr;
-  if (posix_memalign(&memory, 16, launch.shared_bytes) != 0) throw std::bad_alloc();
+  if (posix_memalign(&memory, kSharedAlignment, launch.shared_bytes) != 0) throw std::bad_alloc();
   const std::unique_ptr<void, Free> owner(memory);
   std::memset(memory, 0xff, launch.shared_bytes);
   at.shared = static_cast<unsigned char*>(memory);
@@ -463,11 +462,10 @@ uint64_t exchange(const LaneRequest& request) {
   return fiber.result;
 }
 
-void* shared_memory(size_t bytes, size_t alignment) {
+void* shared_bytes(size_t bytes) {
   running_thread();
   const Device& at = device();
-  if (bytes > at.launch->shared_bytes) throw Error("KFAC2_SHARED of a type larger than the shared memory of the launch");
-  if (alignment > 16) throw Error("KFAC2_SHARED of a type aligned to more than 16 bytes");
+  if (bytes > at.launch->shared_bytes) throw Error("KFAC2_SHARED of a type larger than the launch's shared memory");
   return at.shared;
 }
 
@@ -482,11 +480,6 @@ cudaError_t run(const Launch& launch) {
 }
 
 }  // namespace kfac2::emulation
-
-cudaError_t cudaGetLastError() {
-  cudaError_t& last = kfac2::emulation::device().last_error;
-  return std::exchange(last, cudaSuccess);
-}
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {

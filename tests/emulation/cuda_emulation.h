@@ -50,9 +50,22 @@ typedef struct CUstream_st* cudaStream_t;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 
-// The last failure of a launch, which it forgets.
-cudaError_t cudaGetLastError();
+// A launch returns its error and leaves none behind.
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error);
+
+enum cudaMemcpyKind {
+  cudaMemcpyHostToHost = 0,
+  cudaMemcpyHostToDevice = 1,
+  cudaMemcpyDeviceToHost = 2,
+  cudaMemcpyDeviceToDevice = 3
+};
+
+// Host and device memory are one here, and a stream does everything at once.
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
 
 constexpr int warpSize = 32;
 
@@ -94,8 +107,16 @@ void barrier(Site site);
 // Waits for the other lanes of the mask; returns what the operation gives this lane.
 uint64_t exchange(const LaneRequest& request);
 
-// The shared memory of the running block, which must hold an object of this size.
-void* shared_memory(size_t bytes, size_t alignment);
+constexpr size_t kSharedAlignment = 16;
+
+// The shared memory of the running block, which must hold so many bytes.
+void* shared_bytes(size_t bytes);
+
+template <typename T>
+T& shared_memory() {
+  static_assert(alignof(T) <= kSharedAlignment, "shared memory is aligned to 16 bytes");
+  return *static_cast<T*>(shared_bytes(sizeof(T)));
+}
 
 struct Launch {
   dim3 grid, block;
@@ -148,10 +169,10 @@ extern Indices indices;
 }  // namespace kfac2::emulation
 
 // Kernels may only read these.
-static constexpr const uint3& threadIdx = kfac2::emulation::indices.thread;
-static constexpr const uint3& blockIdx = kfac2::emulation::indices.block;
-static constexpr const dim3& blockDim = kfac2::emulation::indices.block_extent;
-static constexpr const dim3& gridDim = kfac2::emulation::indices.grid_extent;
+inline constexpr const uint3& threadIdx = kfac2::emulation::indices.thread;
+inline constexpr const uint3& blockIdx = kfac2::emulation::indices.block;
+inline constexpr const dim3& blockDim = kfac2::emulation::indices.block_extent;
+inline constexpr const dim3& gridDim = kfac2::emulation::indices.grid_extent;
 
 #define __syncthreads() ::kfac2::emulation::barrier({__FILE__, __LINE__})
 

@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
+#include "scalar.h"
 #include "window.h"
 
 namespace kfac2::tests {
@@ -19,10 +21,29 @@ inline int64_t draw(Random& random, int64_t low, int64_t high) {
 }
 
 template <typename T>
+T number_as(double value) {
+  return static_cast<T>(value);
+}
+template <>
+inline Half number_as<Half>(double value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  Half result;
+  std::memcpy(&result, &half, sizeof result);
+  return result;
+}
+template <>
+inline BFloat16 number_as<BFloat16>(double value) {
+  const float single = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &single, sizeof bits);
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+template <typename T>
 std::vector<T> drawn_numbers(Random& random, int64_t count) {
   std::vector<T> numbers(count);
   std::normal_distribution<double> normal;
-  for (T& number : numbers) number = static_cast<T>(normal(random));
+  for (T& number : numbers) number = number_as<T>(normal(random));
   return numbers;
 }
 
@@ -91,7 +112,7 @@ double row_element(const RowSource& source, int64_t n, int64_t group, int64_t t,
     t /= source.grid(axis);
     offset /= window.kernel[axis];
   }
-  return static_cast<double>(static_cast<const T*>(source.data)[index]);
+  return static_cast<double>(to_sum_type(static_cast<const T*>(source.data)[index]));
 }
 
 // Compares two arrays by the norm of their difference; stops the program where they differ.

@@ -20,7 +20,7 @@ void test_layer(Random& random, ElementType type) {
   const DrawnSource<T> layer(random, type, draw(random, 1, 5));
   const RowSource& source = layer.source;
   const int64_t groups = source.window.groups, d = source.row_length(), places = source.grid_places();
-  std::vector<T> maps(groups * source.batch * places), covariances(groups * d * d);
+  std::vector<SumType<T>> maps(groups * source.batch * places), covariances(groups * d * d);
   std::vector<double> expected_maps(maps.size()), expected(covariances.size());
   for (int64_t q = 0; q < groups; ++q) {
     for (int64_t n = 0; n < source.batch; ++n) {
@@ -109,6 +109,8 @@ int main() {
     Random random(seed);
     test_layer<float>(random, ElementType::kFloat32);
     test_layer<double>(random, ElementType::kFloat64);
+    test_layer<Half>(random, ElementType::kFloat16);
+    test_layer<BFloat16>(random, ElementType::kBFloat16);
     test_cross_layer_sums<float>(random);
     test_cross_layer_sums<double>(random);
   }

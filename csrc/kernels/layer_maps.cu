@@ -1,0 +1,297 @@
+// All layers in one launch. A block takes a tile of one layer's grid for one group and a few samples: it sums
+// the channels of the part of the input that the tile's patches cover into shared memory, then each place of
+// the tile adds up its patch there (the sum over a patch of a channel sum; outside the map lie zeros).
+//
+// Floor: every element of every source is read once, in 16-byte loads where its layout allows (bytes = sum of
+// N*C*D*H*W*sizeof), and one number for each place is written; about one addition for each element read. Maps
+// too large for shared memory are cut into tiles, whose halos of kernel - 1 places are read twice.
+#include "layer_maps.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "device.h"
+
+namespace kfac2::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRegionPlaces = 4096;         // places of the input held in shared memory
+constexpr int64_t kBlockElements = 1 << 14;  // elements worth a block; small samples share one
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Entry {
+  int64_t first_item;  // its first block
+  RowSource source;
+  void* maps;  // [groups, N, *grid]
+  int grid[kSpatialRank];
+  int tile[kSpatialRank];   // places of the grid in a tile
+  int tiles[kSpatialRank];  // tiles along each axis
+  int samples;              // in a block
+};
+
+// The part of the input under one tile, inside the map; [begin, begin + size) along each axis.
+struct Region {
+  int64_t first_sample;
+  int samples;
+  int group;
+  int origin[kSpatialRank];  // of the tile, in the grid
+  int places[kSpatialRank];  // of the tile
+  int begin[kSpatialRank];
+  int size[kSpatialRank];
+
+  KFAC2_HOST_DEVICE int count() const { return samples * size[0] * size[1] * size[2]; }
+};
+
+int64_t region_places(const RowSource& source, const int* tile) {
+  int64_t places = 1;
+  for (int axis = 0; axis < kSpatialRank; ++axis) {
+    const Window& window = source.window;
+    const int64_t span = (tile[axis] - 1) * window.stride[axis] + window.dilation[axis] * (window.kernel[axis] - 1) + 1;
+    places *= std::min(span, source.extent[axis]);
+  }
+  return places;
+}
+
+// Halves the longest axis of the tile until its region fits; false if a single patch is too large.
+bool choose_tile(Entry& entry) {
+  for (int axis = 0; axis < kSpatialRank; ++axis) entry.tile[axis] = entry.grid[axis];
+  while (region_places(entry.source, entry.tile) > kRegionPlaces) {
+    int* longest = std::max_element(entry.tile, entry.tile + kSpatialRank);
+    if (*longest == 1) return false;
+    *longest = (*longest + 1) / 2;
+  }
+  const int64_t places = std::max<int64_t>(1, region_places(entry.source, entry.tile));
+  const int64_t elements = std::max<int64_t>(1, places * entry.source.channels_per_group());
+  entry.samples = static_cast<int>(
+      std::max<int64_t>(1, std::min({kBlockElements / elements, kRegionPlaces / places, entry.source.batch})));
+  return true;
+}
+
+// Blocks of the launch; -1 if a layer cannot be done.
+int64_t make_entries(const LayerMapsParams& params, std::vector<Entry>& entries) {
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < params.layers; ++i) {
+    Entry entry{blocks, params.sources[i], params.maps[i], {}, {}, {}, 1};
+    for (int axis = 0; axis < kSpatialRank; ++axis) entry.grid[axis] = static_cast<int>(entry.source.grid(axis));
+    if (!choose_tile(entry)) return -1;
+    int64_t tiles = 1;
+    for (int axis = 0; axis < kSpatialRank; ++axis) {
+      entry.tiles[axis] = static_cast<int>(ceil_div(entry.grid[axis], entry.tile[axis]));
+      tiles *= entry.tiles[axis];
+    }
+    blocks += tiles * entry.source.window.groups * ceil_div(entry.source.batch, entry.samples);
+    entries.push_back(entry);
+  }
+  return blocks;
+}
+
+__device__ Region region_of(const Entry& entry, int64_t item) {
+  Region region;
+  const Window& window = entry.source.window;
+  for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
+    const int tile = static_cast<int>(item % entry.tiles[axis]);
+    item /= entry.tiles[axis];
+    region.origin[axis] = tile * entry.tile[axis];
+    region.places[axis] = std::min(entry.tile[axis], entry.grid[axis] - region.origin[axis]);
+    const int64_t begin = region.origin[axis] * window.stride[axis] - window.pad_low[axis];
+    const int64_t span = (region.places[axis] - 1) * window.stride[axis] + window.dilation[axis] * (window.kernel[axis] - 1) + 1;
+    const int64_t end = std::min(begin + span, entry.source.extent[axis]);
+    region.begin[axis] = static_cast<int>(std::max<int64_t>(0, begin));
+    region.size[axis] = static_cast<int>(std::max<int64_t>(0, end - region.begin[axis]));
+  }
+  region.group = static_cast<int>(item % window.groups);
+  region.first_sample = item / window.groups * entry.samples;
+  region.samples = static_cast<int>(std::min<int64_t>(entry.samples, entry.source.batch - region.first_sample));
+  return region;
+}
+
+// Offset in x of a place of the region, numbered sample slowest, W fastest.
+__device__ int64_t offset_of(const RowSource& source, const Region& region, int place) {
+  int64_t offset = region.group * source.channels_per_group() * source.channel_stride;
+  for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
+    offset += (region.begin[axis] + place % region.size[axis]) * source.spatial_stride[axis];
+    place /= region.size[axis];
+  }
+  return offset + (region.first_sample + place) * source.batch_stride;
+}
+
+template <typename T>
+__device__ bool starts_aligned(const RowSource& source, const Region& region) {
+  constexpr int64_t kLanes = Vector<T>::kLanes;
+  bool aligned = reinterpret_cast<uintptr_t>(source.data) % 16 == 0;
+  aligned = aligned && source.batch_stride % kLanes == 0;
+  aligned = aligned && region.group * source.channels_per_group() * source.channel_stride % kLanes == 0;
+  return aligned;
+}
+
+// Channels last: a few lanes of a warp add up the channels of a place, 16 bytes at a time.
+template <typename T>
+__device__ void sum_rows(const RowSource& source, const Region& region, SumType<T>* plane) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  bool vectors = starts_aligned<T>(source, region);
+  for (int axis = 0; axis < kSpatialRank; ++axis) vectors = vectors && source.spatial_stride[axis] % kLanes == 0;
+  const int channels = static_cast<int>(source.channels_per_group());
+  const int step = vectors ? kLanes : 1;
+  int lanes = 1;
+  while (lanes < 32 && lanes * step < channels) lanes *= 2;
+  const int lane = threadIdx.x % lanes, places = region.count();
+  const T* x = static_cast<const T*>(source.data);
+  for (int first = 0; first < places; first += kThreads / lanes) {  // the same for all threads: they meet below
+    const int place = first + threadIdx.x / lanes;
+    SumType<T> sum = 0;
+    if (place < places) {
+      const T* row = x + offset_of(source, region, place);
+      for (int c = lane * step; c < channels; c += lanes * step) {
+        if (vectors && c + kLanes <= channels) {
+          const Vector<T> part = *reinterpret_cast<const Vector<T>*>(row + c);
+          for (int k = 0; k < kLanes; ++k) sum += to_sum_type(part.lane[k]);
+        } else {
+          for (int k = c; k < std::min(c + step, channels); ++k) sum += to_sum_type(row[k]);
+        }
+      }
+    }
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, distance, lanes);
+    }
+    if (lane == 0 && place < places) plane[place] = sum;
+  }
+}
+
+// Channels apart: each thread takes kLanes places next to each other; where there are fewer places than
+// threads, the channels are shared among slices of threads, whose sums are added in a fixed order.
+template <typename T, int kLanes>
+__device__ void sum_planes(const RowSource& source, const Region& region, SumType<T>* plane, SumType<T>* partial) {
+  using Sum = SumType<T>;
+  const int units = region.count() / kLanes, channels = static_cast<int>(source.channels_per_group());
+  int unit_threads = 1;
+  while (unit_threads < kThreads && unit_threads < units) unit_threads *= 2;
+  const int slices = kThreads / unit_threads, slice = threadIdx.x / unit_threads;
+  const T* x = static_cast<const T*>(source.data);
+  for (int unit = threadIdx.x % unit_threads; unit < units; unit += unit_threads) {
+    const T* place = x + offset_of(source, region, unit * kLanes);
+    Sum sums[kLanes] = {};
+#pragma unroll 4
+    for (int c = slice; c < channels; c += slices) {
+      const T* at = place + c * source.channel_stride;
+      if constexpr (kLanes == 1) {
+        sums[0] += to_sum_type(*at);
+      } else {
+        const Vector<T> part = *reinterpret_cast<const Vector<T>*>(at);
+        for (int k = 0; k < kLanes; ++k) sums[k] += to_sum_type(part.lane[k]);
+      }
+    }
+    Sum* to = (slices == 1 ? plane : partial + slice * units * kLanes) + unit * kLanes;
+    for (int k = 0; k < kLanes; ++k) to[k] = sums[k];
+  }
+  if (slices == 1) return;  // the same for all threads of the block
+  __syncthreads();
+  for (int place = threadIdx.x; place < units * kLanes; place += kThreads) {
+    Sum sum = 0;
+    for (int s = 0; s < slices; ++s) sum += partial[s * units * kLanes + place];
+    plane[place] = sum;
+  }
+}
+
+template <typename T>
+__device__ void sum_channels(const RowSource& source, const Region& region, SumType<T>* plane, SumType<T>* partial) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  if (source.channel_stride == 1 && source.channels_per_group() > 1) {
+    sum_rows<T>(source, region, plane);
+    return;
+  }
+  bool vectors = starts_aligned<T>(source, region) && source.spatial_stride[2] == 1 && region.size[2] % kLanes == 0 &&
+                 region.begin[2] % kLanes == 0 && source.channel_stride % kLanes == 0;
+  for (int axis = 0; axis < 2; ++axis) vectors = vectors && source.spatial_stride[axis] % kLanes == 0;
+  if (vectors) {
+    sum_planes<T, kLanes>(source, region, plane, partial);
+  } else {
+    sum_planes<T, 1>(source, region, plane, partial);
+  }
+}
+
+// The sum over the patch of one place of the tile.
+template <typename Sum>
+__device__ Sum patch_sum(const Window& window, const Region& region, const Sum* plane, int sample, const int* place) {
+  int first[kSpatialRank];  // of the patch, in the region; may lie outside
+  for (int axis = 0; axis < kSpatialRank; ++axis) {
+    first[axis] = static_cast<int>((region.origin[axis] + place[axis]) * window.stride[axis] - window.pad_low[axis]) -
+                  region.begin[axis];
+  }
+  Sum sum = 0;
+  for (int i = 0; i < window.kernel[0]; ++i) {
+    const int z = first[0] + i * static_cast<int>(window.dilation[0]);
+    if (z < 0 || z >= region.size[0]) continue;
+    for (int j = 0; j < window.kernel[1]; ++j) {
+      const int y = first[1] + j * static_cast<int>(window.dilation[1]);
+      if (y < 0 || y >= region.size[1]) continue;
+      const Sum* line = plane + ((sample * region.size[0] + z) * region.size[1] + y) * region.size[2];
+      for (int k = 0; k < window.kernel[2]; ++k) {
+        const int x = first[2] + k * static_cast<int>(window.dilation[2]);
+        if (x >= 0 && x < region.size[2]) sum += line[x];
+      }
+    }
+  }
+  return sum;
+}
+
+template <typename T>
+__device__ void tile_maps(const Entry& entry, const Region& region, unsigned char* shared, int plane_bytes) {
+  using Sum = SumType<T>;
+  Sum* plane = reinterpret_cast<Sum*>(shared);
+  sum_channels<T>(entry.source, region, plane, reinterpret_cast<Sum*>(shared + plane_bytes));
+  __syncthreads();
+  const Window& window = entry.source.window;
+  Sum* maps = static_cast<Sum*>(entry.maps) + region.group * entry.source.batch * entry.grid[0] * entry.grid[1] * entry.grid[2];
+  const int places = region.places[0] * region.places[1] * region.places[2];
+  for (int i = threadIdx.x; i < region.samples * places; i += kThreads) {
+    const int sample = i / places;
+    const int place[kSpatialRank] = {i % places / (region.places[1] * region.places[2]),
+                                     i / region.places[2] % region.places[1], i % region.places[2]};
+    int64_t index = region.first_sample + sample;
+    for (int axis = 0; axis < kSpatialRank; ++axis) index = index * entry.grid[axis] + region.origin[axis] + place[axis];
+    maps[index] = patch_sum(window, region, plane, sample, place) + static_cast<Sum>(window.bias);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) layer_maps_kernel(const Entry* entries, int count, int plane_bytes) {
+  KFAC2_SHARED(unsigned char, shared);
+  const Entry& entry = entries[entry_of(entries, count, blockIdx.x)];
+  const Region region = region_of(entry, blockIdx.x - entry.first_item);
+  switch (entry.source.element_type) {
+    case ElementType::kFloat32: tile_maps<float>(entry, region, &shared, plane_bytes); break;
+    case ElementType::kFloat64: tile_maps<double>(entry, region, &shared, plane_bytes); break;
+    case ElementType::kFloat16: tile_maps<Half>(entry, region, &shared, plane_bytes); break;
+    case ElementType::kBFloat16: tile_maps<BFloat16>(entry, region, &shared, plane_bytes); break;
+  }
+}
+
+// Bytes of the plane, and of the slices' sums: at most 8 lanes of 4 bytes, or 2 of 8, for each thread.
+int plane_bytes_of(const std::vector<Entry>& entries) {
+  int64_t bytes = 16;
+  for (const Entry& entry : entries) {
+    const int64_t size = entry.source.element_type == ElementType::kFloat64 ? sizeof(double) : sizeof(float);
+    bytes = std::max(bytes, entry.samples * region_places(entry.source, entry.tile) * size);
+  }
+  return static_cast<int>(ceil_div(bytes, 16) * 16);
+}
+constexpr int kPartialBytes = kThreads * 8 * static_cast<int>(sizeof(float));
+
+}  // namespace
+
+int64_t layer_maps_workspace(const LayerMapsParams& params) { return params.layers * ceil_div(sizeof(Entry), 16) * 16; }
+
+int layer_maps(const LayerMapsParams& params, void* workspace, Stream stream) {
+  std::vector<Entry> entries;
+  const int64_t blocks = make_entries(params, entries);
+  if (blocks < 0) return cudaErrorInvalidValue;
+  Tables tables;
+  const int64_t at = tables.add(entries);
+  const cudaError_t copied = tables.copy_to(workspace, stream);
+  if (copied != cudaSuccess) return copied;
+  const int plane_bytes = plane_bytes_of(entries);
+  return launch(layer_maps_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), plane_bytes + kPartialBytes,
+                stream, table_at<Entry>(workspace, at), static_cast<int>(entries.size()), plane_bytes);
+}
+
+}  // namespace kfac2::cuda

@@ -1,0 +1,177 @@
+// Every CUDA kernel, compiled by g++ and run thread by thread, against csrc/cpu on drawn layers; in three orders
+// of threads and blocks, with poisoned shared memory, under sanitizers.
+#include <cstdlib>
+#include <memory>
+
+#include "coarse_fisher.h"
+#include "covariances.h"
+#include "cross_layer_sums.h"
+#include "cuda_emulation.h"
+#include "drawn.h"
+#include "layer_maps.h"
+
+using namespace kfac2;
+using namespace kfac2::tests;
+
+namespace {
+
+// Memory of exactly the size asked for, as the device would give it: aligned, and holding nothing of use.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : bytes_(static_cast<size_t>(bytes)), memory_(std::malloc(bytes_ + 1)) {
+    std::memset(memory_, 0xFF, bytes_);
+  }
+  ~Workspace() { std::free(memory_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  size_t bytes_;
+  void* memory_;
+};
+
+void expect_success(const char* what, int status) {
+  if (status == 0) return;
+  std::fprintf(stderr, "%s: %s\n", what, cuda::error_text(status));
+  std::exit(1);
+}
+
+// Layers of several types and sizes, as one call sees them.
+struct DrawnLayers {
+  std::vector<std::shared_ptr<void>> memory;
+  std::vector<RowSource> sources;
+
+  template <typename T>
+  void add(Random& random, ElementType type, int64_t batch) {
+    auto layer = std::make_shared<DrawnSource<T>>(random, type, batch);
+    sources.push_back(layer->source);
+    memory.push_back(layer);
+  }
+
+  explicit DrawnLayers(Random& random) {
+    const int64_t count = draw(random, 1, 5);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t batch = draw(random, 1, 6);
+      switch (draw(random, 0, 3)) {
+        case 0: add<float>(random, ElementType::kFloat32, batch); break;
+        case 1: add<double>(random, ElementType::kFloat64, batch); break;
+        case 2: add<Half>(random, ElementType::kFloat16, batch); break;
+        default: add<BFloat16>(random, ElementType::kBFloat16, batch); break;
+      }
+    }
+  }
+};
+
+// One output buffer for each layer: doubles, used as floats where the layer sums in float.
+struct Outputs {
+  std::vector<std::vector<double>> data;
+  std::vector<void*> pointers;
+
+  template <typename Size>
+  Outputs(const std::vector<RowSource>& sources, const Size& size_of) {
+    for (const RowSource& source : sources) data.emplace_back(size_of(source), -1.0);
+    for (std::vector<double>& numbers : data) pointers.push_back(numbers.data());
+  }
+};
+
+template <typename Size>
+void expect_same(const char* what, const std::vector<RowSource>& sources, const Outputs& got, const Outputs& expected,
+                 const Size& size_of) {
+  for (size_t i = 0; i < sources.size(); ++i) {
+    if (sources[i].element_type == ElementType::kFloat64) {
+      expect_equal(what, got.data[i].data(), expected.data[i].data(), size_of(sources[i]), 1e-12);
+    } else {
+      expect_equal(what, static_cast<const float*>(got.pointers[i]), static_cast<const float*>(expected.pointers[i]),
+                   size_of(sources[i]), 1e-5);
+    }
+  }
+}
+
+void test_layers(Random& random) {
+  const DrawnLayers layers(random);
+  const std::vector<RowSource>& sources = layers.sources;
+  const int64_t count = static_cast<int64_t>(sources.size());
+
+  const auto map_size = [](const RowSource& s) { return s.window.groups * s.batch * s.grid_places(); };
+  Outputs maps(sources, map_size), expected_maps(sources, map_size);
+  const LayerMapsParams map_params{sources.data(), maps.pointers.data(), count};
+  const Workspace map_workspace(cuda::layer_maps_workspace(map_params));
+  expect_success("layer_maps", cuda::layer_maps(map_params, map_workspace.get(), nullptr));
+  const LayerMapsParams expected_params{sources.data(), expected_maps.pointers.data(), count};
+  cpu::layer_maps(expected_params, 0, cpu::layer_maps_slots(expected_params));
+  expect_same("layer_maps", sources, maps, expected_maps, map_size);
+
+  const auto size = [](const RowSource& s) { return s.window.groups * s.row_length() * s.row_length(); };
+  Outputs covariances(sources, size), expected(sources, size);
+  const CovariancesParams params{sources.data(), covariances.pointers.data(), count};
+  const Workspace workspace(cuda::covariances_workspace(params));
+  expect_success("covariances", cuda::covariances(params, workspace.get(), nullptr));
+  cpu::Covariances work({sources.data(), expected.pointers.data(), count});
+  for (int64_t task = 0; task < work.tasks(); ++task) work.run_task(task);
+  for (int64_t merge = 0; merge < work.merges(); ++merge) work.run_merge(merge);
+  expect_same("covariances", sources, covariances, expected, size);
+}
+
+template <typename T>
+void test_sums(Random& random) {
+  const double tolerance = sizeof(T) == sizeof(double) ? 1e-12 : 1e-5;
+  const int64_t count = draw(random, 1, 3) == 1 ? draw(random, 33, 70) : draw(random, 1, 9);
+  const int64_t batch = draw(random, 1, 9);
+  std::vector<std::vector<T>> data;
+  std::vector<GridMap> maps;
+  for (int64_t i = 0; i < count; ++i) {
+    GridMap map{nullptr, {static_cast<int>(draw(random, 0, 2)), {}}};
+    for (int axis = 0; axis < map.grid.rank; ++axis) map.grid.extent[axis] = count > 9 ? 3 : draw(random, 1, 7);
+    data.push_back(drawn_numbers<T>(random, batch * map.grid.places()));
+    map.data = data.back().data();
+    maps.push_back(map);
+  }
+  std::vector<T> previous = drawn_numbers<T>(random, count * count);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < i; ++j) previous[i * count + j] = previous[j * count + i];
+  std::vector<T> sums(count * count), expected(count * count);
+  CrossLayerSumsParams params{maps.data(), sums.data(), draw(random, 0, 1) == 0 ? nullptr : previous.data(),
+                              0.7,         0.3,         count,
+                              batch,       sizeof(T) == sizeof(double),
+                              draw(random, 0, 1) == 0 ? Downsample::kNearest : Downsample::kArea};
+  const Workspace workspace(cuda::cross_layer_sums_workspace(params));
+  expect_success("cross_layer_sums", cuda::cross_layer_sums(params, workspace.get(), nullptr));
+  params.sums = expected.data();
+  cpu::CrossLayerSums work(params);
+  for (int64_t task = 0; task < work.tasks(); ++task) work.run_task(task);
+  work.merge();
+  expect_equal("cross_layer_sums", sums.data(), expected.data(), sums.size(), tolerance);
+
+  const int64_t layers = draw(random, 1, 5);
+  std::vector<int64_t> layer_of_block(count);
+  for (int64_t& layer : layer_of_block) layer = draw(random, 0, layers - 1);
+  std::vector<T> fisher(layers * layers), expected_fisher(layers * layers);
+  CoarseFisherParams fisher_params{sums.data(),   previous.data(), layer_of_block.data(),
+                                   fisher.data(), count,           layers,
+                                   sizeof(T) == sizeof(double)};
+  const Workspace fisher_workspace(cuda::coarse_fisher_workspace(fisher_params));
+  expect_success("coarse_fisher", cuda::coarse_fisher(fisher_params, fisher_workspace.get(), nullptr));
+  fisher_params.fisher = expected_fisher.data();
+  cpu::coarse_fisher(fisher_params);
+  expect_equal("coarse_fisher", fisher.data(), expected_fisher.data(), fisher.size(), tolerance);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int seeds = argc > 1 ? std::atoi(argv[1]) : 8;
+  const emulation::Order orders[] = {emulation::Order::kForward, emulation::Order::kReverse,
+                                     emulation::Order::kShuffled};
+  for (int seed = 0; seed < seeds; ++seed) {
+    for (const emulation::Order order : orders) {
+      emulation::set_order(order, static_cast<unsigned>(seed));
+      Random random(seed);
+      test_layers(random);
+      test_sums<float>(random);
+      test_sums<double>(random);
+    }
+  }
+  std::puts("CUDA kernels agree with the CPU kernels in every order");
+  return 0;
+}
