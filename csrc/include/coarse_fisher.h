@@ -1,8 +1,9 @@
 // coarse_fisher: [F_coarse]_ij = sum over blocks q of layer i and r of layer j of A_qr * G_qr (eq. 7).
 #pragma once
 
-#include "cuda_launchers.h"
 #include <cstdint>
+
+#include "cuda_launchers.h"
 
 namespace kfac2 {
 

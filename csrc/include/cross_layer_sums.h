@@ -1,9 +1,9 @@
 // cross_layer_sums: kept * previous + scale * (sum over samples and places of s_i s_j), for every pair of maps.
 #pragma once
 
-#include "cuda_launchers.h"
 #include <cstdint>
 
+#include "cuda_launchers.h"
 #include "grids.h"
 
 namespace kfac2 {

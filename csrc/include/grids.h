@@ -56,10 +56,14 @@ KFAC2_HOST_DEVICE inline Span span_of(int64_t t, int64_t smaller, int64_t larger
   return {begin, ((t + 1) * larger + smaller - 1) / smaller};  // adaptive average pooling
 }
 
+// The loops below run over kMaxGridRank axes, used or not, so that a compiler can unroll them and keep what they
+// index in registers.
+
 // The element of a map (one sample) that nearest-neighbour downsampling takes for a place of the meeting grid.
 KFAC2_HOST_DEVICE inline int64_t nearest_index(const Grid& grid, const Meeting& meeting, int64_t place) {
   int64_t index = 0, stride = 1;
-  for (int axis = grid.rank - 1; axis >= 0; --axis) {
+  for (int axis = kMaxGridRank - 1; axis >= 0; --axis) {
+    if (axis >= grid.rank) continue;
     const int64_t smaller = meeting.one_place ? 1 : meeting.grid.extent[axis];
     index += place % smaller * grid.extent[axis] / smaller * stride;
     place /= smaller;
@@ -71,23 +75,27 @@ KFAC2_HOST_DEVICE inline int64_t nearest_index(const Grid& grid, const Meeting& 
 // The mean of the box of a map (one sample) that area downsampling takes for a place of the meeting grid.
 template <typename T>
 KFAC2_HOST_DEVICE T area_mean(const T* map, const Grid& grid, const Meeting& meeting, int64_t place) {
-  Span spans[kMaxGridRank] = {{0, 1}, {0, 1}, {0, 1}, {0, 1}};
-  int64_t strides[kMaxGridRank] = {0, 0, 0, 0};
-  int64_t stride = 1, count = 1;
-  for (int axis = grid.rank - 1; axis >= 0; --axis) {
+  int64_t begin = 0, count = 1, stride = 1;
+  int64_t sizes[kMaxGridRank], strides[kMaxGridRank];
+  for (int axis = kMaxGridRank - 1; axis >= 0; --axis) {
+    sizes[axis] = 1;
+    strides[axis] = 0;
+    if (axis >= grid.rank) continue;
     const int64_t smaller = meeting.one_place ? 1 : meeting.grid.extent[axis];
-    spans[axis] = span_of(place % smaller, smaller, grid.extent[axis], Downsample::kArea);
+    const Span span = span_of(place % smaller, smaller, grid.extent[axis], Downsample::kArea);
     place /= smaller;
+    begin += span.begin * stride;
+    sizes[axis] = span.end - span.begin;
     strides[axis] = stride;
     stride *= grid.extent[axis];
-    count *= spans[axis].end - spans[axis].begin;
+    count *= sizes[axis];
   }
   T sum = 0;
-  for (int64_t i = spans[0].begin; i < spans[0].end; ++i)
-    for (int64_t j = spans[1].begin; j < spans[1].end; ++j)
-      for (int64_t k = spans[2].begin; k < spans[2].end; ++k)
-        for (int64_t l = spans[3].begin; l < spans[3].end; ++l)
-          sum += map[i * strides[0] + j * strides[1] + k * strides[2] + l * strides[3]];
+  for (int64_t i = 0; i < sizes[0]; ++i)
+    for (int64_t j = 0; j < sizes[1]; ++j)
+      for (int64_t k = 0; k < sizes[2]; ++k)
+        for (int64_t l = 0; l < sizes[3]; ++l)
+          sum += map[begin + i * strides[0] + j * strides[1] + k * strides[2] + l * strides[3]];
   return sum / static_cast<T>(count);
 }
 

@@ -49,7 +49,9 @@ struct RowSource {
   KFAC2_HOST_DEVICE int64_t grid_places() const { return grid(0) * grid(1) * grid(2); }
   KFAC2_HOST_DEVICE int64_t channels_per_group() const { return channels / window.groups; }
   // Length of a row (d_in of one Kronecker block).
-  KFAC2_HOST_DEVICE int64_t row_length() const { return channels_per_group() * window.offsets() + (window.bias != 0 ? 1 : 0); }
+  KFAC2_HOST_DEVICE int64_t row_length() const {
+    return channels_per_group() * window.offsets() + (window.bias != 0 ? 1 : 0);
+  }
 };
 
 }  // namespace kfac2

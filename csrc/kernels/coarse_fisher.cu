@@ -1,8 +1,7 @@
 // Floor: 2 B^2 numbers read, L^2 written; B and L are hundreds, so the launch itself is the cost.
-#include "coarse_fisher.h"
-
 #include <vector>
 
+#include "coarse_fisher.h"
 #include "device.h"
 
 namespace kfac2::cuda {

@@ -6,24 +6,23 @@
 //
 // Floor: x is read once from memory (N*C*H*W*sizeof) and again from L2 for each piece and tile; 13 C^2 N H W
 // multiply-adds for a 3x3 convolution of stride 1, in float32 (float64 for float64), where im2col spends 81.
-#include "covariances.h"
-
 #include <algorithm>
 #include <map>
 #include <vector>
 
 #include "covariance_pieces.h"
+#include "covariances.h"
 #include "device.h"
 
 namespace kfac2::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kChunk = 32;                   // positions held in shared memory
-constexpr int kPad = 4;                      // keeps rows of shared memory 16-byte aligned and off one bank
+constexpr int kChunk = 32;                    // positions held in shared memory
+constexpr int kPad = 4;                       // keeps rows of shared memory 16-byte aligned and off one bank
 constexpr int64_t kSharePositions = 1 << 13;  // worth a share of their own
 constexpr int64_t kMaxShares = 16;
-constexpr int64_t kMaxKernel = 64;           // offsets of an axis are kept as bits
+constexpr int64_t kMaxKernel = 64;  // offsets of an axis are kept as bits
 
 // Positions of a piece, and the offsets it is added to.
 struct PieceEntry {
@@ -39,12 +38,12 @@ struct PieceEntry {
 struct LayerEntry {
   int64_t first_item;  // block of the products' launch
   RowSource source;
-  void* covariances;      // [groups, d, d]
-  int64_t partial;        // where its sums begin in the workspace, in bytes
-  int64_t bias_partial;   // likewise, of the sums for the bias: [groups, offsets, C]
+  void* covariances;        // [groups, d, d]
+  int64_t partial;          // where its sums begin in the workspace, in bytes
+  int64_t bias_partial;     // likewise, of the sums for the bias: [groups, offsets, C]
   int pieces, piece_count;  // in the table of pieces
-  int tile;               // 16 or 32 channels
-  int tiles;              // along one side
+  int tile;                 // 16 or 32 channels
+  int tiles;                // along one side
   int64_t group_items, group_numbers;
 };
 
@@ -189,7 +188,8 @@ __device__ void add_tile(const LayerEntry& layer, const PieceEntry& piece, const
   Sum sums[4][4] = {};
   for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
     const int positions = static_cast<int>(std::min<int64_t>(kChunk, end - chunk));
-    if (static_cast<int>(threadIdx.x) < positions) shared.offset[threadIdx.x] = offset_of(source, piece, chunk + threadIdx.x);
+    if (static_cast<int>(threadIdx.x) < positions)
+      shared.offset[threadIdx.x] = offset_of(source, piece, chunk + threadIdx.x);
     __syncthreads();
     load_channels<T, kTile>(shared.left, x, shared.offset, positions, row_tile * kTile, channels, stride);
     load_channels<T, kTile>(shared.right, x + shift, shared.offset, positions, col_tile * kTile, channels, stride);
@@ -221,7 +221,8 @@ __device__ void run_item(const LayerEntry& layer, const PieceEntry* pieces, int6
   const PieceEntry& piece = pieces[entry_of(pieces, layer.piece_count, item % layer.group_items)];
   const int64_t local = item % layer.group_items - piece.first_item;
   const int64_t share = local / (layer.tiles * layer.tiles);
-  const int row_tile = static_cast<int>(local / layer.tiles % layer.tiles), col_tile = static_cast<int>(local % layer.tiles);
+  const int row_tile = static_cast<int>(local / layer.tiles % layer.tiles),
+            col_tile = static_cast<int>(local % layer.tiles);
   if (piece.symmetric && row_tile > col_tile) return;  // the whole block: what lies under the diagonal is not read
   const int64_t positions = source.batch * piece.count[0] * piece.count[1] * piece.count[2];
   const int64_t begin = positions * share / piece.shares, end = positions * (share + 1) / piece.shares;
@@ -230,27 +231,45 @@ __device__ void run_item(const LayerEntry& layer, const PieceEntry* pieces, int6
              share * side * side;
   const T* x = static_cast<const T*>(source.data) + group * source.channels_per_group() * source.channel_stride;
   if (layer.tile == 16) {
-    add_tile<T, 16>(layer, piece, x, begin, end, row_tile, col_tile, out, *reinterpret_cast<SharedTile<Sum, 16>*>(shared));
+    add_tile<T, 16>(layer, piece, x, begin, end, row_tile, col_tile, out,
+                    *reinterpret_cast<SharedTile<Sum, 16>*>(shared));
   } else {
-    add_tile<T, 32>(layer, piece, x, begin, end, row_tile, col_tile, out, *reinterpret_cast<SharedTile<Sum, 32>*>(shared));
+    add_tile<T, 32>(layer, piece, x, begin, end, row_tile, col_tile, out,
+                    *reinterpret_cast<SharedTile<Sum, 32>*>(shared));
   }
 }
 
 // Calls function<T>(...) for the element type of a source.
-#define KFAC2_BY_TYPE(element_type, function, ...)                     \
-  switch (element_type) {                                              \
-    case ElementType::kFloat32: function<float>(__VA_ARGS__); break;   \
-    case ElementType::kFloat64: function<double>(__VA_ARGS__); break;  \
-    case ElementType::kFloat16: function<Half>(__VA_ARGS__); break;    \
+#define KFAC2_BY_TYPE(element_type, function, ...)                       \
+  switch (element_type) {                                                \
+    case ElementType::kFloat32: function<float>(__VA_ARGS__); break;     \
+    case ElementType::kFloat64: function<double>(__VA_ARGS__); break;    \
+    case ElementType::kFloat16: function<Half>(__VA_ARGS__); break;      \
     case ElementType::kBFloat16: function<BFloat16>(__VA_ARGS__); break; \
   }
 
+// One kernel for layers summed in float and one for those in double, which needs twice the registers; a call
+// with both kinds launches both, and each passes over the blocks of the other.
 __global__ void __launch_bounds__(kThreads)
     products_kernel(const LayerEntry* layers, int count, const PieceEntry* pieces, unsigned char* workspace) {
   KFAC2_SHARED(unsigned char, shared);
   const LayerEntry& layer = layers[entry_of(layers, count, blockIdx.x)];
   const int64_t item = blockIdx.x - layer.first_item;
-  KFAC2_BY_TYPE(layer.source.element_type, run_item, layer, pieces + layer.pieces, item, workspace, &shared)
+  pieces += layer.pieces;
+  switch (layer.source.element_type) {
+    case ElementType::kFloat32: run_item<float>(layer, pieces, item, workspace, &shared); break;
+    case ElementType::kFloat16: run_item<Half>(layer, pieces, item, workspace, &shared); break;
+    case ElementType::kBFloat16: run_item<BFloat16>(layer, pieces, item, workspace, &shared); break;
+    case ElementType::kFloat64: break;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    double_products_kernel(const LayerEntry* layers, int count, const PieceEntry* pieces, unsigned char* workspace) {
+  KFAC2_SHARED(unsigned char, shared);
+  const LayerEntry& layer = layers[entry_of(layers, count, blockIdx.x)];
+  if (layer.source.element_type != ElementType::kFloat64) return;
+  run_item<double>(layer, pieces + layer.pieces, blockIdx.x - layer.first_item, workspace, &shared);
 }
 
 // The sum of x at one offset of every place, for one channel: [groups, offsets, C] items of a layer.
@@ -274,8 +293,8 @@ __device__ void sum_offset(const LayerEntry& layer, int64_t item, unsigned char*
   Sum sum = 0;
   for (int64_t i = threadIdx.x; i < places; i += kThreads) {
     const int64_t line = i / count[2], plane = line / count[1];
-    sum += to_sum_type(x[plane / count[0] * source.batch_stride + plane % count[0] * step[0] + line % count[1] * step[1] +
-                         i % count[2] * step[2]]);
+    sum += to_sum_type(x[plane / count[0] * source.batch_stride + plane % count[0] * step[0] +
+                         line % count[1] * step[1] + i % count[2] * step[2]]);
   }
   Sum* sums = reinterpret_cast<Sum*>(shared);
   sums[threadIdx.x] = sum;
@@ -367,9 +386,8 @@ __device__ void gather_element(const LayerEntry& layer, const PieceEntry* pieces
   static_cast<Sum*>(layer.covariances)[item] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    gather_kernel(const LayerEntry* layers, const RangeEntry* ranges, int count, const PieceEntry* pieces,
-                  const unsigned char* workspace) {
+__global__ void __launch_bounds__(kThreads) gather_kernel(const LayerEntry* layers, const RangeEntry* ranges, int count,
+                                                          const PieceEntry* pieces, const unsigned char* workspace) {
   const int i = entry_of(ranges, count, blockIdx.x);
   const int64_t item = (blockIdx.x - ranges[i].first_item) * kThreads + threadIdx.x;
   KFAC2_BY_TYPE(layers[i].source.element_type, gather_element, layers[i], pieces + layers[i].pieces, item, workspace)
@@ -398,19 +416,24 @@ int covariances(const CovariancesParams& params, void* workspace, Stream stream)
   const RangeEntry* output_ranges = table_at<RangeEntry>(workspace, outputs_at);
   unsigned char* sums = static_cast<unsigned char*>(workspace) + tables.size();
   const int count = static_cast<int>(plan.layers.size());
-  const bool any_double = std::any_of(plan.layers.begin(), plan.layers.end(), [](const LayerEntry& layer) {
+  const int64_t doubles = std::count_if(plan.layers.begin(), plan.layers.end(), [](const LayerEntry& layer) {
     return layer.source.element_type == ElementType::kFloat64;
   });
-  const size_t shared = any_double ? sizeof(SharedTile<double, 32>) : sizeof(SharedTile<float, 32>);
-  const dim3 threads(kThreads);
-  status = launch(products_kernel, dim3(static_cast<unsigned>(plan.items)), threads, shared, stream, layers, count,
-                  pieces, sums);
+  const dim3 threads(kThreads), blocks(static_cast<unsigned>(plan.items));
+  if (doubles < count) {
+    status =
+        launch(products_kernel, blocks, threads, sizeof(SharedTile<float, 32>), stream, layers, count, pieces, sums);
+  }
+  if (status == cudaSuccess && doubles > 0) {
+    status = launch(double_products_kernel, blocks, threads, sizeof(SharedTile<double, 32>), stream, layers, count,
+                    pieces, sums);
+  }
   if (status != cudaSuccess) return status;
   status = launch(bias_kernel, dim3(static_cast<unsigned>(plan.bias_items)), threads, kThreads * sizeof(double), stream,
                   layers, bias_ranges, count, sums);
   if (status != cudaSuccess) return status;
-  return launch(gather_kernel, dim3(static_cast<unsigned>(plan.outputs)), threads, 0, stream, layers, output_ranges, count,
-                pieces, static_cast<const unsigned char*>(sums));
+  return launch(gather_kernel, dim3(static_cast<unsigned>(plan.outputs)), threads, 0, stream, layers, output_ranges,
+                count, pieces, static_cast<const unsigned char*>(sums));
 }
 
 }  // namespace kfac2::cuda

@@ -5,18 +5,17 @@
 // Floor: every element of every source is read once, in 16-byte loads where its layout allows (bytes = sum of
 // N*C*D*H*W*sizeof), and one number for each place is written; about one addition for each element read. Maps
 // too large for shared memory are cut into tiles, whose halos of kernel - 1 places are read twice.
-#include "layer_maps.h"
-
 #include <algorithm>
 #include <vector>
 
 #include "device.h"
+#include "layer_maps.h"
 
 namespace kfac2::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRegionPlaces = 4096;         // places of the input held in shared memory
+constexpr int kRegionPlaces = 4096;          // places of the input held in shared memory
 constexpr int64_t kBlockElements = 1 << 14;  // elements worth a block; small samples share one
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -95,7 +94,8 @@ __device__ Region region_of(const Entry& entry, int64_t item) {
     region.origin[axis] = tile * entry.tile[axis];
     region.places[axis] = std::min(entry.tile[axis], entry.grid[axis] - region.origin[axis]);
     const int64_t begin = region.origin[axis] * window.stride[axis] - window.pad_low[axis];
-    const int64_t span = (region.places[axis] - 1) * window.stride[axis] + window.dilation[axis] * (window.kernel[axis] - 1) + 1;
+    const int64_t span =
+        (region.places[axis] - 1) * window.stride[axis] + window.dilation[axis] * (window.kernel[axis] - 1) + 1;
     const int64_t end = std::min(begin + span, entry.source.extent[axis]);
     region.begin[axis] = static_cast<int>(std::max<int64_t>(0, begin));
     region.size[axis] = static_cast<int>(std::max<int64_t>(0, end - region.begin[axis]));
@@ -242,14 +242,16 @@ __device__ void tile_maps(const Entry& entry, const Region& region, unsigned cha
   sum_channels<T>(entry.source, region, plane, reinterpret_cast<Sum*>(shared + plane_bytes));
   __syncthreads();
   const Window& window = entry.source.window;
-  Sum* maps = static_cast<Sum*>(entry.maps) + region.group * entry.source.batch * entry.grid[0] * entry.grid[1] * entry.grid[2];
+  Sum* maps =
+      static_cast<Sum*>(entry.maps) + region.group * entry.source.batch * entry.grid[0] * entry.grid[1] * entry.grid[2];
   const int places = region.places[0] * region.places[1] * region.places[2];
   for (int i = threadIdx.x; i < region.samples * places; i += kThreads) {
     const int sample = i / places;
     const int place[kSpatialRank] = {i % places / (region.places[1] * region.places[2]),
                                      i / region.places[2] % region.places[1], i % region.places[2]};
     int64_t index = region.first_sample + sample;
-    for (int axis = 0; axis < kSpatialRank; ++axis) index = index * entry.grid[axis] + region.origin[axis] + place[axis];
+    for (int axis = 0; axis < kSpatialRank; ++axis)
+      index = index * entry.grid[axis] + region.origin[axis] + place[axis];
     maps[index] = patch_sum(window, region, plane, sample, place) + static_cast<Sum>(window.bias);
   }
 }

@@ -131,9 +131,14 @@ void test_sums(Random& random) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < i; ++j) previous[i * count + j] = previous[j * count + i];
   std::vector<T> sums(count * count), expected(count * count);
-  CrossLayerSumsParams params{maps.data(), sums.data(), draw(random, 0, 1) == 0 ? nullptr : previous.data(),
-                              0.7,         0.3,         count,
-                              batch,       sizeof(T) == sizeof(double),
+  CrossLayerSumsParams params{maps.data(),
+                              sums.data(),
+                              draw(random, 0, 1) == 0 ? nullptr : previous.data(),
+                              0.7,
+                              0.3,
+                              count,
+                              batch,
+                              sizeof(T) == sizeof(double),
                               draw(random, 0, 1) == 0 ? Downsample::kNearest : Downsample::kArea};
   const Workspace workspace(cuda::cross_layer_sums_workspace(params));
   expect_success("cross_layer_sums", cuda::cross_layer_sums(params, workspace.get(), nullptr));
@@ -147,9 +152,8 @@ void test_sums(Random& random) {
   std::vector<int64_t> layer_of_block(count);
   for (int64_t& layer : layer_of_block) layer = draw(random, 0, layers - 1);
   std::vector<T> fisher(layers * layers), expected_fisher(layers * layers);
-  CoarseFisherParams fisher_params{sums.data(),   previous.data(), layer_of_block.data(),
-                                   fisher.data(), count,           layers,
-                                   sizeof(T) == sizeof(double)};
+  CoarseFisherParams fisher_params{sums.data(), previous.data(), layer_of_block.data(),      fisher.data(),
+                                   count,       layers,          sizeof(T) == sizeof(double)};
   const Workspace fisher_workspace(cuda::coarse_fisher_workspace(fisher_params));
   expect_success("coarse_fisher", cuda::coarse_fisher(fisher_params, fisher_workspace.get(), nullptr));
   fisher_params.fisher = expected_fisher.data();
