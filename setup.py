@@ -3,10 +3,16 @@
 pip builds in an isolated environment without torch. Asking for torch there would download a second one,
 perhaps of another version; so this file looks for the installed one itself: in the environment's
 site-packages, in the base interpreter's (for a venv with --system-site-packages) and in the user's.
+
+CUDA kernels are built where torch is a CUDA build and a toolkit is found, whether or not there is a device.
+KFAC2_CUDA=0 leaves them out, KFAC2_CUDA=1 insists on them; TORCH_CUDA_ARCH_LIST chooses the architectures.
 """
 
 import os
+import re
+import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -18,6 +24,14 @@ NO_TORCH = """kfac2 needs an installed torch (2.10 or newer) to build against, a
   {places}
 Install torch first, for example:  pip install torch
 Then build again:                  pip install ."""
+NO_TOOLKIT = """kfac2 found torch {torch}, a build for CUDA {cuda}, but no CUDA toolkit (nvcc).
+Name the toolkit:                  CUDA_HOME=/usr/local/cuda-{cuda} pip install .
+Or build for the CPU alone:        KFAC2_CUDA=0 pip install ."""
+NO_CUDA_TORCH = "KFAC2_CUDA=1 needs a CUDA build of torch, got torch {torch}: install one, or leave KFAC2_CUDA out."
+OTHER_CUDA = """kfac2 found torch {torch}, a build for CUDA {cuda}, but the toolkit in {home} is CUDA {toolkit}.
+Name one of the same major version:  CUDA_HOME=/usr/local/cuda-{cuda} pip install .
+Or build for the CPU alone:          KFAC2_CUDA=0 pip install ."""
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # Ampere, Hopper, Blackwell, and what comes after
 
 
 def site_packages() -> list[str]:
@@ -44,34 +58,73 @@ def find_torch() -> None:
         sys.path.append(found[0])
 
 
-def sources(folder: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob("*.cpp"))
+def find_toolkit() -> Path | None:
+    """Find the CUDA toolkit: named by the environment, or the one that nvcc on PATH says it works from."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable])
+    if shutil.which("nvcc"):  # perhaps a script that calls another: ask it
+        asked = subprocess.run(["nvcc", "--dryrun", "-c", "any.cu"], capture_output=True, text=True)
+        here = re.search(r"_HERE_=(.+)", asked.stdout + asked.stderr)
+        if here:
+            return Path(here[1].strip()).parent
+    usual = Path("/usr/local/cuda")
+    return usual if (usual / "bin/nvcc").exists() else None
 
 
-def extensions() -> list[Extension]:
+def choose_cuda() -> bool:
+    """Decide whether CUDA kernels are built; stop with what to type rather than leave them out in silence."""
+    import torch
+
+    asked, cuda = os.environ.get("KFAC2_CUDA", "auto"), torch.version.cuda
+    if asked == "0" or (cuda is None and asked != "1"):
+        return False
+    if cuda is None:
+        sys.exit(NO_CUDA_TORCH.format(torch=torch.__version__))
+    home = find_toolkit()
+    if home is None or not (home / "bin/nvcc").exists():
+        sys.exit(NO_TOOLKIT.format(torch=torch.__version__, cuda=cuda))
+    version = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    toolkit = re.search(r"release (\d+)\.(\d+)", version)
+    if toolkit is None or toolkit[1] != cuda.split(".")[0]:
+        found = f"{toolkit[1]}.{toolkit[2]}" if toolkit else "of an unknown version"
+        sys.exit(OTHER_CUDA.format(torch=torch.__version__, cuda=cuda, home=home, toolkit=found))
+    os.environ["CUDA_HOME"] = str(home)  # read by torch when its extension builder is imported
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    return True
+
+
+def sources(folder: str, ending: str = "cpp") -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*.{ending}"))
+
+
+def extensions(cuda: bool) -> list[Extension]:
     """The op library (LibTorch's stable ABI) and, apart from it, the pybind11 module of build information."""
     import pybind11
     import torch
-    from torch.utils.cpp_extension import CppExtension
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     # 2.10: one build serves every later torch. -fopenmp-simd needs no OpenMP runtime.
     flags = ["-O3", "-std=c++17", "-fopenmp-simd", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
-    torch_flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    defined = ["-DTORCH_TARGET_VERSION=0x020a000000000000"] + (["-DKFAC2_WITH_CUDA", "-DUSE_CUDA"] if cuda else [])
     build_info = "csrc/torch/build_info.cpp"
-    ops = CppExtension(
+    ops = (CUDAExtension if cuda else CppExtension)(
         "kfac2._ops",
-        [source for source in sources("torch") if source != build_info] + sources("cpu"),
-        include_dirs=[str(ROOT / "csrc/include"), str(ROOT / "csrc/cpu")],
-        extra_compile_args=flags + torch_flags,
+        [source for source in sources("torch") if source != build_info]
+        + sources("cpu")
+        + (sources("kernels", "cu") if cuda else []),
+        include_dirs=[str(ROOT / "csrc" / folder) for folder in ("include", "cpu", "kernels")],
+        extra_compile_args={"cxx": flags + defined, "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]},
         py_limited_api=True,
         depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
     )
-    version = f'-DKFAC2_BUILT_WITH_TORCH="{torch.__version__}"'
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";") if cuda else ""
+    known = [f'-DKFAC2_BUILT_WITH_TORCH="{torch.__version__}"', f'-DKFAC2_CUDA_ARCH="{architectures}"']
     info = Extension(
         "kfac2._C",
         [build_info],
         include_dirs=[pybind11.get_include()],
-        extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", version],
+        extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", *known],
         language="c++",
     )
     return [ops, info]
@@ -80,6 +133,7 @@ def extensions() -> list[Extension]:
 if __name__ == "__main__":
     os.chdir(ROOT)
     find_torch()
+    with_cuda = choose_cuda()
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+    setup(ext_modules=extensions(with_cuda), cmdclass={"build_ext": BuildExtension})

@@ -40,8 +40,8 @@ def build_info() -> dict[str, Any]:
     return {
         "version": metadata.version("kfac2"),
         "torch": _C.torch_version,
-        "cuda": _C.cuda,
-        "cuda_arch": list(_C.cuda_arch),
+        "cuda": bool(_C.cuda_arch),
+        "cuda_arch": _C.cuda_arch.split(";") if _C.cuda_arch else [],
     }
 
 

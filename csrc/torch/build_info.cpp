@@ -4,6 +4,5 @@
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Build information of kfac2.";
   module.attr("torch_version") = KFAC2_BUILT_WITH_TORCH;
-  module.attr("cuda") = false;
-  module.attr("cuda_arch") = pybind11::list();
+  module.attr("cuda_arch") = KFAC2_CUDA_ARCH;  // separated by semicolons; empty in a build for the CPU alone
 }

@@ -28,6 +28,10 @@ inline std::string shape_of(const torch::stable::Tensor& tensor) {
   return shape.str();
 }
 
+inline bool same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 inline bool is_float_or_double(const torch::stable::Tensor& tensor) {
   return tensor.scalar_type() == torch::headeronly::ScalarType::Float ||
          tensor.scalar_type() == torch::headeronly::ScalarType::Double;

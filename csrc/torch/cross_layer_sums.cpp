@@ -5,6 +5,9 @@
 
 #include "check.h"
 #include "parallel.h"
+#ifdef KFAC2_WITH_CUDA
+#include "on_device.h"
+#endif
 
 namespace kfac2 {
 namespace {
@@ -13,7 +16,7 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "cross_layer_sums";
 
-// maps: B tensors [N, *grid] of one dtype, float32 or float64
+// maps: B tensors [N, *grid] of one dtype, float32 or float64, on one device
 void check_maps(const std::vector<Tensor>& maps) {
   check(!maps.empty(), kOp, "expected at least one map, got none");
   check(is_float_or_double(maps[0]), kOp, "expected maps of dtype float32 or float64, got another dtype");
@@ -24,42 +27,80 @@ void check_maps(const std::vector<Tensor>& maps) {
           " has another");
     check(maps[i].size(0) == maps[0].size(0), kOp, "expected all maps to have N = ", maps[0].size(0), ", map ", i,
           " has shape ", shape_of(maps[i]));
+    check(same_device(maps[i], maps[0]), kOp, "expected map ", i, " on the device of map 0");
   }
 }
 
+// previous: [B, B], like the maps
 void check_previous(const std::vector<Tensor>& maps, const std::optional<Tensor>& previous) {
   if (!previous) return;
   const int64_t count = static_cast<int64_t>(maps.size());
   check(previous->dim() == 2 && previous->size(0) == count && previous->size(1) == count, kOp,
         "expected previous of shape [B, B] with B = ", count, " (the number of maps), got ", shape_of(*previous));
   check(previous->scalar_type() == maps[0].scalar_type(), kOp, "expected previous to have the dtype of the maps");
+  check(same_device(*previous, maps[0]), kOp, "expected previous on the device of the maps");
 }
+
+// Checked inputs, contiguous, and the output made for them: [B, B].
+struct Call {
+  std::vector<Tensor> contiguous;  // keeps alive what the pointers point to
+  std::vector<GridMap> grid_maps;
+  Tensor sums;
+  CrossLayerSumsParams params;
+
+  Call(const std::vector<Tensor>& maps, bool area, const std::optional<Tensor>& previous, double kept, double scale) {
+    check_maps(maps);
+    check_previous(maps, previous);
+    for (const Tensor& map : maps) {
+      contiguous.push_back(torch::stable::contiguous(map));
+      GridMap grid_map{contiguous.back().const_data_ptr(), {static_cast<int>(map.dim()) - 1, {}}};
+      for (int axis = 0; axis < grid_map.grid.rank; ++axis) grid_map.grid.extent[axis] = map.size(axis + 1);
+      grid_maps.push_back(grid_map);
+    }
+    const void* before = nullptr;
+    if (previous) {
+      contiguous.push_back(torch::stable::contiguous(*previous));
+      before = contiguous.back().const_data_ptr();
+    }
+    const int64_t count = static_cast<int64_t>(maps.size());
+    sums = torch::stable::new_empty(maps[0], {count, count});
+    params = {grid_maps.data(),
+              sums.mutable_data_ptr(),
+              before,
+              kept,
+              scale,
+              count,
+              maps[0].size(0),
+              is_double(maps[0]),
+              area ? Downsample::kArea : Downsample::kNearest};
+  }
+};
 
 Tensor cross_layer_sums_cpu(const std::vector<Tensor>& maps, bool area, const std::optional<Tensor>& previous,
                             double kept, double scale) {
-  check_maps(maps);
-  check_previous(maps, previous);
-  const int64_t count = static_cast<int64_t>(maps.size());
-  std::vector<Tensor> contiguous;
-  std::vector<GridMap> grid_maps;
-  for (const Tensor& map : maps) {
-    contiguous.push_back(torch::stable::contiguous(map));
-    GridMap grid_map{contiguous.back().const_data_ptr(), {static_cast<int>(map.dim()) - 1, {}}};
-    for (int axis = 0; axis < grid_map.grid.rank; ++axis) grid_map.grid.extent[axis] = map.size(axis + 1);
-    grid_maps.push_back(grid_map);
-  }
-  if (previous) contiguous.push_back(torch::stable::contiguous(*previous));
-  Tensor sums = torch::stable::new_empty(maps[0], {count, count});  // [B, B]
-  cpu::CrossLayerSums work({grid_maps.data(), sums.mutable_data_ptr(),
-                            previous ? contiguous.back().const_data_ptr() : nullptr, kept, scale, count,
-                            maps[0].size(0), is_double(maps[0]), area ? Downsample::kArea : Downsample::kNearest});
+  const Call call(maps, area, previous, kept, scale);
+  cpu::CrossLayerSums work(call.params);
   run_tasks(work.tasks(), [&](int64_t task) { work.run_task(task); });
   work.merge();
-  return sums;
+  return call.sums;
 }
+
+#ifdef KFAC2_WITH_CUDA
+Tensor cross_layer_sums_cuda(const std::vector<Tensor>& maps, bool area, const std::optional<Tensor>& previous,
+                             double kept, double scale) {
+  const Call call(maps, area, previous, kept, scale);
+  run_on_device(kOp, maps[0], cuda::cross_layer_sums_workspace(call.params), [&](void* workspace, cuda::Stream stream) {
+    return cuda::cross_layer_sums(call.params, workspace, stream);
+  });
+  return call.sums;
+}
+#endif
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kfac2, CPU, m) { m.impl("cross_layer_sums", TORCH_BOX(&cross_layer_sums_cpu)); }
+#ifdef KFAC2_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(kfac2, CUDA, m) { m.impl("cross_layer_sums", TORCH_BOX(&cross_layer_sums_cuda)); }
+#endif
 
 }  // namespace kfac2

@@ -4,32 +4,61 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "row_source.h"
+#ifdef KFAC2_WITH_CUDA
+#include "on_device.h"
+#endif
 
 namespace kfac2 {
 namespace {
 
 using torch::stable::Tensor;
 
-std::vector<Tensor> layer_maps_cpu(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows) {
-  const std::vector<RowSource> sources = row_sources("layer_maps", tensors, windows);
-  std::vector<Tensor> maps;  // [groups, N, *grid] each
+constexpr const char* kOp = "layer_maps";
+
+// Checked inputs, and the outputs made for them: [groups, N, *grid] for each layer.
+struct Call {
+  std::vector<RowSource> sources;
+  std::vector<Tensor> maps;
   std::vector<void*> pointers;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    std::vector<int64_t> shape = {sources[i].window.groups, sources[i].batch};
-    for (int64_t axis = 2 + kSpatialRank - tensors[i].dim(); axis < kSpatialRank; ++axis) {
-      shape.push_back(sources[i].grid(static_cast<int>(axis)));
+
+  Call(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows)
+      : sources(row_sources(kOp, tensors, windows)) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      std::vector<int64_t> shape = {sources[i].window.groups, sources[i].batch};
+      for (int64_t axis = 2 + kSpatialRank - tensors[i].dim(); axis < kSpatialRank; ++axis) {
+        shape.push_back(sources[i].grid(static_cast<int>(axis)));
+      }
+      maps.push_back(torch::stable::new_empty(tensors[i], shape, sum_type(sources[i])));
+      pointers.push_back(maps.back().mutable_data_ptr());
     }
-    maps.push_back(torch::stable::new_empty(tensors[i], shape, sum_type(sources[i])));
-    pointers.push_back(maps.back().mutable_data_ptr());
   }
-  const LayerMapsParams params{sources.data(), pointers.data(), static_cast<int64_t>(sources.size())};
+
+  LayerMapsParams params() const { return {sources.data(), pointers.data(), static_cast<int64_t>(sources.size())}; }
+};
+
+std::vector<Tensor> layer_maps_cpu(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows) {
+  const Call call(tensors, windows);
+  const LayerMapsParams params = call.params();
   torch::stable::parallel_for(0, cpu::layer_maps_slots(params), 1,
                               [&](int64_t begin, int64_t end) { cpu::layer_maps(params, begin, end); });
-  return maps;
+  return call.maps;
 }
+
+#ifdef KFAC2_WITH_CUDA
+std::vector<Tensor> layer_maps_cuda(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows) {
+  const Call call(tensors, windows);
+  const LayerMapsParams params = call.params();
+  run_on_device(kOp, tensors[0], cuda::layer_maps_workspace(params),
+                [&](void* workspace, cuda::Stream stream) { return cuda::layer_maps(params, workspace, stream); });
+  return call.maps;
+}
+#endif
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kfac2, CPU, m) { m.impl("layer_maps", TORCH_BOX(&layer_maps_cpu)); }
+#ifdef KFAC2_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(kfac2, CUDA, m) { m.impl("layer_maps", TORCH_BOX(&layer_maps_cuda)); }
+#endif
 
 }  // namespace kfac2

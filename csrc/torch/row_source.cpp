@@ -55,6 +55,7 @@ std::vector<RowSource> row_sources(const char* op, const std::vector<Tensor>& te
     const Tensor& tensor = tensors[index];
     check(tensor.dim() >= 2 && tensor.dim() <= 2 + kSpatialRank, op, "expected tensor ", index,
           " of shape [N, C] with at most three spatial axes, got ", shape_of(tensor));
+    check(same_device(tensor, tensors[0]), op, "expected tensor ", index, " on the device of tensor 0");
     RowSource source;
     source.data = tensor.const_data_ptr();
     source.element_type = element_type(op, tensor, index);
