@@ -1,0 +1,160 @@
+"""Every op on a CUDA device against kfac2.reference in float64. No hypothesis: shapes drawn from seeds."""
+
+import random
+
+import pytest
+import torch
+from compare import assert_equal
+from device import DEVICE, needs_device
+
+from kfac2 import ops, reference
+from kfac2.window import Window
+
+pytestmark = needs_device
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+
+
+def drawn(seed, dtype):
+    """A tensor on the CPU with a convolution's geometry."""
+    draw = random.Random(seed)
+    rank = draw.choice([0, 1, 2, 2, 3])
+    kernel, dilation, stride = (tuple(draw.randint(1, most) for _ in range(rank)) for most in (4, 2, 3))
+    padding = tuple(draw.randint(0, 2) for _ in range(rank))
+    spatial = [d * (k - 1) + draw.randint(1, 9) for d, k in zip(dilation, kernel, strict=True)]
+    shape = (draw.choice([1, 3, 17]), draw.choice([1, 3, 8, 16, 33, 64]), *spatial)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if draw.random() < 0.5:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x, (kernel, stride, padding, dilation, draw.random() < 0.5)
+
+
+def to_device(x):
+    """Copy with strides kept."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("seed", range(24))
+def test_maps_and_covariances(seed, dtype):
+    x, geometry = drawn(seed, dtype)
+    got = to_device(x)
+    scale = reference.patch_sums(x.double().abs(), *geometry)
+    difference = ops.patch_sums(got, *geometry).cpu().double() - reference.patch_sums(x.double(), *geometry)
+    assert_equal(difference + scale, scale, TOLERANCE[dtype])
+    covariance = ops.input_covariance(got, *geometry)
+    assert torch.equal(covariance, covariance.T)
+    assert_equal(covariance.cpu(), reference.input_covariance(x.double(), *geometry), TOLERANCE[dtype])
+    assert_equal(ops.grad_covariance(got).cpu(), reference.grad_covariance(x.double()), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "shape, kernel", [((2, 3, 224, 224), 7), ((2, 64, 56, 56), 3), ((1, 2, 20000), 9), ((3, 2, 9, 40, 41), 3)]
+)
+def test_large_maps_are_tiled(shape, kernel):
+    x = torch.randn(shape)
+    got, window = (
+        ops.patch_sums(to_device(x), kernel, padding=kernel // 2, bias=True),
+        (kernel, 1, kernel // 2, 1, True),
+    )
+    scale = reference.patch_sums(x.double().abs(), *window)
+    assert_equal(got.cpu().double() - reference.patch_sums(x.double(), *window) + scale, scale, 1e-5)
+
+
+@pytest.mark.parametrize("downsample", ["nearest", "area"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("count", [1, 7, 80])
+def test_cross_layer_sums_and_coarse_fisher(count, dtype, downsample):
+    grids = [((), (5,), (8, 4), (4, 8), (7, 9))[i % 5] for i in range(count)]
+    maps = [torch.randn(6, *grid, dtype=torch.float64).to(dtype) for grid in grids]
+    rows = [m.double().reshape(6, -1, 1) for m in maps]
+    previous = torch.eye(count, dtype=dtype)
+    got = ops.cross_layer_sums(
+        [m.to(DEVICE) for m in maps], downsample, previous=previous.to(DEVICE), kept=0.5, scale=2.0
+    )
+    assert torch.equal(got, got.T)
+    expected = 0.5 * previous.double() + 2 * reference.cross_layer_sums(rows, grids, downsample)
+    assert_equal(got.cpu(), expected, TOLERANCE[dtype])
+    layer_of_block = [i // 2 for i in range(count)]
+    fisher = ops.coarse_fisher(got, got, layer_of_block)
+    assert_equal(
+        fisher.cpu(), ops.coarse_fisher(got.cpu().double(), got.cpu().double(), layer_of_block), TOLERANCE[dtype]
+    )
+
+
+def test_lists_of_many_layers_and_groups():
+    x = [torch.randn(3, 8, 5, 6, dtype=torch.float64) for _ in range(300)]
+    windows = [Window.of(2, 3, padding=1, groups=(1, 2, 4)[i % 3], bias=i % 2) for i in range(300)]
+    on_device = [to_device(t) for t in x]
+    for op in (ops.layer_maps, ops.covariances):
+        for ours, theirs in zip(op(on_device, windows), op(x, windows), strict=True):
+            assert_equal(ours.cpu(), theirs)
+
+
+def test_empty_batch():
+    x = torch.zeros(0, 3, 4, 4, device=DEVICE)
+    assert ops.patch_sums(x, 3).shape == (0, 2, 2)
+    assert not ops.input_covariance(x, 3).any()
+    assert not ops.cross_layer_sums([x[:, 0]]).any()
+
+
+def test_solves_follow_the_cpu():
+    rows = [torch.randn(9, d, dtype=torch.float64) for d in (3, 5, 3)]
+    A, G = [r.T @ r for r in rows], [r[:, :2].T @ r[:, :2] for r in rows]
+    grads = [torch.randn(2, len(a), dtype=torch.float64) for a in A]
+    there = [[m.to(DEVICE) for m in matrices] for matrices in (A, G, grads)]
+    ours, theirs = ops.factored_tikhonov_inverse(*there[:2], 0.1), ops.factored_tikhonov_inverse(A, G, 0.1)
+    exact, expected = ops.eigendecompose(*there[:2]), ops.eigendecompose(A, G)
+    results = ops.precondition(there[2], *ours[:2]) + ops.precondition_eigh(there[2], *exact[:4], 0.1)
+    references = ops.precondition(grads, *theirs[:2]) + ops.precondition_eigh(grads, *expected[:4], 0.1)
+    for result, wanted in zip(results, references, strict=True):
+        assert_equal(result.cpu(), wanted)
+
+
+def test_results_are_the_same_each_time():
+    x, window = torch.randn(64, 32, 16, 16, device=DEVICE), Window.of(2, 3, padding=1, bias=1)
+    maps = ops.layer_maps([x] * 3, [window] * 3)
+    for op in (
+        lambda: ops.covariances([x], [window])[0],
+        lambda: ops.cross_layer_sums(maps),
+        lambda: ops.channel_sums(x),
+    ):
+        first = op()
+        assert all(torch.equal(first, op()) for _ in range(5))
+
+
+def test_on_another_stream():
+    x = torch.randn(32, 16, 32, 32, device=DEVICE)
+    expected = ops.input_covariance(x, 3), ops.channel_sums(x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # a launch on the default stream would come before this ends
+        y = x * 2
+        got = ops.input_covariance(y, 3), ops.channel_sums(y)
+    stream.synchronize()
+    assert_equal(got[0], 4 * expected[0], 1e-5)
+    assert_equal(got[1], 2 * expected[1], 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_on_a_second_device():
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    got = ops.input_covariance(x.to("cuda:1"), 3)
+    assert got.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert_equal(got.cpu(), reference.input_covariance(x, 3))
+
+
+def test_tensors_on_two_devices_are_refused():
+    here, there = torch.randn(3, 2), torch.randn(3, 2, device=DEVICE)
+    with pytest.raises(ValueError, match=r"tensors\[1\] must be on the device of tensors\[0\]"):
+        ops.covariances([there, here], [Window.places(0)] * 2)
+    numbers = Window.places(0).encode() * 2
+    with pytest.raises(RuntimeError, match="expected tensor 1 on the device of tensor 0"):
+        torch.ops.kfac2.covariances([there, here], numbers)
+
+
+@pytest.mark.parametrize("name", ["layer_maps", "covariances"])
+def test_opcheck(name):
+    tensors = [torch.randn(3, 2, 5, 4, device=DEVICE), torch.randn(2, 6, 7, device=DEVICE)]
+    numbers = Window.of(2, 3, padding=1, bias=1).encode() + Window.places(1, groups=2).encode()
+    torch.library.opcheck(getattr(torch.ops.kfac2, name).default, (tensors, numbers))
