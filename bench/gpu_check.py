@@ -102,9 +102,8 @@ def markdown(record: dict[str, Any]) -> str:
     ]
     for line in found.get("measured", []):
         versus = f"{line['versus'][0]}: {line['versus'][1]:.0f} µs" if line["versus"] else ""
-        lines.append(
-            f"| {line['name']} | {line['microseconds']:.0f} µs | {versus} | {line['target']} | {line['reached']} |"
-        )
+        cells = (line["name"], f"{line['microseconds']:.0f} µs", versus, line["target"], line["reached"])
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
