@@ -1,13 +1,16 @@
 # Every target makes the virtual environment it needs. The interpreter's own torch is used if it has one.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.11.0
+OUT ?= bench/results
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h)
-FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/native/*.cpp tests/native/*.h \
+	tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help test bench demo lint format cpu-check clean
+.PHONY: help test native kernels bench demo cuda-build-check gpu-check lint format clean
 
 help:  ## show what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -23,17 +26,34 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 	@mkdir -p build
 	@touch $@
 
-test: $(VENV)/installed  ## run all tests (about 4 minutes on 2 cores)
-	@$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > build/native.log || (cat build/native.log; false)
-	@$(BIN)/ninja -C build/native --quiet
-	@$(BIN)/ctest --test-dir build/native --output-on-failure | tail -n 4
+test: native $(VENV)/installed  ## run all tests (about 4 minutes on 2 cores)
 	@$(BIN)/pytest -n 2 --dist worksteal -p no:benchmark
+
+native: $(VENV)/installed  ## test the C++ kernels and the emulated CUDA kernels, under sanitizers
+	@$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > build/native.log \
+		|| (cat build/native.log; false)
+	@$(BIN)/ninja -C build/native --quiet
+	@$(BIN)/ctest --test-dir build/native --output-on-failure > build/native.log || (cat build/native.log; false)
+	@tail -n 3 build/native.log
+
+kernels: $(BIN)/python  ## compile the CUDA kernels with nvcc for three architectures; print registers and spills
+	@$(BIN)/python tests/native/compile_with_nvcc.py
 
 bench: $(VENV)/installed  ## compare kernels with plain torch (pytest-benchmark)
 	@$(BIN)/pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
 
 demo: $(VENV)/installed  ## train two networks with SGD, Adam, one- and two-level K-FAC; draw demo.png
 	@$(BIN)/python bench/demo.py $(ARGS)
+
+cuda-build-check:  ## prove the CUDA build without a device: a venv with a CUDA torch, pip install ., the CPU tests
+	@rm -rf .venv-cuda && $(PYTHON) -m venv .venv-cuda
+	@.venv-cuda/bin/pip install -qq $(CUDA_TORCH) numpy
+	@.venv-cuda/bin/pip install -qq '.[test]'
+	@cd tests && ../.venv-cuda/bin/python -c 'import kfac2; i = kfac2.build_info(); print(i); assert i["cuda"]'
+	@.venv-cuda/bin/pytest -n 2 -p no:benchmark -m 'not slow'
+
+gpu-check:  ## on a machine with a CUDA device: build, test and measure there; write the record to OUT=bench/results
+	@$(PYTHON) bench/gpu_check.py --out $(OUT)
 
 lint: $(VENV)/installed  ## check formats, names, docstrings and types
 	@$(BIN)/ruff check -q .
@@ -47,4 +67,4 @@ format: $(VENV)/installed  ## format all sources
 	@$(BIN)/clang-format -i $(FORMATTED)
 
 clean:  ## delete what was built, and the environment
-	@rm -rf $(VENV) build *.egg-info kfac2/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-cuda build *.egg-info kfac2/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
