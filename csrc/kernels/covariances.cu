@@ -190,7 +190,7 @@ __device__ void add_tile(const LayerEntry& layer, const PieceEntry& piece, const
     const int positions = static_cast<int>(std::min<int64_t>(kChunk, end - chunk));
     if (static_cast<int>(threadIdx.x) < positions)
       shared.offset[threadIdx.x] = offset_of(source, piece, chunk + threadIdx.x);
-    __syncthreads();
+    __syncthreads();  // the offsets are there, and the last chunk is done with
     load_channels<T, kTile>(shared.left, x, shared.offset, positions, row_tile * kTile, channels, stride);
     load_channels<T, kTile>(shared.right, x + shift, shared.offset, positions, col_tile * kTile, channels, stride);
     __syncthreads();
@@ -199,8 +199,8 @@ __device__ void add_tile(const LayerEntry& layer, const PieceEntry& piece, const
       for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 4; ++j) sums[i][j] += shared.left[k][row + i] * shared.right[k][col + j];
     }
-    __syncthreads();  // before the next chunk, or the slices' sums, overwrite this one
   }
+  __syncthreads();  // before the slices' sums overwrite the last chunk
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < 4; ++j) shared.slices[slice][(row + i) * kTile + col + j] = sums[i][j];
   __syncthreads();

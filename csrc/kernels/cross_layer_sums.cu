@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kArea ? 2 : 4)
       const Grid& grid = for_rows ? tile.row_grid : tile.col_grid;
       (for_rows ? shared.row_place : shared.col_place)[k] = chunk + k < end ? place_in(grid, tile.meeting, n, t) : -1;
     }
-    __syncthreads();
+    __syncthreads();  // the places are there, and the last chunk is done with
     load_maps<T, kArea>(shared.rows, maps + tile.row_first, tile.row_count, shared.row_place, tile.row_grid,
                         tile.meeting, chunk);
     load_maps<T, kArea>(shared.cols, maps + tile.col_first, tile.col_count, shared.col_place, tile.col_grid,
@@ -148,7 +148,6 @@ __global__ void __launch_bounds__(kThreads, kArea ? 2 : 4)
       sums[0][0] += a0 * b0, sums[0][1] += a0 * b1;
       sums[1][0] += a1 * b0, sums[1][1] += a1 * b1;
     }
-    __syncthreads();  // before the next chunk overwrites this one
   }
   T* out = partial + static_cast<int64_t>(blockIdx.x) * kTile * kTile;
   for (int i = 0; i < 2; ++i)

@@ -84,6 +84,25 @@ struct DrawnSource {
     source.data = data.data();
   }
 
+  // A convolution of one group on maps of a given size, padded to keep it.
+  DrawnSource(Random& random, ElementType type, int64_t batch, int64_t channels, int64_t height, int64_t width,
+              int64_t kernel) {
+    source.element_type = type;
+    source.batch = batch;
+    source.channels = channels;
+    const int64_t extents[] = {1, height, width}, kernels[] = {1, kernel, kernel};
+    for (int axis = 0; axis < kSpatialRank; ++axis) {
+      source.extent[axis] = extents[axis];
+      source.window.kernel[axis] = kernels[axis];
+      source.window.stride[axis] = source.window.dilation[axis] = 1;
+      source.window.pad_low[axis] = source.window.pad_high[axis] = kernels[axis] / 2;
+    }
+    source.window.groups = source.window.bias = 1;
+    lay_out(draw(random, 0, 1) == 0);
+    data = drawn_numbers<T>(random, batch * channels * source.places());
+    source.data = data.data();
+  }
+
   void lay_out(bool channels_last) {
     const int64_t places = source.places();
     source.batch_stride = source.channels * places;
