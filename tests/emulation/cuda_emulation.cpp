@@ -469,6 +469,10 @@ void* shared_bytes(size_t bytes) {
   return at.shared;
 }
 
+int64_t launches_run = 0;
+
+int64_t launches() { return launches_run; }
+
 cudaError_t run(const Launch& launch) {
   if (launch.grid.x == 0 || launch.grid.y == 0 || launch.grid.z == 0) return cudaSuccess;
   Device& at = device();
@@ -476,6 +480,7 @@ cudaError_t run(const Launch& launch) {
   if (error != cudaSuccess) return error;
   const Running running(at, launch);
   run_grid(at, launch);
+  ++launches_run;
   return cudaSuccess;
 }
 

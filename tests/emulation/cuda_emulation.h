@@ -126,6 +126,9 @@ struct Launch {
   const void* call;
 };
 
+// Launches that ran, since the program began.
+int64_t launches();
+
 // Throws Error if the kernel is at fault; returns the error of a launch that a device would refuse.
 cudaError_t run(const Launch& launch);
 

@@ -180,6 +180,78 @@ void test_sums(Random& random) {
   expect_equal("coarse_fisher", fisher.data(), expected_fisher.data(), fisher.size(), tolerance);
 }
 
+// Launches of each op for so many small layers, bias and groups among them.
+std::vector<int64_t> launches_for(int64_t count) {
+  Random random(1);
+  std::vector<std::unique_ptr<DrawnSource<float>>> layers;
+  std::vector<RowSource> sources;
+  std::vector<GridMap> maps;
+  for (int64_t i = 0; i < count; ++i) {
+    layers.push_back(std::make_unique<DrawnSource<float>>(random, ElementType::kFloat32, 2, 2, 4, 4, 3));
+    sources.push_back(layers.back()->source);
+    maps.push_back({layers.back()->data.data(), {1, {4}}});
+  }
+  const auto map_size = [](const RowSource& s) { return s.window.groups * s.batch * s.grid_places(); };
+  const auto size = [](const RowSource& s) { return s.window.groups * s.row_length() * s.row_length(); };
+  Outputs map_outputs(sources, map_size), covariances(sources, size);
+  std::vector<float> sums(count * count);
+  std::vector<int64_t> layer_of_block(count, 0);
+  std::vector<int64_t> launches;
+  const auto run = [&](const char* what, int64_t workspace_bytes, const auto& launcher) {
+    const Workspace workspace(workspace_bytes);
+    const int64_t before = emulation::launches();
+    expect_success(what, launcher(workspace.get()));
+    launches.push_back(emulation::launches() - before);
+  };
+  const LayerMapsParams map_params{sources.data(), map_outputs.pointers.data(), count};
+  run("layer_maps", cuda::layer_maps_workspace(map_params),
+      [&](void* workspace) { return cuda::layer_maps(map_params, workspace, nullptr); });
+  const CovariancesParams params{sources.data(), covariances.pointers.data(), count};
+  run("covariances", cuda::covariances_workspace(params),
+      [&](void* workspace) { return cuda::covariances(params, workspace, nullptr); });
+  const CrossLayerSumsParams sum_params{maps.data(), sums.data(), nullptr, 0, 1, count, 2, false, Downsample::kNearest};
+  run("cross_layer_sums", cuda::cross_layer_sums_workspace(sum_params),
+      [&](void* workspace) { return cuda::cross_layer_sums(sum_params, workspace, nullptr); });
+  float fisher = 0;
+  const CoarseFisherParams fisher_params{sums.data(), sums.data(), layer_of_block.data(), &fisher, count, 1, false};
+  run("coarse_fisher", cuda::coarse_fisher_workspace(fisher_params),
+      [&](void* workspace) { return cuda::coarse_fisher(fisher_params, workspace, nullptr); });
+  return launches;
+}
+
+void test_launches_do_not_grow_with_layers() {
+  const std::vector<int64_t> few = launches_for(3), many = launches_for(112);
+  if (few != many) {
+    std::fputs("the number of launches grows with the number of layers\n", stderr);
+    std::exit(1);
+  }
+  std::printf(
+      "launches for 3 and for 112 layers: layer_maps %d, covariances %d, cross_layer_sums %d, coarse_fisher %d\n",
+      static_cast<int>(many[0]), static_cast<int>(many[1]), static_cast<int>(many[2]), static_cast<int>(many[3]));
+}
+
+// What a kernel cannot do comes back as an error, before anything is launched.
+void test_refusals() {
+  Random random(2);
+  DrawnSource<float> layer(random, ElementType::kFloat32, 1, 1, 1, 80, 3);
+  std::vector<float> out(1 << 16, -1.0f);
+  void* pointer = out.data();
+  const int64_t before = emulation::launches();
+  layer.source.window.kernel[2] = 65;  // offsets of an axis are kept as 64 bits
+  const CovariancesParams params{&layer.source, &pointer, 1};
+  const Workspace workspace(cuda::covariances_workspace(params));
+  const int covariances = cuda::covariances(params, workspace.get(), nullptr);
+  layer.source.extent[2] = layer.source.window.kernel[2] = 5000;  // one patch does not fit into shared memory
+  const LayerMapsParams map_params{&layer.source, &pointer, 1};
+  const Workspace map_workspace(cuda::layer_maps_workspace(map_params));
+  const int maps = cuda::layer_maps(map_params, map_workspace.get(), nullptr);
+  if (covariances != cudaErrorInvalidValue || maps != cudaErrorInvalidValue || emulation::launches() != before ||
+      out[0] != -1.0f) {
+    std::fputs("a kernel did not refuse what it cannot do\n", stderr);
+    std::exit(1);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -196,6 +268,8 @@ int main(int argc, char** argv) {
       test_sums<double>(random);
     }
   }
+  test_launches_do_not_grow_with_layers();
+  test_refusals();
   std::puts("CUDA kernels agree with the CPU kernels in every order");
   return 0;
 }
