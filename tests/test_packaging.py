@@ -1,5 +1,6 @@
 """Installation as a user does it, and the commands of the README."""
 
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,62 @@ setup.find_torch()
     status, output = run(sys.executable, "-S", "-c", code, cwd=tmp_path)
     assert status == 1
     assert "found none in" in output and "pip install torch" in output
+
+
+def choose_cuda(torch_cuda, home, **environment):
+    """setup.py's decision for a torch built with `torch_cuda`, in a process of its own."""
+    code = f"""
+import sys, types
+sys.path.insert(0, {str(ROOT)!r})
+sys.modules["torch"] = types.SimpleNamespace(__version__="2.99", version=types.SimpleNamespace(cuda={torch_cuda!r}))
+import setup
+print(setup.choose_cuda())
+"""
+    settings = {"KFAC2_CUDA": "auto", "CUDA_HOME": str(home), "CUDA_PATH": "", **environment}
+    return run(sys.executable, "-c", code, cwd=ROOT, **settings)
+
+
+def toolkit(folder, release):
+    """A toolkit as far as setup.py looks at it."""
+    (folder / "bin").mkdir(parents=True)
+    nvcc = folder / "bin/nvcc"
+    nvcc.write_text(f'#!/bin/sh\necho "Cuda compilation tools, release {release}, V{release}.1"\n')
+    nvcc.chmod(0o755)
+    return folder
+
+
+def test_cuda_is_decided_by_torch_and_toolkit_and_never_left_out_in_silence(tmp_path):
+    home, older = toolkit(tmp_path / "13", "13.0"), toolkit(tmp_path / "12", "12.8")
+    assert choose_cuda(None, home) == (0, "False\n")
+    assert choose_cuda("13.0", home) == (0, "True\n")
+    assert choose_cuda("13.0", home, KFAC2_CUDA="0") == (0, "False\n")
+    for cuda, place, environment, message in (
+        (None, home, {"KFAC2_CUDA": "1"}, "needs a CUDA build of torch, got torch 2.99"),
+        ("13.0", tmp_path / "none", {}, "no CUDA toolkit (nvcc)"),
+        ("13.0", older, {}, f"the toolkit in {older} is CUDA 12.8"),
+    ):
+        status, output = choose_cuda(cuda, place, **environment)
+        assert status == 1 and message in output, output
+        assert cuda is None or ("CUDA_HOME=" in output and "KFAC2_CUDA=0" in output)
+
+
+def test_the_toolkit_behind_a_wrapper_script_is_found(tmp_path):
+    script = tmp_path / "bin/nvcc"
+    script.parent.mkdir()
+    script.write_text('#!/bin/sh\necho "#$ _HERE_=/opt/some-cuda/bin" >&2\n')
+    script.chmod(0o755)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import setup; print(setup.find_toolkit())"
+    path = os.pathsep.join((str(script.parent), os.environ["PATH"]))
+    assert run(sys.executable, "-c", code, cwd=ROOT, PATH=path, CUDA_HOME="", CUDA_PATH="") == (0, "/opt/some-cuda\n")
+
+
+def test_gpu_check_measures_and_writes_its_record(tmp_path):
+    """On the CPU and at tiny sizes: that the command works where there is a device is for the device to say."""
+    status, output = run(sys.executable, ROOT / "bench/gpu_check.py", "--small", "--out", tmp_path, cwd=tmp_path)
+    assert status == 0, output
+    assert "input_covariance" in (tmp_path / "cpu.md").read_text()
+    record = json.loads((tmp_path / "cpu.json").read_text())
+    assert len(record["measurements"]["measured"]) == 7
 
 
 @pytest.mark.slow
