@@ -15,10 +15,13 @@
 namespace kfac2::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 18;       // samples converted at a time: half of a common L2
-constexpr int64_t kTaskProducts = 1 << 26;     // multiply-adds worth a task of their own
-constexpr int64_t kMaxSplits = 8;              // tasks of one layer, each with its own sums
-constexpr int64_t kMaxSplitNumbers = 1 << 22;  // numbers in those sums together
+constexpr int64_t kBlockBytes = 1 << 18;  // samples converted at a time: half of a common L2
+// Places a multiple of this apart would meet in few sets of the L1 cache; they are moved apart by one vector.
+constexpr int64_t kAliasNumbers = 256;
+constexpr int64_t kScatterTile = 32;
+constexpr int64_t kTaskProducts = 1 << 26;  // multiply-adds worth a task of their own
+constexpr int64_t kMaxSplits = 8;           // tasks of one layer, each with its own sums
+constexpr int64_t kSplitWorth = 1 << 10;    // multiply-adds for each number of a task's own sums
 
 // What is the same for all samples and groups of a layer.
 struct Plan {
@@ -32,8 +35,8 @@ struct Plan {
     for (int axis = 0; axis < kSpatialRank; ++axis) axes[axis] = axis_pieces(source, axis);
     pieces = combine(axes);
     const int64_t numbers = source.row_length() * source.row_length();
-    splits = std::min(
-        {products() / kTaskProducts, kMaxSplits, kMaxSplitNumbers / std::max<int64_t>(1, numbers), source.batch});
+    splits = std::min({products() / kTaskProducts, products() / std::max<int64_t>(1, kSplitWorth * numbers), kMaxSplits,
+                       source.batch});
     splits = std::max<int64_t>(1, splits);
   }
 
@@ -79,18 +82,19 @@ class Accumulator {
         source_(plan.source),
         channels_(source_.channels_per_group()),
         padded_(ceil_div(channels_, kVectorBytes / int64_t{sizeof(Sum)}) * (kVectorBytes / int64_t{sizeof(Sum)})),
+        pitch_(padded_ % kAliasNumbers == 0 ? padded_ + kVectorBytes / int64_t{sizeof(Sum)} : padded_),
         x_(static_cast<const T*>(source_.data) + group * channels_ * source_.channel_stride),
         products_(plan.pieces.size() * padded_ * padded_, Sum(0)),
         bias_(source_.window.bias != 0 ? source_.window.offsets() * padded_ : 0, Sum(0)) {}
 
   void add(int64_t sample_begin, int64_t sample_end) {
-    const int64_t sample_numbers = source_.places() * padded_;
+    const int64_t sample_numbers = source_.places() * pitch_;
     const int64_t samples =
         std::max<int64_t>(1, kBlockBytes / int64_t{sizeof(Sum)} / std::max<int64_t>(1, sample_numbers));
     block_.resize(std::min(samples, sample_end - sample_begin) * sample_numbers);
     for (int64_t n = sample_begin; n < sample_end; n += samples) {
       const int64_t count = std::min(samples, sample_end - n);
-      to_channels_last<T>(source_, x_ + n * source_.batch_stride, count, padded_, block_.data());
+      to_channels_last<T>(source_, x_ + n * source_.batch_stride, count, pitch_, block_.data());
       for (size_t piece = 0; piece < plan_.pieces.size(); ++piece) add_piece(piece, count);
       if (!bias_.empty()) add_bias(count);
     }
@@ -103,12 +107,18 @@ class Accumulator {
       const Piece& piece = plan_.pieces[index];
       const Sum* products = products_.data() + index * padded_ * padded_;
       for (const auto& [o1, o2] : offset_pairs(piece)) {
-        for (int64_t c1 = 0; c1 < channels_; ++c1) {
-          for (int64_t c2 = piece.symmetric ? c1 : 0; c2 < channels_; ++c2) {
-            const Sum sum = products[c1 * padded_ + c2];
-            const int64_t row = c1 * offsets + o1, column = c2 * offsets + o2;
-            covariance[row * d + column] += sum;
-            if (row != column) covariance[column * d + row] += sum;
+        // In tiles, since one of the two elements written for each product lies a row of the result further.
+        for (int64_t first1 = 0; first1 < channels_; first1 += kScatterTile) {
+          for (int64_t first2 = piece.symmetric ? first1 : 0; first2 < channels_; first2 += kScatterTile) {
+            for (int64_t c1 = first1; c1 < std::min(channels_, first1 + kScatterTile); ++c1) {
+              const int64_t begin = piece.symmetric ? std::max(c1, first2) : first2;
+              for (int64_t c2 = begin; c2 < std::min(channels_, first2 + kScatterTile); ++c2) {
+                const Sum sum = products[c1 * padded_ + c2];
+                const int64_t row = c1 * offsets + o1, column = c2 * offsets + o2;
+                covariance[row * d + column] += sum;
+                if (row != column) covariance[column * d + row] += sum;
+              }
+            }
           }
         }
       }
@@ -143,14 +153,14 @@ class Accumulator {
     const int64_t height = source_.extent[1], width = source_.extent[2];
     const AxisPiece &z = *piece.axes[0], &y = *piece.axes[1], &x = *piece.axes[2];
     OuterProducts<Sum> run;
-    run.left = block_.data() + ((z.first * height + y.first) * width + x.first) * padded_;
-    run.right = run.left + ((z.shift * height + y.shift) * width + x.shift) * padded_;
+    run.left = block_.data() + ((z.first * height + y.first) * width + x.first) * pitch_;
+    run.right = run.left + ((z.shift * height + y.shift) * width + x.shift) * pitch_;
     run.sums = products_.data() + index * padded_ * padded_;
     run.channels = padded_;
     run.upper_only = piece.symmetric;
     const int64_t counts[4] = {samples, z.count, y.count, x.count};
-    const int64_t steps[4] = {source_.places() * padded_, z.step * height * width * padded_, y.step * width * padded_,
-                              x.step * padded_};
+    const int64_t steps[4] = {source_.places() * pitch_, z.step * height * width * pitch_, y.step * width * pitch_,
+                              x.step * pitch_};
     std::copy_n(counts, 4, run.count);
     std::copy_n(steps, 4, run.step);
     add_outer_products(run);
@@ -170,7 +180,7 @@ class Accumulator {
             for (int64_t k = 0; k < x.count; ++k) {
               const int64_t plane = n * source_.extent[0] + z.first + i * z.step;
               const int64_t line = plane * source_.extent[1] + y.first + j * y.step;
-              const Sum* from = block_.data() + (line * source_.extent[2] + x.first + k * x.step) * padded_;
+              const Sum* from = block_.data() + (line * source_.extent[2] + x.first + k * x.step) * pitch_;
 #pragma omp simd
               for (int64_t c = 0; c < padded_; ++c) sums[c] += from[c];
             }
@@ -180,10 +190,11 @@ class Accumulator {
   const Plan& plan_;
   const RowSource& source_;
   int64_t channels_, padded_;
+  int64_t pitch_;  // from place to place in the block
   const T* x_;
   std::vector<Sum> products_;  // [pieces, padded, padded]
   std::vector<Sum> bias_;      // [offsets, padded]
-  std::vector<Sum> block_;     // [samples, places, padded]
+  std::vector<Sum> block_;     // [samples, places, pitch]
 };
 
 struct Task {
