@@ -116,7 +116,8 @@ def extensions(cuda: bool) -> list[Extension]:
         include_dirs=[str(ROOT / "csrc" / folder) for folder in ("include", "cpu", "kernels")],
         extra_compile_args={"cxx": flags + defined, "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]},
         py_limited_api=True,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+        # all of csrc: a source distribution made beside a CPU build of torch carries the CUDA kernels, too
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.*"))],
     )
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";") if cuda else ""
     known = [f'-DKFAC2_BUILT_WITH_TORCH="{torch.__version__}"', f'-DKFAC2_CUDA_ARCH="{architectures}"']

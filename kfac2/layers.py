@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from kfac2.window import Window
@@ -167,6 +168,8 @@ def _why_not(module: nn.Linear | Conv, owners: Counter[int], trained: Collection
         return "its weight is parametrised"
     if type(module).forward not in {kind.forward for kind in _KINDS}:
         return "its class has a forward of its own"
+    if isinstance(module.weight, UninitializedParameter):
+        return "its weight has no shape yet (run the lazy module once before building the optimizer)"
     if not module.weight.requires_grad:
         return "its weight is frozen"
     if id(module.weight) not in trained:

@@ -279,6 +279,7 @@ def test_layers_left_to_sgd_are_logged_with_the_reason(caplog):
         "own": Own(2, 2),
         "tied": nn.Linear(3, 5, bias=False),
         "embedding": nn.Embedding(5, 3),
+        "lazy": nn.LazyLinear(2),
         "frozen": nn.Linear(2, 2).requires_grad_(False),
         "skipped": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
     })  # fmt: skip
@@ -287,11 +288,11 @@ def test_layers_left_to_sgd_are_logged_with_the_reason(caplog):
     assert opt.layers == ["plain"]
     for name, reason in {
         "attention.out_proj": "without running hooks", "normed": "parametrised", "reflect": "padding_mode='reflect'",
-        "own": "forward of its own", "tied": "tied", "frozen": "frozen", "skipped.0": "named by skip",
+        "own": "forward of its own", "tied": "tied", "frozen": "frozen", "lazy": "no shape yet", "skipped.0": "named by skip",
         "skipped.1": "named by skip",
     }.items():  # fmt: skip
         assert sum(message.startswith(name + " ") and reason in message for message in messages) == 1, name
-    assert len(messages) == 8
+    assert len(messages) == 9
 
 
 class Twice(nn.Module):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def test_plain_pip_install_builds_against_the_torch_that_is_there(tmp_path):
     code, output = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(site))
     assert code == 0, output
     assert output.split() == [torch.__version__, "24.0"]
+
+
+def test_a_source_distribution_holds_every_source(tmp_path):
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    code, output = run("git", "clone", "-q", ROOT, source, cwd=tmp_path)
+    assert code == 0, output
+    code, output = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=source)
+    assert code == 0, output
+    (archive,) = tmp_path.glob("kfac2-*.tar.gz")
+    held = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    wanted = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")}
+    assert wanted | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "kfac2/py.typed"} <= held
 
 
 def test_without_torch_setup_says_what_to_type(tmp_path):

@@ -117,6 +117,19 @@ def test_a_bad_matrix_is_reported_and_its_neighbours_are_right():
     assert_equal(parts.A_values[3], torch.linalg.eigvalsh(good))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("place", range(4))
+def test_a_root_that_breaks_off_anywhere_is_reported_and_never_raises(place, dtype):
+    diagonal = torch.ones(4, dtype=dtype)
+    for value in (-5.0, 0.0, float("inf"), float("nan"), 1e-45):
+        diagonal[place] = value
+        factors = [torch.diag(diagonal), torch.eye(4, dtype=dtype)]
+        result = ops.factored_tikhonov_inverse(factors, [torch.eye(2, dtype=dtype)] * 2, 0.0)
+        assert int(result.status[0]) == 1 or result.A_inv[0].isfinite().all()
+        assert int(result.status[1]) == 0
+        assert_equal(result.A_inv[1], torch.eye(4, dtype=dtype), 1e-6)
+
+
 def test_number_of_torch_calls_does_not_grow_with_layers():
     """Batched by size: 3 layers and 112 layers of the same two sizes make the same calls."""
     from torch.utils._python_dispatch import TorchDispatchMode

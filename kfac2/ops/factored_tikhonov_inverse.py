@@ -78,6 +78,10 @@ def _pi(A_scale: Tensor, G_scale: Tensor) -> Tensor:
 def _inverse(factors: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     damped = factors + torch.diag_embed(damping.unsqueeze(-1).expand(factors.shape[:-1]))
     root, info = torch.linalg.cholesky_ex(damped)
-    inverse = torch.cholesky_inverse(root)
-    finite = (factors.isfinite() & inverse.isfinite()).flatten(1).all(1)
-    return inverse, ((info != 0) | ~finite).to(torch.int32)
+    positive = (root.diagonal(dim1=-2, dim2=-1) > 0).all(-1)  # False for a NaN
+    good = (info == 0) & positive & factors.isfinite().flatten(1).all(1)
+    identity = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
+    # cholesky_inverse raises for the whole batch where one root is singular: a bad one is replaced first
+    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], root, identity))
+    good = good & inverse.isfinite().flatten(1).all(1)
+    return inverse, (~good).to(torch.int32)
