@@ -43,14 +43,14 @@ def test_plain_pip_install_builds_against_the_torch_that_is_there(tmp_path):
 
 
 def test_a_source_distribution_holds_every_source(tmp_path):
-    pytest.importorskip("setuptools")
     source = tmp_path / "source"
     code, output = run("git", "clone", "-q", ROOT, source, cwd=tmp_path)
     assert code == 0, output
     code, output = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=source)
     assert code == 0, output
     (archive,) = tmp_path.glob("kfac2-*.tar.gz")
-    held = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as files:
+        held = {name.partition("/")[2] for name in files.getnames()}
     wanted = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")}
     assert wanted | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "kfac2/py.typed"} <= held
 
