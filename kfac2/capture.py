@@ -72,7 +72,8 @@ class Captures:
         for layer in layers:
             hook = _Hook(layer.module, self._capture)
             hook.layer = layer
-            self._handles[layer] = layer.module.register_forward_hook(hook, with_kwargs=True)
+            # First of all hooks: what another hook makes of the output is no longer the layer's own.
+            self._handles[layer] = layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
     def clear(self) -> None:
         """Free everything captured."""

@@ -57,6 +57,8 @@ def invert(
         warn: called with a key and a message where a factor had to be mended.
     """
     present = [layer for layer in layers if layer in statistics.A]
+    if not present:
+        return Inverses(damping, {}, None)
     A_list, G_list = [statistics.A[layer] for layer in present], [statistics.G[layer] for layer in present]
     decompose = _factored if inverse == "cholesky" else _decomposed
     results, status = decompose(A_list, G_list, damping)

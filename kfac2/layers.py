@@ -172,6 +172,8 @@ def _why_not(module: nn.Linear | Conv, owners: Counter[int], trained: Collection
         return "its weight has no shape yet (run the lazy module once before building the optimizer)"
     if not module.weight.requires_grad:
         return "its weight is frozen"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
     if id(module.weight) not in trained:
         return "its weight is in no parameter group"
     if owners[id(module.weight)] > 1 or (module.bias is not None and owners[id(module.bias)] > 1):

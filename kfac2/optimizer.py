@@ -56,7 +56,9 @@ class KFAC(Optimizer):
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
             of A ⊗ G + λI.
         fisher: `'mc'` for the true Fisher, labels drawn from the model (call `accumulate_fisher`);
-            `'empirical'` for the gradients of the ordinary backward pass (no call needed).
+            `'empirical'` for the gradients of the ordinary backward passes (no call needed), whose losses must
+            add up to the mean over their cases; not with a loss that is scaled (GradScaler), since its scale
+            would count, nor with other gradients taken through the layers in the same iteration.
         stat_decay: bound of ε in the running averages; default 0.95.
         cov_every: iterations between statistics; default 10.
         inv_every: iterations between inverses; default 100.
@@ -198,6 +200,13 @@ class KFAC(Optimizer):
         if group["momentum"] != 0:
             for parameter, buffer in zip(params, buffers, strict=True):
                 self.state[parameter]["momentum_buffer"] = buffer
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied or pickled whole: the hooks belong to the model's own modules."""
+        raise TypeError(
+            "a KFAC is copied by state_dict() and load_state_dict() of a new one, built from the copied model; "
+            "got copy.deepcopy or pickle of the optimizer itself"
+        )
 
     def accumulate_fisher(self, distribution: Distribution) -> None:
         """See `Preconditioner.accumulate_fisher`."""

@@ -149,7 +149,10 @@ class Preconditioner:
         Draws labels with `.sample()` and differentiates -log_prob with respect to the layers' outputs only:
         no weight gradient is computed, `.grad` stays as it is, and the graph is kept for the loss. Call it
         after the forward pass and before or after `backward()` (then with `retain_graph=True`). Several calls
-        in one iteration add up.
+        in one iteration add up, as micro-batches of one mean loss.
+
+        A forward pass with grad enabled in an iteration that wants statistics keeps its graph until `step`:
+        evaluate under `torch.no_grad()`.
 
         The training loss must be the mean of -log_prob up to a constant, or λ means something else: for
         `Normal(mean, 1)` that is ½ `F.mse_loss`; `Independent(Normal(...), 1)` has one case for each sample
@@ -174,37 +177,54 @@ class Preconditioner:
             with torch.enable_grad():
                 log_prob = distribution.log_prob(labels)
         except (RuntimeError, ValueError):  # what sampling from NaNs raises; the step will be skipped
-            bad = next((record for record in self._captures.records if not record.x.isfinite().all()), None)
-            if bad is None:
+            self._poisoned = self._not_finite_source(distribution)
+            if self._poisoned is None:
                 raise
-            self._poisoned = f"the input of {bad.layer.name}"
             return
         if not log_prob.requires_grad:
             raise ValueError(
                 f"distribution must carry the model's graph, got a {type(distribution).__name__} of detached "
                 "parameters: build it from the model's output, outside torch.no_grad()"
             )
-        records = self._captures.records
+        records = list(self._captures.records)
         # M times the gradient of the mean is the gradient of the sum
         edges = [record.edge for record in records]
         grads = torch.autograd.grad(-log_prob.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
+        self._captures.records = records  # without what activation checkpointing ran, and captured, again
         reached = [(record, g) for record, g in zip(records, grads, strict=True) if g is not None]
         if not reached:
             raise ValueError(
                 "distribution must come from a forward pass of the model in this iteration, with grad enabled; "
-                "got one whose graph holds no output of a handled layer"
+                "got one whose graph holds no output of a handled layer (if the model was compiled and run before "
+                "the optimizer was built: build it first, or call torch._dynamo.reset())"
             )
         passed = self._one_pass(reached)
         if passed and log_prob.numel():
             self._add_pass(passed, log_prob.numel(), scale=1.0)
 
+    def _not_finite_source(self, distribution: Distribution) -> str | None:
+        """Name what is not finite where drawing labels failed: a layer's input, or a parameter of the distribution."""
+        for record in self._captures.records:
+            if not record.x.isfinite().all():
+                return f"the input of {record.layer.name}"
+        for name, value in vars(distribution).items():
+            if isinstance(value, Distribution):
+                inner = self._not_finite_source(value)
+                if inner is not None:
+                    return inner
+            elif isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                return f"{name.lstrip('_')} of the distribution"
+        return None
+
     def _wants_statistics(self) -> bool:
-        return self._statistics is None or self.iteration % self.options.cov_every == 0
+        return bool(self._layers) and (self._statistics is None or self.iteration % self.options.cov_every == 0)
 
     def _one_pass(self, reached: Sequence[tuple[Capture, Tensor]]) -> list[Rows]:
         """Order captures as the layers are, and drop layers that were called twice."""
         by_layer: dict[Layer, list[Rows]] = {}
         for record, g in reached:
+            if not (g.numel() and record.x.numel()):
+                continue  # no rows, as of an expert without tokens: not used in this pass
             layer = record.layer
             by_layer.setdefault(layer, []).append(Rows(layer, layer.input_rows(record.x), layer.grad_rows(g)))
         for layer, calls in by_layer.items():
@@ -224,11 +244,11 @@ class Preconditioner:
             if record.g is not None:
                 rounds.setdefault(record.round, []).append((record, record.g))
         passes = [self._one_pass(reached) for reached in rounds.values()]
-        for passed in passes:
-            kept = [rows for rows in passed if rows.layer in self._layers]  # a later pass may have dropped one
-            if kept and len(kept[0].x):
-                cases = kept[0].x.shape[0] if self.options.cases is None else self.options.cases
-                self._add_pass(kept, cases, scale=float(cases))
+        passes = [[rows for rows in passed if rows.layer in self._layers] for passed in passes]  # some dropped since
+        cases = [self.options.cases or passed[0].x.shape[0] for passed in passes if passed]
+        for passed, count in zip([passed for passed in passes if passed], cases, strict=True):
+            # The losses of all passes add up to the mean over all their cases: that is what M multiplies.
+            self._add_pass(passed, count, scale=float(sum(cases)))
 
     def _drop(self, layer: Layer) -> None:
         """Leave a layer to SGD from now on; what this iteration has summed so far is discarded with it."""
@@ -302,7 +322,7 @@ class Preconditioner:
         if self._wants_statistics():
             if self.options.fisher == "empirical":
                 self._take_backward()
-            if not self._raw.A and self._poisoned is None:
+            if self._layers and not self._raw.A and self._poisoned is None:
                 self._report_missing()
         name = self._poisoned or self._not_finite()
         if name is None:
@@ -335,16 +355,16 @@ class Preconditioner:
 
     def _not_finite(self) -> str | None:
         """Name what is not finite among this iteration's sums and gradients."""
-        layer = self._raw.not_finite()
-        if layer is not None:
-            return f"the statistics of {layer.name}"
+        name = self._raw.not_finite()
+        if name is not None:
+            return name
         grads = [(parameter, parameter.grad) for parameter in self._params if parameter.grad is not None]
         values = [(parameter, grad.coalesce().values() if grad.is_sparse else grad) for parameter, grad in grads]
         values = [(parameter, numbers) for parameter, numbers in values if numbers.numel()]
         if not values:
             return None
         norms = torch._foreach_norm([numbers for _, numbers in values], float("inf"))
-        finite = torch.stack([norm.to(torch.float64) for norm in norms]).isfinite()
+        finite = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite()
         if finite.all():
             return None
         worst, _ = values[int((~finite).nonzero()[0])]
@@ -372,8 +392,8 @@ class Preconditioner:
         self, statistics: Statistics | None, inverses: Inverses | None, rate_of: Callable[[Layer], float]
     ) -> str | None:
         """Compute the new gradients; write them and commit the state only if all are finite."""
-        if statistics is None or inverses is None:
-            return None
+        if statistics is None or inverses is None or not self._layers:
+            return None  # nothing to precondition: plain SGD
         if self._update is None:
             dtypes = [torch.float64 if layer.weight.dtype == torch.float64 else torch.float32 for layer in self._layers]
             self._update = Update(self._layers, dtypes)
@@ -397,7 +417,8 @@ class Preconditioner:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training goes on from, loadable with `torch.load(..., weights_only=True)`.
 
-        Factors, sums and inverses keep their own dtype. Labels are drawn from torch's global generator: to
+        Factors, sums and inverses keep their own dtype. On CUDA, grouped convolutions are the exception to bit
+        for bit: torch adds their blocks up in no fixed order. Labels are drawn from torch's global generator: to
         resume bit for bit, save and restore its state too.
         """
         return {

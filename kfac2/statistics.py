@@ -76,14 +76,17 @@ class RawSums:
             self.input_sums = input_sums if self.input_sums is None else self.input_sums + input_sums
             self.grad_sums = grad_sums if self.grad_sums is None else self.grad_sums + grad_sums
 
-    def not_finite(self) -> Layer | None:
-        """Return a layer whose sums hold a NaN or an infinity, or None. A bad row shows on the diagonal."""
+    def not_finite(self) -> str | None:
+        """Name what holds a NaN or an infinity among the sums, or None. A bad row shows on the diagonal."""
         if not self.A:
             return None
-        layers = [*self.A, *self.G]
-        diagonals = [m.diagonal(dim1=-2, dim2=-1).sum() for m in (*self.A.values(), *self.G.values())]
-        bad = ~torch.stack(diagonals).isfinite()
-        return layers[int(bad.nonzero()[0])] if bad.any() else None
+        names = [f"the statistics of {layer.name}" for layer in (*self.A, *self.G)]
+        sums = [m.diagonal(dim1=-2, dim2=-1).sum() for m in (*self.A.values(), *self.G.values())]
+        if self.input_sums is not None and self.grad_sums is not None:  # a sum of features may overflow by itself
+            names += ["the coarse sums of inputs", "the coarse sums of output gradients"]
+            sums += [self.input_sums.sum(), self.grad_sums.sum()]
+        bad = ~torch.stack([number.double() for number in sums]).isfinite()
+        return names[int(bad.nonzero()[0])] if bad.any() else None
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,20 @@ def updated(old: Statistics | None, raw: RawSums, layers: Sequence[Layer], decay
     t = 1 if old is None else old.updates + 1
     kept = min(1 - 1 / t, decay)
 
-    def average(before: Tensor | None, raw_sum: Tensor, scale: float | Tensor) -> Tensor:
-        new = raw_sum * scale
-        return new if before is None else torch.lerp(new, before, kept)
+    def averages(
+        before: dict[Layer, Tensor], raw_sums: dict[Layer, Tensor], scales: list[float]
+    ) -> dict[Layer, Tensor]:
+        new = dict(zip(raw_sums, torch._foreach_mul(list(raw_sums.values()), scales), strict=True))
+        known = [layer for layer in new if layer in before]
+        if known:
+            olds = [before[layer] for layer in known]
+            mixed = torch._foreach_lerp([new[layer] for layer in known], olds, kept)
+            new.update(zip(known, mixed, strict=True))
+        return {**before, **new}
 
     before_a, before_g = (old.A, old.G) if old is not None else ({}, {})
-    A, G = dict(before_a), dict(before_g)
-    for layer in raw.A:
-        A[layer] = average(before_a.get(layer), raw.A[layer], 1 / raw.cases)
-        G[layer] = average(before_g.get(layer), raw.G[layer], 1 / raw.rows[layer])
+    A = averages(before_a, raw.A, [1 / raw.cases] * len(raw.A))
+    G = averages(before_g, raw.G, [1 / raw.rows[layer] for layer in raw.G])
     if raw.input_sums is None or raw.grad_sums is None:
         return Statistics(t, A, G, None, None)
     in_coarse = [float(layer.in_coarse) for layer in layers for _ in range(layer.maps)]
@@ -134,9 +142,13 @@ def updated(old: Statistics | None, raw: RawSums, layers: Sequence[Layer], decay
         t,
         A,
         G,
-        average(None if old is None else old.input_sums, raw.input_sums, torch.outer(mask, mask) / raw.cases),
-        average(None if old is None else old.grad_sums, raw.grad_sums, torch.outer(root, root)),
+        _average(None if old is None else old.input_sums, raw.input_sums * torch.outer(mask, mask) / raw.cases, kept),
+        _average(None if old is None else old.grad_sums, raw.grad_sums * torch.outer(root, root), kept),
     )
+
+
+def _average(before: Tensor | None, new: Tensor, kept: float) -> Tensor:
+    return new if before is None else torch.lerp(new, before, kept)
 
 
 def without(statistics: Statistics, layers: Sequence[Layer], layer: Layer) -> Statistics:
@@ -147,30 +159,36 @@ def without(statistics: Statistics, layers: Sequence[Layer], layer: Layer) -> St
     input_sums, grad_sums = statistics.input_sums, statistics.grad_sums
     if input_sums is not None and grad_sums is not None:
         owners = [other for other in layers for _ in range(other.maps)]
-        kept = torch.tensor([i for i, owner in enumerate(owners) if owner is not layer], device=input_sums.device)
+        others = [i for i, owner in enumerate(owners) if owner is not layer]
+        kept = torch.tensor(others, dtype=torch.long, device=input_sums.device)
         input_sums, grad_sums = input_sums[kept][:, kept], grad_sums[kept][:, kept]
     return Statistics(statistics.updates, A, G, input_sums, grad_sums)
 
 
 def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str, scale: float) -> tuple[Tensor, Tensor]:
     """Both (B, B) matrices of sums of one pass, g multiplied by `scale`; a layer that took no part is a zero map."""
-    samples = passed[0].x.shape[0]
-    fitting = [rows for rows in passed if _fits(rows, samples)]
-    windows = [rows.layer.map_window(rows.layer.input_window(rows.x.dim() - 2)) for rows in fitting]
-    windows += [rows.layer.map_window(rows.layer.grad_window(rows.g.dim() - 2)) for rows in fitting]
-    maps = ops.layer_maps([rows.x for rows in fitting] + [rows.g for rows in fitting], windows)
-    on_grids = [_on_samples(values, samples) for values in maps]
     first, blocks = {}, 0
     for layer in layers:
         first[layer] = blocks
         blocks += layer.maps
+    samples = next((rows.x.shape[0] for rows in passed if rows.layer.in_coarse), 0)
+    fitting = [rows for rows in passed if _fits(rows, samples)]
+    if not fitting:
+        dtype = torch.float64 if passed[0].x.dtype == torch.float64 else torch.float32
+        zeros = torch.zeros(blocks, blocks, dtype=dtype, device=passed[0].x.device)
+        return zeros, zeros.clone()
+    windows = [rows.layer.map_window(rows.layer.input_window(rows.x.dim() - 2)) for rows in fitting]
+    windows += [rows.layer.map_window(rows.layer.grad_window(rows.g.dim() - 2)) for rows in fitting]
+    maps = ops.layer_maps([rows.x for rows in fitting] + [rows.g for rows in fitting], windows)
+    on_grids = [_on_samples(values, samples) for values in maps]
     index = torch.tensor(
         [first[rows.layer] + q for rows in fitting for q in range(rows.layer.maps)], device=maps[0].device
     )
     sums = []
     for group, factor in ((on_grids[: len(index)], 1.0), (on_grids[len(index) :], scale**2)):
-        dtype = torch.float64 if any(values.dtype == torch.float64 for values in group) else torch.float32
-        present = ops.cross_layer_sums([values.to(dtype) for values in group], downsample, scale=factor)
+        if len({values.dtype for values in group}) > 1:  # layers of several precisions
+            group = [values.double() for values in group]
+        present = ops.cross_layer_sums(group, downsample, scale=factor)
         whole = present
         if len(index) < blocks:
             whole = present.new_zeros(blocks, blocks)

@@ -186,22 +186,6 @@ def test_coarse_weight_zero_is_one_level_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_several_calls_in_one_iteration_add_up():
-    """Two half batches give the statistics of the whole one, where labels are drawn alike."""
-    task = models.task("conv2d", batch=8)
-    opt = KFAC(task.model, fisher="empirical", kl_clip=None)
-    whole = KFAC(twin := copy.deepcopy(task.model), fisher="empirical", kl_clip=None)
-    for part, target in zip(task.x.chunk(2), task.target.chunk(2), strict=True):
-        torch.nn.functional.cross_entropy(task.model(part), target).backward()
-    opt.step()
-    torch.nn.functional.cross_entropy(twin(task.x), task.target).backward()
-    whole.step()
-    assert_equal(opt.coarse_fisher(), whole.coarse_fisher())
-    for name in opt.layers:
-        for ours, theirs in zip(opt.factors(name), whole.factors(name), strict=True):
-            assert_equal(ours, theirs)
-
-
 def test_several_accumulate_calls_add_up():
     class Fixed(torch.distributions.Categorical):
         def sample(self, *args):

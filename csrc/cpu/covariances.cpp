@@ -58,6 +58,15 @@ void to_channels_last(const RowSource& source, const T* x, int64_t samples, int6
       const T* start = x + n * source.batch_stride + line / source.extent[1] * source.spatial_stride[0] +
                        line % source.extent[1] * source.spatial_stride[1];
       SumType<T>* out = block + (n * lines + line) * width * padded;
+      if (source.channel_stride == 1) {  // channels last already: whole rows
+        for (int64_t w = 0; w < width; ++w) {
+          const T* row = start + w * source.spatial_stride[2];
+#pragma omp simd
+          for (int64_t c = 0; c < channels; ++c) out[w * padded + c] = to_sum_type(row[c]);
+          std::fill(out + w * padded + channels, out + (w + 1) * padded, SumType<T>(0));
+        }
+        continue;
+      }
       for (int64_t w0 = 0; w0 < width; w0 += kTile) {
         const int64_t w1 = std::min(width, w0 + kTile);
         for (int64_t c = 0; c < channels; ++c) {

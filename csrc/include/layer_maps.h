@@ -23,6 +23,9 @@ void layer_maps(const LayerMapsParams& params, int64_t slot_begin, int64_t slot_
 
 namespace cuda {
 
+// Places under one patch, gaps of a dilation counted: they must fit into shared memory.
+constexpr int64_t kMaxPatchSpan = 4096;
+
 int64_t layer_maps_workspace(const LayerMapsParams& params);
 int layer_maps(const LayerMapsParams& params, void* workspace, Stream stream);
 

@@ -22,7 +22,8 @@ constexpr int kChunk = 32;                    // positions held in shared memory
 constexpr int kPad = 4;                       // keeps rows of shared memory 16-byte aligned and off one bank
 constexpr int64_t kSharePositions = 1 << 13;  // worth a share of their own
 constexpr int64_t kMaxShares = 16;
-constexpr int64_t kMaxKernel = 64;  // offsets of an axis are kept as bits
+constexpr int64_t kBlocksWanted = 4096;  // fixed, so that results do not depend on the device
+constexpr int64_t kMaxKernel = 64;       // offsets of an axis are kept as bits
 
 // Positions of a piece, and the offsets it is added to.
 struct PieceEntry {
@@ -65,7 +66,7 @@ int64_t sum_bytes(const RowSource& source) {
 }
 
 std::vector<int64_t> shape_key(const RowSource& source) {
-  std::vector<int64_t> key = {source.batch, source.channels_per_group()};
+  std::vector<int64_t> key = {source.batch, source.channels_per_group(), source.window.groups};
   const Window& window = source.window;
   for (int axis = 0; axis < kSpatialRank; ++axis) {
     key.insert(key.end(), {source.extent[axis], window.kernel[axis], window.stride[axis], window.pad_low[axis],
@@ -97,7 +98,10 @@ void add_pieces(LayerEntry& layer, std::vector<PieceEntry>& table) {
       entry.difference[axis] = static_cast<int>(part.difference);
       for (const int64_t offset : part.offsets) entry.offsets[axis] |= uint64_t{1} << offset;
     }
-    entry.shares = std::max<int64_t>(1, std::min(positions / kSharePositions, kMaxShares));
+    // Shares only where the tiles alone would not fill a device: each has sums of its own in the workspace.
+    const int64_t blocks = int64_t{layer.tiles} * layer.tiles * source.window.groups;
+    const int64_t wanted = std::min(kMaxShares, ceil_div(kBlocksWanted, blocks));
+    entry.shares = std::max<int64_t>(1, std::min(positions / kSharePositions, wanted));
     layer.group_items += entry.shares * layer.tiles * layer.tiles;
     layer.group_numbers += entry.shares * side * side;
     table.push_back(entry);

@@ -15,8 +15,8 @@ namespace kfac2::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRegionPlaces = 4096;          // places of the input held in shared memory
-constexpr int64_t kBlockElements = 1 << 14;  // elements worth a block; small samples share one
+constexpr int kRegionPlaces = kMaxPatchSpan;  // places of the input held in shared memory
+constexpr int64_t kBlockElements = 1 << 14;   // elements worth a block; small samples share one
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Entry {

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "check.h"
 #include "parallel.h"
 #include "row_source.h"
 #ifdef KFAC2_WITH_CUDA
@@ -46,6 +47,11 @@ std::vector<Tensor> covariances_cpu(const std::vector<Tensor>& tensors, const st
 #ifdef KFAC2_WITH_CUDA
 std::vector<Tensor> covariances_cuda(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows) {
   const Call call(tensors, windows);
+  for (const RowSource& source : call.sources) {
+    for (const int64_t kernel : source.window.kernel) {
+      check(kernel <= 64, kOp, "expected kernels of at most 64 places along an axis on CUDA, got ", kernel);
+    }
+  }
   const CovariancesParams params = call.params();
   run_on_device(kOp, tensors[0], cuda::covariances_workspace(params),
                 [&](void* workspace, cuda::Stream stream) { return cuda::covariances(params, workspace, stream); });

@@ -13,7 +13,10 @@ def check_tensors(name: str, tensors: Sequence[Tensor]) -> None:
         raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
     if not tensors:
         raise ValueError(f"{name} must hold at least one tensor, got an empty list")
-    check_one_device(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
+    device = tensors[0].device
+    for i, tensor in enumerate(tensors):
+        if tensor.device != device:
+            check_one_device(**{f"{name}[0]": tensors[0], f"{name}[{i}]": tensor})
 
 
 def check_one_device(**tensors: Tensor) -> None:

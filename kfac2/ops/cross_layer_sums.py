@@ -48,7 +48,8 @@ def cross_layer_sums(
     check_tensors("maps", maps)
     if downsample not in DOWNSAMPLE:
         raise ValueError(f"downsample must be 'nearest' or 'area', got {downsample!r}")
-    same_type = [s.detach().to(sum_dtype(s.dtype)) if s.is_floating_point() else s for s in maps]
+    halves = (torch.float16, torch.bfloat16)
+    same_type = [s.detach().to(sum_dtype(s.dtype)) if s.dtype in halves else s.detach() for s in maps]
     if previous is not None:
         check_one_device(maps=maps[0], previous=previous)
         previous = previous.detach()

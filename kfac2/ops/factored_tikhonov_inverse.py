@@ -41,8 +41,7 @@ def factored_tikhonov_inverse(A_list: Sequence[Tensor], G_list: Sequence[Tensor]
         damping: λ ≥ 0.
 
     Returns:
-        A_inv, G_inv and status, see `FactoredInverse`. No value is read on the host, so nothing waits for a
-        device; what to do where status is not 0 is the caller's choice.
+        A_inv, G_inv and status, see `FactoredInverse`; what to do where status is not 0 is the caller's choice.
 
     Raises:
         TypeError: if an argument is not made of tensors, a dtype is another, or `damping` is no number.
