@@ -48,6 +48,15 @@ struct RowSource {
   KFAC2_HOST_DEVICE int64_t grid(int axis) const { return window.grid(axis, extent[axis]); }
   KFAC2_HOST_DEVICE int64_t grid_places() const { return grid(0) * grid(1) * grid(2); }
   KFAC2_HOST_DEVICE int64_t channels_per_group() const { return channels / window.groups; }
+  // Places of the map under one patch, gaps of a dilation counted.
+  KFAC2_HOST_DEVICE int64_t patch_span() const {
+    int64_t places = 1;
+    for (int axis = 0; axis < kSpatialRank; ++axis) {
+      const int64_t span = window.dilation[axis] * (window.kernel[axis] - 1) + 1;
+      places *= span < extent[axis] ? span : extent[axis];
+    }
+    return places;
+  }
   // Length of a row (d_in of one Kronecker block).
   KFAC2_HOST_DEVICE int64_t row_length() const {
     return channels_per_group() * window.offsets() + (window.bias != 0 ? 1 : 0);

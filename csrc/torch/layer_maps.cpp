@@ -48,13 +48,8 @@ std::vector<Tensor> layer_maps_cpu(const std::vector<Tensor>& tensors, const std
 std::vector<Tensor> layer_maps_cuda(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows) {
   const Call call(tensors, windows);
   for (const RowSource& source : call.sources) {
-    int64_t span = 1;
-    for (int axis = 0; axis < kSpatialRank; ++axis) {
-      const Window& window = source.window;
-      span *= std::min(source.extent[axis], window.dilation[axis] * (window.kernel[axis] - 1) + 1);
-    }
-    check(span <= cuda::kMaxPatchSpan, kOp, "expected patches that span at most ", cuda::kMaxPatchSpan,
-          " places on CUDA, got ", span);
+    check(source.patch_span() <= cuda::kMaxPatchSpan, kOp, "expected patches that span at most ", cuda::kMaxPatchSpan,
+          " places on CUDA, got ", source.patch_span());
   }
   const LayerMapsParams params = call.params();
   run_on_device(kOp, tensors[0], cuda::layer_maps_workspace(params),

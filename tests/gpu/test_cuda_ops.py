@@ -33,8 +33,8 @@ def to_device(x):
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("seed", range(24), ids=lambda seed: f"seed{seed:02}")
 def test_maps_and_covariances(seed, dtype):
     x, geometry = drawn(seed, dtype)
     got = to_device(x)
