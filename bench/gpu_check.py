@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 INSTALLED = ROOT / "build" / "gpu-check"
+PYTEST = (sys.executable, "-m", "pytest", "-v", "-p", "no:benchmark")
 SANITIZED = "(maps_and_covariances and float32 and (seed01 or seed03 or seed05)) or cross_layer_sums_and_coarse_fisher"
 
 
@@ -62,17 +63,8 @@ def test(folder: Path) -> dict[str, Any]:
     for file in sorted((ROOT / "tests/gpu").glob("test_*.py")):
         report = folder / f"{file.stem}.xml"
         report.unlink(missing_ok=True)
-        command = (
-            sys.executable,
-            "-m",
-            "pytest",
-            f"gpu/{file.name}",
-            "-v",
-            "-p",
-            "no:benchmark",
-            f"--junitxml={report}",
-        )
-        status, output = run(*command, limit=90, log=folder / f"{file.stem}.log")
+        pytest = (*PYTEST, f"gpu/{file.name}", f"--junitxml={report}")
+        status, output = run(*pytest, limit=90, log=folder / f"{file.stem}.log")
         if not report.exists():  # killed, or it broke off: the log says where
             result["failed"].append(file.name)
             result["faults"].append(f"status {status}: {output[-1500:]}")
@@ -95,10 +87,8 @@ def sanitize(folder: Path) -> dict[str, str]:
         return dict.fromkeys(("memcheck", "racecheck"), "compute-sanitizer is not installed")
     results = {}
     for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", sys.executable, "-m", "pytest"]
-        status, output = run(
-            *command, "gpu/test_cuda_ops.py", "-v", "-p", "no:benchmark", "-k", SANITIZED, limit=60, log=folder / f"{tool}.log"
-        )  # fmt: skip
+        command = ("compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", *PYTEST)
+        status, output = run(*command, "gpu/test_cuda_ops.py", "-k", SANITIZED, limit=60, log=folder / f"{tool}.log")
         found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY:.*", output)
         results[tool] = {0: "no error", 124: "took longer than 60 s"}.get(status, f"status {status}")
         results[tool] += f" ({found[-1]})" if found else ""
