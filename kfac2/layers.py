@@ -52,15 +52,11 @@ class Layer:
         d_out, d_in = self.weight.shape[0] // self.blocks, self.weight[0].numel()
         return self.blocks, d_out, d_in + (self.bias is not None)
 
-    def input_rows(self, x: Tensor) -> Tensor:
-        """View an input as (N, C, *spatial); all positions of a Linear layer are one spatial axis."""
+    def rows(self, x: Tensor) -> Tensor:
+        """View an input or output gradient as (N, C, *spatial); all positions of a Linear layer are one axis."""
         if isinstance(self.module, nn.Linear):
             return _features_second(x)
         return x if x.dim() == len(self.module.kernel_size) + 2 else x.unsqueeze(0)
-
-    def grad_rows(self, g: Tensor) -> Tensor:
-        """View an output gradient as (N, C, *grid)."""
-        return self.input_rows(g)
 
     def input_window(self, rank: int) -> Window:
         """Return the window of the input rows: one row for each block and place."""

@@ -226,7 +226,7 @@ class Preconditioner:
             if not (g.numel() and record.x.numel()):
                 continue  # no rows, as of an expert without tokens: not used in this pass
             layer = record.layer
-            by_layer.setdefault(layer, []).append(Rows(layer, layer.input_rows(record.x), layer.grad_rows(g)))
+            by_layer.setdefault(layer, []).append(Rows(layer, layer.rows(record.x), layer.rows(g)))
         for layer, calls in by_layer.items():
             if len(calls) > 1:
                 logger.warning("%s is left to SGD: it is called %d times in one forward pass", layer.name, len(calls))

@@ -84,6 +84,7 @@ class Update:
         self._batches = [_Batch(members, layers, dtypes[members[0]]) for members in classes.values()]
         self._inputs = {i: view for batch in self._batches for i, view in batch.views(batch.grads, layers).items()}
         self._results = {i: view for batch in self._batches for i, view in batch.views(batch.result, layers).items()}
+        self._layer_of_block = torch.cat([batch.layer_of_block for batch in self._batches])
         self._inverses: Inverses | None = None
 
     def compute(
@@ -153,10 +154,9 @@ class Update:
 
     def _by_layer(self, per_block: Sequence[Tensor]) -> Tensor:
         """Add up numbers of blocks by layer."""
-        index = torch.cat([batch.layer_of_block for batch in self._batches])
         dtype = torch.float64 if any(numbers.dtype == torch.float64 for numbers in per_block) else torch.float32
         numbers = torch.cat([numbers.to(dtype) for numbers in per_block])
-        return numbers.new_zeros(len(self._layers)).index_add_(0, index, numbers)
+        return numbers.new_zeros(len(self._layers)).index_add_(0, self._layer_of_block, numbers)
 
     def _shift(self, directions: list[Tensor], coarse: Tensor, weight: float, active: Sequence[bool]) -> None:
         """v_i ← v_i + ω c_i on every element, c = (F_coarse + λ_c I)⁻¹ y, y_i the sum of ∇_i."""

@@ -48,6 +48,10 @@ struct RowSource {
   KFAC2_HOST_DEVICE int64_t grid(int axis) const { return window.grid(axis, extent[axis]); }
   KFAC2_HOST_DEVICE int64_t grid_places() const { return grid(0) * grid(1) * grid(2); }
   KFAC2_HOST_DEVICE int64_t channels_per_group() const { return channels / window.groups; }
+  // Bytes of the numbers that its elements are summed in.
+  KFAC2_HOST_DEVICE int64_t sum_bytes() const {
+    return element_type == ElementType::kFloat64 ? sizeof(double) : sizeof(float);
+  }
   // Places of the map under one patch, gaps of a dilation counted.
   KFAC2_HOST_DEVICE int64_t patch_span() const {
     int64_t places = 1;

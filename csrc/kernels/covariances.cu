@@ -61,10 +61,6 @@ struct Plan {
   bool possible = true;
 };
 
-int64_t sum_bytes(const RowSource& source) {
-  return source.element_type == ElementType::kFloat64 ? sizeof(double) : sizeof(float);
-}
-
 std::vector<int64_t> shape_key(const RowSource& source) {
   std::vector<int64_t> key = {source.batch, source.channels_per_group(), source.window.groups};
   const Window& window = source.window;
@@ -126,13 +122,13 @@ Plan make_plan(const CovariancesParams& params) {
     layer.first_item = plan.items;
     layer.partial = plan.bytes;
     plan.items += window.groups * layer.group_items;
-    plan.bytes += ceil_div(window.groups * layer.group_numbers * sum_bytes(source), 16) * 16;
+    plan.bytes += ceil_div(window.groups * layer.group_numbers * source.sum_bytes(), 16) * 16;
     layer.bias_partial = plan.bytes;
     plan.bias_ranges.push_back({plan.bias_items});
     if (window.bias != 0) {
       const int64_t sums = window.offsets() * source.channels;
       plan.bias_items += sums;
-      plan.bytes += ceil_div(sums * sum_bytes(source), 16) * 16;
+      plan.bytes += ceil_div(sums * source.sum_bytes(), 16) * 16;
     }
     plan.output_ranges.push_back({plan.outputs});
     plan.outputs += ceil_div(window.groups * source.row_length() * source.row_length(), kThreads);

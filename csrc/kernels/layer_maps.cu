@@ -272,8 +272,7 @@ __global__ void __launch_bounds__(kThreads) layer_maps_kernel(const Entry* entri
 int plane_bytes_of(const std::vector<Entry>& entries) {
   int64_t bytes = 16;
   for (const Entry& entry : entries) {
-    const int64_t size = entry.source.element_type == ElementType::kFloat64 ? sizeof(double) : sizeof(float);
-    bytes = std::max(bytes, entry.samples * region_places(entry.source, entry.tile) * size);
+    bytes = std::max(bytes, entry.samples * region_places(entry.source, entry.tile) * entry.source.sum_bytes());
   }
   return static_cast<int>(ceil_div(bytes, 16) * 16);
 }
