@@ -165,7 +165,7 @@ class Accumulator {
     run.left = block_.data() + ((z.first * height + y.first) * width + x.first) * pitch_;
     run.right = run.left + ((z.shift * height + y.shift) * width + x.shift) * pitch_;
     run.sums = products_.data() + index * padded_ * padded_;
-    run.channels = padded_;
+    run.rows = run.columns = run.sums_step = padded_;
     run.upper_only = piece.symmetric;
     const int64_t counts[4] = {samples, z.count, y.count, x.count};
     const int64_t steps[4] = {source_.places() * pitch_, z.step * height * width * pitch_, y.step * width * pitch_,

@@ -1,8 +1,9 @@
-// A tile of sums (kRows channels x kVectors vectors of channels) stays in registers while all positions
+// A tile of sums (kRows rows x kVectors vectors of columns) stays in registers while all positions
 // pass: kVectors loads and kRows broadcasts for kRows * kVectors fused multiply-adds. The tile is chosen for
 // each instruction set, and the instruction set when the program runs, so that a build serves older machines.
 #include "outer_products.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "simd.h"
@@ -27,9 +28,9 @@ KFAC2_INLINE void add_tile(const OuterProducts<Sum>& run, int64_t row, int64_t c
   using Vector = typename VectorOf<Sum>::type;
   constexpr int64_t kLanes = kVectorBytes / sizeof(Sum);
   Vector tile[kRows][kVectors];
-  Sum* sums = run.sums + row * run.channels + column;
+  Sum* sums = run.sums + row * run.sums_step + column;
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) std::memcpy(&tile[r][v], sums + r * run.channels + v * kLanes, kVectorBytes);
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&tile[r][v], sums + r * run.sums_step + v * kLanes, kVectorBytes);
   const Sum* left = run.left + row;
   const Sum* right = run.right + column;
   const int64_t step = run.step[3];
@@ -48,16 +49,17 @@ KFAC2_INLINE void add_tile(const OuterProducts<Sum>& run, int64_t row, int64_t c
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) std::memcpy(sums + r * run.channels + v * kLanes, &tile[r][v], kVectorBytes);
+    for (int v = 0; v < kVectors; ++v) std::memcpy(sums + r * run.sums_step + v * kLanes, &tile[r][v], kVectorBytes);
 }
 
 template <typename Sum, int kRows, int kVectors>
 KFAC2_INLINE void add_all_tiles(const OuterProducts<Sum>& run) {
+  static_assert(kRowMultiple % kRows == 0, "tiles divide the rows");
   constexpr int64_t kLanes = kVectorBytes / sizeof(Sum);
-  for (int64_t column = 0; column < run.channels;) {
-    const bool wide = column + kVectors * kLanes <= run.channels;
+  for (int64_t column = 0; column < run.columns;) {
+    const bool wide = column + kVectors * kLanes <= run.columns;
     const int64_t end = column + (wide ? kVectors : 1) * kLanes;
-    for (int64_t row = 0; row < (run.upper_only ? end : run.channels); row += kRows) {
+    for (int64_t row = 0; row < (run.upper_only ? std::min(end, run.rows) : run.rows); row += kRows) {
       if (wide) {
         add_tile<Sum, kRows, kVectors>(run, row, column);
       } else {
