@@ -3,6 +3,7 @@
 
 #include "coarse_fisher.h"
 #include "device.h"
+#include "tables.h"
 
 namespace kfac2::cuda {
 namespace {

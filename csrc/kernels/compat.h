@@ -11,6 +11,13 @@
 #include <cuda_runtime.h>
 #endif
 
+// In front of a parameter that a kernel only reads: it stays where it is, however it is indexed.
+#ifdef KFAC2_EMULATE
+#define KFAC2_GRID_CONSTANT
+#else
+#define KFAC2_GRID_CONSTANT __grid_constant__
+#endif
+
 // Declares `Type& name` on the dynamic shared memory of the block, as a statement in a kernel. All such names of
 // a kernel are the same memory. A type with a comma in it needs an alias.
 #ifdef KFAC2_EMULATE

@@ -13,6 +13,7 @@
 #include "covariance_pieces.h"
 #include "covariances.h"
 #include "device.h"
+#include "tables.h"
 
 namespace kfac2::cuda {
 namespace {

@@ -10,6 +10,7 @@
 
 #include "cross_layer_sums.h"
 #include "device.h"
+#include "tables.h"
 
 namespace kfac2::cuda {
 namespace {

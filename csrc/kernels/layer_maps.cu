@@ -10,6 +10,7 @@
 
 #include "device.h"
 #include "layer_maps.h"
+#include "tables.h"
 
 namespace kfac2::cuda {
 namespace {

@@ -47,6 +47,22 @@ std::vector<T> drawn_numbers(Random& random, int64_t count) {
   return numbers;
 }
 
+// A covariance of few rows more than columns.
+template <typename T>
+std::vector<T> drawn_factor(Random& random, int64_t size) {
+  const int64_t rows = size + size / 4 + 1;
+  const std::vector<double> numbers = drawn_numbers<double>(random, rows * size);
+  std::vector<T> factor(size * size);
+  for (int64_t i = 0; i < size; ++i) {
+    for (int64_t j = 0; j < size; ++j) {
+      double sum = 0;
+      for (int64_t r = 0; r < rows; ++r) sum += numbers[r * size + i] * numbers[r * size + j];
+      factor[i * size + j] = static_cast<T>(sum / static_cast<double>(rows));
+    }
+  }
+  return factor;
+}
+
 inline Window drawn_window(Random& random, int64_t groups) {
   Window window;
   for (int axis = 0; axis < kSpatialRank; ++axis) {

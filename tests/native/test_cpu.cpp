@@ -5,6 +5,7 @@
 #include "covariances.h"
 #include "cross_layer_sums.h"
 #include "drawn.h"
+#include "factored_tikhonov_inverse.h"
 #include "layer_maps.h"
 
 using namespace kfac2;
@@ -102,6 +103,40 @@ void test_cross_layer_sums(Random& random) {
   expect_equal("coarse_fisher", fisher.data(), expected_fisher.data(), 9, kTolerance<T>);
 }
 
+// (factor + shift I) inverse = I, for both factors of a pair.
+template <typename T>
+void test_inverse(Random& random, int64_t d_in, int64_t d_out) {
+  const std::vector<T> A = drawn_factor<T>(random, d_in), G = drawn_factor<T>(random, d_out);
+  std::vector<T> A_inv(d_in * d_in), G_inv(d_out * d_out);
+  const FactorPair pair{A.data(), G.data(), A_inv.data(), G_inv.data(), d_in, d_out};
+  int32_t status = -1;
+  const double damping = 0.04;
+  cpu::FactoredTikhonovInverse work({&pair, &status, 1, damping, sizeof(T) == sizeof(double)});
+  for (int64_t task = 0; task < work.tasks(); ++task) work.run_task(task);
+  work.merge();
+  double traces[2] = {0, 0};
+  for (int64_t i = 0; i < d_in; ++i) traces[0] += A[i * d_in + i];
+  for (int64_t i = 0; i < d_out; ++i) traces[1] += G[i * d_out + i];
+  const double pi = std::sqrt(traces[0] / static_cast<double>(d_in) / (traces[1] / static_cast<double>(d_out)));
+  const auto expect_inverse = [&](const std::vector<T>& factor, const std::vector<T>& inverse, int64_t d,
+                                  double shift) {
+    std::vector<double> product(d * d), identity(d * d);
+    for (int64_t i = 0; i < d; ++i) {
+      identity[i * d + i] = 1;
+      for (int64_t j = 0; j < d; ++j)
+        for (int64_t l = 0; l < d; ++l)
+          product[i * d + j] += (factor[i * d + l] + (i == l ? shift : 0.0)) * inverse[l * d + j];
+    }
+    expect_equal("factored_tikhonov_inverse", product.data(), identity.data(), d * d, 20 * kTolerance<T>);
+  };
+  expect_inverse(A, A_inv, d_in, std::sqrt(damping) * pi);
+  expect_inverse(G, G_inv, d_out, std::sqrt(damping) / pi);
+  if (status != 0) {
+    std::fputs("a sound pair of factors was reported\n", stderr);
+    std::exit(1);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -113,6 +148,8 @@ int main() {
     test_layer<BFloat16>(random, ElementType::kBFloat16);
     test_cross_layer_sums<float>(random);
     test_cross_layer_sums<double>(random);
+    test_inverse<float>(random, draw(random, 1, 20), seed == 0 ? 150 : draw(random, 1, 90));
+    test_inverse<double>(random, draw(random, 1, 20), seed == 0 ? 150 : draw(random, 1, 90));
   }
   std::puts("CPU kernels agree with their definitions");
   return 0;
