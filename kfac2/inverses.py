@@ -11,9 +11,11 @@ from torch import Tensor
 
 from kfac2 import ops
 from kfac2.layers import Layer
+from kfac2.options import Options
 from kfac2.statistics import Statistics
 
 Warn = Callable[[str, str], None]
+Fields = dict[str, Tensor]
 
 FIELDS = {
     "cholesky": ("A_inv", "G_inv"),
@@ -21,29 +23,30 @@ FIELDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inverses:
-    """The damped inverses of one inverse update; replaced whole, never changed.
+    """The damped inverses of one inverse update.
 
     Attributes:
         damping: λ of that update.
         fine: for each layer that has one its block's inverse, fields as in `FIELDS`, each (blocks, ...).
         coarse: (F_coarse + λ_c I)⁻¹, (L, L); None with one level, or while there is none.
+        status: for each layer, (blocks,): not 0 where an inverse failed. None where that was seen to already.
     """
 
     damping: float
-    fine: dict[Layer, dict[str, Tensor]]
+    fine: dict[Layer, Fields]
     coarse: Tensor | None
+    status: dict[Layer, Tensor] | None = None
 
 
 def invert(
     statistics: Statistics,
     layers: Sequence[Layer],
     previous: Inverses | None,
-    inverse: str,
-    damping: float,
-    coarse_damping: float,
+    options: Options,
     warn: Warn,
+    unread: bool = False,
 ) -> Inverses:
     """Invert every layer's damped block, and the coarse Fisher.
 
@@ -51,44 +54,69 @@ def invert(
         statistics: the running averages.
         layers: the handled layers; those without statistics get no inverse.
         previous: the inverses so far, which stand in where a factor is not finite.
-        inverse: `'cholesky'` or `'eigh'`.
-        damping: λ.
-        coarse_damping: λ_c.
+        options: `inverse`, `damping`, `coarse_damping` and `inverse_dtype`.
         warn: called with a key and a message where a factor had to be mended.
+        unread: leave the status on the device, for `mend` to see to later.
     """
     present = [layer for layer in layers if layer in statistics.A]
     if not present:
-        return Inverses(damping, {}, None)
-    A_list, G_list = [statistics.A[layer] for layer in present], [statistics.G[layer] for layer in present]
-    decompose = _factored if inverse == "cholesky" else _decomposed
-    results, status = decompose(A_list, G_list, damping)
-    fine = dict(zip(present, results, strict=True))
-    for i in torch.stack([s.max() for s in status]).nonzero().flatten().tolist():
-        layer = present[i]
-        mended = _mend(A_list[i], G_list[i], inverse, damping)
-        if mended is not None:
-            fine[layer] = mended
-            warn(
-                f"indefinite {layer.name}",
-                f"kfac2: a factor of {layer.name} is not positive definite; its eigenvalues were floored at 0",
-            )
-            continue
+        return Inverses(options.damping, {}, None)
+    A_list, G_list = (
+        [factors[layer].to(options.inverse_dtype or factors[layer].dtype) for layer in present]
+        for factors in (statistics.A, statistics.G)
+    )
+    decompose = _factored if options.inverse == "cholesky" else _decomposed
+    results, status = decompose(A_list, G_list, options.damping)
+    for layer, fields in zip(present, results, strict=True):
+        fields.update({name: value.to(statistics.A[layer].dtype) for name, value in fields.items()})
+    inverses = Inverses(options.damping, dict(zip(present, results, strict=True)), None)
+    if unread:
+        inverses.status = dict(zip(present, status, strict=True))
+    else:
+        for i in torch.stack([s.max() for s in status]).nonzero().flatten().tolist():
+            layer = present[i]
+            mended = mend(statistics, layer, options, warn)
+            if mended is None and previous is not None:
+                mended = previous.fine.get(layer)
+            if mended is None:
+                del inverses.fine[layer]
+            else:
+                inverses.fine[layer] = mended
+    inverses.coarse = _coarse(statistics, layers, previous, options, warn)
+    return inverses
+
+
+def mend(statistics: Statistics, layer: Layer, options: Options, warn: Warn) -> Fields | None:
+    """Invert in float64 what could not be inverted; None, and a warning, where a factor is not finite.
+
+    Args:
+        statistics: the running averages that were inverted.
+        layer: whose.
+        options: `inverse` and `damping`.
+        warn: called with a key and a message.
+    """
+    fields = _floored(statistics.A[layer], statistics.G[layer], options.inverse, options.damping)
+    if fields is None:
+        warn(f"not finite {layer.name}", f"kfac2: a factor of {layer.name} is not finite; its last inverse is kept")
+    else:
         warn(
-            f"not finite {layer.name}",
-            f"kfac2: a factor of {layer.name} is not finite; its last inverse is kept",
+            f"indefinite {layer.name}",
+            f"kfac2: a factor of {layer.name} is not positive definite; its eigenvalues were floored at 0",
         )
-        del fine[layer]
-        if previous is not None and layer in previous.fine:
-            fine[layer] = previous.fine[layer]
-    coarse = None
-    if statistics.input_sums is not None and statistics.grad_sums is not None:
-        blocks = layer_of_block(layers)
-        fisher = ops.coarse_fisher(statistics.input_sums, statistics.grad_sums, blocks)
-        coarse = coarse_inverse(fisher, coarse_damping)
-        if coarse is None:
-            warn("not finite coarse", "kfac2: the coarse Fisher is not finite; its last inverse is kept")
-            coarse = previous.coarse if previous is not None else None
-    return Inverses(damping, fine, coarse)
+    return fields
+
+
+def _coarse(
+    statistics: Statistics, layers: Sequence[Layer], previous: Inverses | None, options: Options, warn: Warn
+) -> Tensor | None:
+    if statistics.input_sums is None or statistics.grad_sums is None:
+        return None
+    fisher = ops.coarse_fisher(statistics.input_sums, statistics.grad_sums, layer_of_block(layers))
+    coarse = coarse_inverse(fisher, options.damping if options.coarse_damping is None else options.coarse_damping)
+    if coarse is None:
+        warn("not finite coarse", "kfac2: the coarse Fisher is not finite; its last inverse is kept")
+        return previous.coarse if previous is not None else None
+    return coarse
 
 
 def layer_of_block(layers: Sequence[Layer]) -> list[int]:
@@ -108,10 +136,10 @@ def coarse_inverse(fisher: Tensor, damping: float) -> Tensor | None:
     return ((vectors / (values.clamp(min=0) + damping)) @ vectors.mT).to(fisher.dtype)
 
 
-_Result = tuple[list[dict[str, Tensor]], list[Tensor]]
+_Result = tuple[list[Fields], list[Tensor]]
 
 
-def _by_layer(inverse: str, lists: Sequence[list[Tensor]]) -> list[dict[str, Tensor]]:
+def _by_layer(inverse: str, lists: Sequence[list[Tensor]]) -> list[Fields]:
     return [dict(zip(FIELDS[inverse], fields, strict=True)) for fields in zip(*lists, strict=True)]
 
 
@@ -126,7 +154,7 @@ def _decomposed(A_list: list[Tensor], G_list: list[Tensor], damping: float) -> _
     except torch.linalg.LinAlgError:  # one of them did not converge: find it layer by layer
         results, failed = [], []
         for A, G in zip(A_list, G_list, strict=True):
-            mended = _mend(A, G, "eigh", damping)
+            mended = _floored(A, G, "eigh", damping)
             zeros = {"A_values": A[..., 0], "A_vectors": A, "G_values": G[..., 0], "G_vectors": G}
             results.append(zeros if mended is None else mended)
             failed.append(torch.full((len(A),), int(mended is None), dtype=torch.int32, device=A.device))
@@ -134,7 +162,7 @@ def _decomposed(A_list: list[Tensor], G_list: list[Tensor], damping: float) -> _
     return _by_layer("eigh", lists), status
 
 
-def _mend(A: Tensor, G: Tensor, inverse: str, damping: float) -> dict[str, Tensor] | None:
+def _floored(A: Tensor, G: Tensor, inverse: str, damping: float) -> Fields | None:
     """Decompose a layer's factors in float64, floor the eigenvalues at 0; None where that is impossible."""
     if not (bool(A.isfinite().all()) and bool(G.isfinite().all())):
         return None

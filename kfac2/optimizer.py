@@ -68,6 +68,8 @@ class KFAC(Optimizer):
         coarse_max_groups: a convolution with more groups than this gives the coarse space one map, the sum
             over its groups, in place of one for each; an approximation that counts products across groups as
             well. Default 32.
+        inverse_dtype: `torch.float64` inverts float32 factors in float64 and rounds the result; by default each
+            factor is inverted in its own dtype.
         cases: M for the empirical Fisher, the number of terms that the mean loss averages over; by default
             the batch size.
         skip: full names of modules, or regular expressions that match them in full, left to SGD.
@@ -102,6 +104,7 @@ class KFAC(Optimizer):
         coarse_weight: float = 1.0,  # ω
         coarse_damping: float | None = None,  # λ_c
         coarse_max_groups: int = 32,
+        inverse_dtype: torch.dtype | None = None,
         cases: int | None = None,  # M
         skip: Iterable[str] = (),
     ) -> None:
@@ -125,6 +128,7 @@ class KFAC(Optimizer):
             coarse_weight=coarse_weight,
             coarse_damping=coarse_damping,
             coarse_max_groups=coarse_max_groups,
+            inverse_dtype=inverse_dtype,
             cases=cases,
         )
         self.options = self.preconditioner.options
@@ -176,7 +180,7 @@ class KFAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
-        if self.preconditioner.precondition(lambda layer: float(rates[id(layer.weight)])):
+        if self.preconditioner.precondition(lambda layer: rates[id(layer.weight)]):
             for group in self.param_groups:
                 self._sgd(group)
         return loss
@@ -184,15 +188,25 @@ class KFAC(Optimizer):
     def _sgd(self, group: dict[str, Any]) -> None:
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
         buffers = [self.state[parameter].get("momentum_buffer") for parameter in params]
+        found = self.preconditioner.found
+        fused = found is not None
+        if found is not None and any(p.grad.stride() != p.stride() for p in params):  # the fused step refuses those
+            if found.item():
+                return
+            fused, found = False, None
+        if fused and group["momentum"] != 0:  # the fused step would leave new buffers undefined where it is skipped
+            buffers = [torch.zeros_like(p) if b is None else b for p, b in zip(params, buffers, strict=True)]
         sgd(
             params,
             [parameter.grad for parameter in params],
             buffers,
             has_sparse_grad=any(parameter.grad.is_sparse for parameter in params),
-            foreach=True,
+            foreach=not fused,
+            fused=fused,
+            found_inf=found,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
-            lr=float(group["lr"]),
+            lr=group["lr"] if fused else float(group["lr"]),
             dampening=0.0,
             nesterov=group["nesterov"],
             maximize=False,
@@ -216,6 +230,19 @@ class KFAC(Optimizer):
     def needs_fisher(self) -> bool:
         """See `Preconditioner.needs_fisher`."""
         return self.preconditioner.needs_fisher
+
+    @property
+    def ordinary(self) -> bool:
+        """See `Preconditioner.ordinary`."""
+        return self.preconditioner.ordinary
+
+    def replayed(self) -> None:
+        """See `Preconditioner.replayed`."""
+        self.preconditioner.replayed()
+
+    def check(self) -> int:
+        """See `Preconditioner.check`."""
+        return self.preconditioner.check()
 
     @property
     def layers(self) -> list[str]:

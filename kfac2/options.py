@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from kfac2.ops.cross_layer_sums import DOWNSAMPLE
 
 _Rule = tuple[type | tuple[type, ...], Callable[[Any], bool], str]
@@ -34,6 +36,11 @@ _RULES: dict[str, _Rule] = {
         "a number above 0, or None",
     ),
     "coarse_max_groups": (int, lambda v: v >= 1, "an int of at least 1"),
+    "inverse_dtype": (
+        (torch.dtype, type(None)),
+        lambda v: v in (None, torch.float32, torch.float64),
+        "torch.float32, torch.float64, or None",
+    ),
     "cases": ((int, type(None)), lambda v: v is None or v >= 1, "an int of at least 1, or None"),
 }
 STRUCTURAL = ("levels", "inverse", "fisher", "downsample", "coarse_max_groups")  # state depends on them
@@ -63,6 +70,7 @@ class Options:
     coarse_weight: float = 1.0
     coarse_damping: float | None = None
     coarse_max_groups: int = 32
+    inverse_dtype: torch.dtype | None = None
     cases: int | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:

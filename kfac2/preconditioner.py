@@ -12,11 +12,11 @@ from torch.distributions import Distribution
 
 from kfac2 import ops, state
 from kfac2.capture import Capture, Captures
-from kfac2.inverses import Inverses, invert, layer_of_block
+from kfac2.inverses import Inverses, invert, layer_of_block, mend
 from kfac2.layers import Layer, find_layers, logger
 from kfac2.options import Options, check_option
 from kfac2.statistics import RawSums, Rows, Statistics, updated, without
-from kfac2.update import Update
+from kfac2.update import Gathered, Update, is_capturing
 
 
 class Preconditioner:
@@ -78,6 +78,9 @@ class Preconditioner:
         self._statistics: Statistics | None = None
         self._inverses: Inverses | None = None
         self._update: Update | None = None
+        self._device = self._layers[0].weight.device
+        self._unread = self._device.type == "cuda"  # ordinary steps read nothing back from the device
+        self._found: Tensor | None = None
         self._warned: set[str] = set()
         self._poisoned: str | None = None  # what was not finite in this iteration's call of accumulate_fisher
         self.iteration = 0
@@ -263,7 +266,7 @@ class Preconditioner:
 
     # -- the step -------------------------------------------------------------------------------------------
 
-    def step(self, lr: float | Mapping[str, float] | None = None) -> bool:
+    def step(self, lr: float | Tensor | Mapping[str, float] | None = None) -> bool:
         """Precondition the gradients in place: statistics, inverses, both levels, KL clip.
 
         Parameters that K-FAC does not handle keep their gradients.
@@ -274,7 +277,9 @@ class Preconditioner:
         Returns:
             True; or False where a NaN or an infinity came up. Then nothing but the iteration count has
             moved, a warning has named the layer, and all gradients are None, so that the optimizer that
-            follows leaves the parameters alone.
+            follows leaves the parameters alone. On a CUDA device an ordinary step reads nothing back: it returns
+            True, and where a NaN or an infinity came up all gradients are 0; the warning comes with the next
+            statistics, or from `check`.
 
         Raises:
             RuntimeError: if statistics are missing.
@@ -288,11 +293,13 @@ class Preconditioner:
                 parameter.grad = None
         return done
 
-    def _rate_of(self, lr: float | Mapping[str, float] | None) -> Callable[[Layer], float]:
+    def _rate_of(self, lr: float | Tensor | Mapping[str, float] | None) -> Callable[[Layer], float | Tensor]:
         if lr is None:
             if self.options.kl_clip is not None:
                 raise ValueError("lr must be given, since the KL clip depends on it; got None (or set kl_clip=None)")
             return lambda layer: 1.0
+        if isinstance(lr, Tensor):
+            return lambda layer: lr
         rates = {name: lr[name] for name in self.layers} if isinstance(lr, Mapping) else dict.fromkeys(self.layers, lr)
         for rate in rates.values():
             check_option("lr", rate, (int, float), lambda v: v >= 0, "a number of at least 0")
@@ -305,29 +312,89 @@ class Preconditioner:
             params: parameters that joined the optimizer later.
         """
         self._params += list(params)
+        self._prepared().watch(self._others())
+
+    @property
+    def found(self) -> Tensor | None:
+        """On the device, 1 where the last step came upon a NaN or an infinity that the host does not know of."""
+        return self._found
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether this iteration takes neither statistics nor inverses, so that a CUDA graph may stand in for it."""
+        return not (self._wants_statistics() or self._wants_inverses())
+
+    def replayed(self) -> None:
+        """Count an iteration whose step was the replay of a CUDA graph.
+
+        Raises:
+            RuntimeError: if this iteration wants statistics or inverses, which no graph holds.
+        """
+        if not self.ordinary:
+            raise RuntimeError(
+                f"replayed() counts an ordinary iteration, got iteration {self.iteration}, which wants statistics or "
+                "inverses: run it without the graph"
+            )
+        self.iteration += 1
 
     @torch.no_grad()
-    def precondition(self, rate_of: Callable[[Layer], float]) -> bool:
+    def check(self) -> int:
+        """Wait for the device, warn of what it has found since the last report, and mend inverses that failed.
+
+        Does nothing on a CPU, where each step reports for itself. Statistics updates do it by themselves.
+
+        Returns:
+            How many steps were skipped because of a NaN or an infinity since the last report.
+        """
+        if not self._unread or self._update is None:
+            return 0
+        count, first = self._update.skipped.tolist()
+        if count:
+            self._update.skipped.zero_()
+            warnings.warn(
+                f"kfac2: {count} steps before iteration {self.iteration} were skipped; the first for a NaN or an "
+                f"infinity in {self._source_name(self._update.parameters, first)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        for layer in self._update.failures():
+            assert self._statistics is not None and self._inverses is not None
+            fields = mend(self._statistics, layer, self.options, self._warn_once)
+            if not self._update.replace(layer, fields):
+                del self._inverses.fine[layer]
+        if self._inverses is not None:
+            self._inverses.status = None
+        return count
+
+    @torch.no_grad()
+    def precondition(self, rate_of: Callable[[Layer], float | Tensor]) -> bool:
         """Do the work of `step`; on False gradients stay as they are.
 
         Args:
             rate_of: gives η_i of a layer.
 
         Returns:
-            False where a NaN or an infinity came up.
+            False where a NaN or an infinity came up, and the host knows.
 
         Raises:
-            RuntimeError: if statistics are missing.
+            RuntimeError: if statistics are missing, or a CUDA graph is captured in an iteration that wants
+                statistics or inverses.
         """
+        capturing = is_capturing(self._device)
+        if capturing and not self.ordinary:
+            raise RuntimeError(
+                f"only an ordinary step can be captured in a CUDA graph, got iteration {self.iteration}, which wants "
+                "statistics or inverses: capture where `ordinary` is True"
+            )
         if self._wants_statistics():
-            if self.options.fisher == "empirical":
-                self._take_backward()
-            if self._layers and not self._raw.A and self._poisoned is None:
-                self._report_missing()
-        name = self._poisoned or self._not_finite()
+            self._take_statistics()
+        update = self._prepared()
+        gathered = update.gather()
+        name = self._poisoned
+        if name is None and self._may_read(gathered):
+            name = self._raw.not_finite() or self._not_finite(gathered)
         if name is None:
-            statistics, inverses = self._refreshed()
-            name = self._write(statistics, inverses, rate_of)
+            name = self._write(update, gathered, *self._refreshed(), rate_of)
         if name is not None:
             warnings.warn(
                 f"kfac2: a NaN or an infinity in {name} at iteration {self.iteration}; the step is skipped",
@@ -335,8 +402,24 @@ class Preconditioner:
                 stacklevel=3,
             )
         self._forget_iteration()
-        self.iteration += 1
+        self.iteration += not capturing
         return name is None
+
+    def _take_statistics(self) -> None:
+        self.check()
+        if self.options.fisher == "empirical":
+            self._take_backward()
+        if self._layers and not self._raw.A and self._poisoned is None:
+            self._report_missing()
+
+    def _prepared(self) -> Update:
+        if self._update is None:
+            self._update = Update(self._layers, self._others(), self._device)
+        return self._update
+
+    def _others(self) -> list[Tensor]:
+        own = {id(parameter) for layer in self._layers for parameter in (layer.weight, layer.bias)}
+        return [parameter for parameter in self._params if id(parameter) not in own]
 
     def _forget_iteration(self) -> None:
         """Free what this iteration captured and summed."""
@@ -353,57 +436,58 @@ class Preconditioner:
             f"kfac2: {call} was not called in an iteration that wants statistics; older ones are used",
         )
 
-    def _not_finite(self) -> str | None:
-        """Name what is not finite among this iteration's sums and gradients."""
-        name = self._raw.not_finite()
-        if name is not None:
-            return name
-        grads = [(parameter, parameter.grad) for parameter in self._params if parameter.grad is not None]
-        values = [(parameter, grad.coalesce().values() if grad.is_sparse else grad) for parameter, grad in grads]
-        values = [(parameter, numbers) for parameter, numbers in values if numbers.numel()]
-        if not values:
-            return None
-        norms = torch._foreach_norm([numbers for _, numbers in values], float("inf"))
-        finite = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite()
-        if finite.all():
-            return None
-        worst, _ = values[int((~finite).nonzero()[0])]
-        return f"the gradient of {self._names.get(id(worst), 'a parameter outside the model')}"
+    def _may_read(self, gathered: Gathered) -> bool:
+        """Whether this step reads back from the device: statistics are averaged in for good, so they are looked at."""
+        return not self._unread or bool(self._raw.A) or bool(gathered.elsewhere)
+
+    def _not_finite(self, gathered: Gathered) -> str | None:
+        """Name the first gradient that is not finite."""
+        for parameter in gathered.elsewhere:
+            grad = parameter.grad
+            values = grad.coalesce().values() if grad is not None and grad.is_sparse else grad
+            if values is not None and not values.isfinite().all():
+                return self._gradient_name(parameter)
+        first = int(gathered.first_bad)
+        return None if first == len(gathered.parameters) else self._source_name(gathered.parameters, first)
+
+    def _source_name(self, parameters: Sequence[Tensor], first: int) -> str:
+        return "the preconditioned gradients" if first >= len(parameters) else self._gradient_name(parameters[first])
+
+    def _gradient_name(self, parameter: Tensor) -> str:
+        return f"the gradient of {self._names.get(id(parameter), 'a parameter outside the model')}"
+
+    def _wants_inverses(self) -> bool:
+        return self._inverses is None or self.iteration % self.options.inv_every == 0
 
     def _refreshed(self) -> tuple[Statistics | None, Inverses | None]:
         """Return statistics and inverses as of this iteration; commit neither."""
         statistics, inverses = self._statistics, self._inverses
         if self._raw.A:
             statistics = updated(statistics, self._raw, self._layers, self.options.stat_decay)
-        if statistics is not None and (inverses is None or self.iteration % self.options.inv_every == 0):
-            coarse_damping = self.options.coarse_damping
-            inverses = invert(
-                statistics,
-                self._layers,
-                inverses,
-                self.options.inverse,
-                self.options.damping,
-                self.options.damping if coarse_damping is None else coarse_damping,
-                self._warn_once,
-            )
+        if statistics is not None and self._wants_inverses():
+            inverses = invert(statistics, self._layers, inverses, self.options, self._warn_once, self._unread)
         return statistics, inverses
 
     def _write(
-        self, statistics: Statistics | None, inverses: Inverses | None, rate_of: Callable[[Layer], float]
+        self,
+        update: Update,
+        gathered: Gathered,
+        statistics: Statistics | None,
+        inverses: Inverses | None,
+        rate_of: Callable[[Layer], float | Tensor],
     ) -> str | None:
         """Compute the new gradients; write them and commit the state only if all are finite."""
+        self._found = None
         if statistics is None or inverses is None or not self._layers:
-            return None  # nothing to precondition: plain SGD
-        if self._update is None:
-            dtypes = [torch.float64 if layer.weight.dtype == torch.float64 else torch.float32 for layer in self._layers]
-            self._update = Update(self._layers, dtypes)
+            return self._not_finite(gathered)  # nothing to precondition: plain SGD
         rates = [rate_of(layer) for layer in self._layers]
-        options = self.options
-        grads, values, total = self._update.compute(inverses, options.coarse_weight, options.kl_clip, rates)
-        if not total.isfinite():
+        step = update.compute(gathered, inverses, self.options.coarse_weight, self.options.kl_clip, rates)
+        if self._unread and not gathered.elsewhere:
+            self._found = step.found
+        elif step.found.item():
+            update.skipped.zero_()
             return "the preconditioned gradients"
-        if grads:
-            torch._foreach_copy_(grads, values)
+        update.write(gathered, step)
         self._statistics, self._inverses = statistics, inverses
         return None
 
@@ -421,6 +505,7 @@ class Preconditioner:
         for bit: torch adds their blocks up in no fixed order. Labels are drawn from torch's global generator: to
         resume bit for bit, save and restore its state too.
         """
+        self.check()
         return {
             "iteration": self.iteration,
             "options": self.options.as_dict(),

@@ -1,176 +1,361 @@
-"""The step of every iteration (eq. 6, 10), by batches of equal shape, never layer by layer."""
+"""The step of every iteration (eq. 6, 10): three native calls, and two batched products for each shape of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kfac2.inverses import FIELDS, Inverses
+from kfac2.inverses import Fields, Inverses
 from kfac2.layers import Layer
+from kfac2.ops.gather_gradients import gather_gradients
+from kfac2.ops.shift_and_scale import ShiftAndScale, shift_and_scale
+from kfac2.ops.write_gradients import write_gradients
+
+_GATHERED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Gathered:
+    """The gradients of one step.
+
+    Attributes:
+        parameters: whose gradients the native calls see, those of layers first.
+        gradients: theirs.
+        layout: where they belong, see `gather_gradients`.
+        first_bad: on the device, the number of the first that is not finite.
+        elsewhere: parameters whose gradients only the host can look at: sparse ones, or on another device.
+    """
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    layout: Tensor
+    first_bad: Tensor
+    elsewhere: list[Tensor]
 
 
 class _Batch:
-    """The gradient matrices of all layers of one shape, (b, d_out, d_in), with the views to fill and read it."""
+    """All layers of one shape: their part of the matrices, (b, d_out, d_in), b counting blocks."""
 
-    def __init__(self, indices: Sequence[int], layers: Sequence[Layer], dtype: torch.dtype) -> None:
-        _, d_out, d_in = layers[indices[0]].matrix_shape
-        sizes = [layers[i].blocks for i in indices]
-        device = layers[indices[0]].weight.device
-        self.indices = indices
-        self.grads = torch.zeros(sum(sizes), d_out, d_in, dtype=dtype, device=device)
-        self.result = torch.zeros_like(self.grads)
-        self.layer_of_block = torch.tensor(
-            [i for i, size in zip(indices, sizes, strict=True) for _ in range(size)], device=device
-        )
-        self.inverse: tuple[Tensor, ...] = ()
+    def __init__(self, members: Sequence[int], layers: Sequence[Layer], begin: int) -> None:
+        _, self._d_out, self._d_in = layers[members[0]].matrix_shape
+        self.members = members
+        self.sizes = [layers[i].blocks for i in members]
+        self.begin = begin
+        self.end = begin + sum(self.sizes) * self._d_out * self._d_in
 
-    def views(self, matrices: Tensor, layers: Sequence[Layer]) -> dict[int, list[Tensor]]:
-        """View each layer's part of `matrices` in the shapes of its weight and, if it has one, its bias."""
-        sizes = [layers[i].blocks for i in self.indices]
-        result = {}
-        for i, part in zip(self.indices, matrices.split(sizes), strict=True):
-            shape = layers[i].weight.shape
-            if layers[i].bias is None:
-                result[i] = [part.unflatten(-1, shape[1:]).flatten(0, 1)]
-            else:
-                result[i] = [part[..., :-1].unflatten(-1, shape[1:]).flatten(0, 1), part[..., -1].flatten()]
-        return result
+    def of(self, matrices: Tensor) -> Tensor:
+        """View this batch's part of all matrices."""
+        return matrices[self.begin : self.end].view(-1, self._d_out, self._d_in)
 
-    def set_inverse(self, inverses: Inverses, layers: Sequence[Layer]) -> None:
-        """Stack the inverses of the batch's layers; one that has none keeps a zero gradient, whatever this holds."""
-        known = [inverses.fine.get(layers[i]) for i in self.indices]
-        example = next((fields for fields in known if fields is not None), None)
-        self.inverse = ()
+    def stack(self, fine: Sequence[Fields | None], dtype: torch.dtype) -> Fields | None:
+        """Stack the members' inverses, zeros for one without; None where no member has any."""
+        example = next((fields for fields in fine if fields is not None), None)
         if example is None:
-            return
-        sizes = [layers[i].blocks for i in self.indices]
-        stacks = []
+            return None
+        stacks = {}
         for name, value in example.items():
-            zeros = [value.new_zeros(size, *value.shape[1:]) for size in sizes]
-            parts = [zero if fields is None else fields[name] for fields, zero in zip(known, zeros, strict=True)]
-            stacks.append(torch.cat(parts))
-            for fields, part in zip(known, stacks[-1].split(sizes), strict=True):
-                if fields is not None:
-                    fields[name] = part  # the same numbers; so that they are kept once
-        self.inverse = tuple(stacks)
+            parts = [
+                value.new_zeros(size, *value.shape[1:]) if fields is None else fields[name]
+                for fields, size in zip(fine, self.sizes, strict=True)
+            ]
+            stacks[name] = torch.cat(parts).to(dtype)
+        return stacks
 
-    def precondition(self, damping: float) -> Tensor:
-        """Return G⁻¹ ∇ A⁻¹, or the same with the exact damped inverse of A ⊗ G."""
-        if not self.inverse:
-            return torch.zeros_like(self.grads)
-        if len(self.inverse) == len(FIELDS["cholesky"]):
-            A_inv, G_inv = self.inverse
-            return G_inv @ self.grads @ A_inv
-        a, V_A, g, V_G = self.inverse
-        rotated = V_G.mT @ self.grads @ V_A
-        return V_G @ (rotated / (g.unsqueeze(-1) * a.unsqueeze(-2) + damping)) @ V_A.mT
+
+@dataclass
+class _Stacks:
+    """Inverses as the step reads them.
+
+    Attributes:
+        source: the inverses that these were made of.
+        batches: for each batch its stacks; None where no member has an inverse.
+        scales: with `'eigh'`, 1 / (g aᵀ + λ) at the places of the matrices.
+        usable: float64, (L,): 1 for a layer that has an inverse.
+        coarse: (F_coarse + λ_c I)⁻¹ in float64.
+        failed: float64, (L,): 1 for a layer whose new inverse failed, where the host does not know yet.
+    """
+
+    source: Inverses
+    batches: list[Fields | None]
+    scales: Tensor | None
+    usable: Tensor
+    coarse: Tensor | None
+    failed: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """What a step reads, in an order that depends on the layers only."""
+        optional = [self.scales, self.usable, self.coarse]
+        stacks = [stack for batch in self.batches for stack in (batch or {}).values()]
+        return stacks + [tensor for tensor in optional if tensor is not None]
 
 
 class Update:
-    """Computes the preconditioned gradients of all layers at once.
+    """Computes and writes the preconditioned gradients of all layers at once.
 
     Args:
         layers: the handled layers.
-        dtypes: for each layer what its factors are kept in.
+        others: further parameters, whose gradients are looked at for NaNs.
+        device: of the layers.
     """
 
-    def __init__(self, layers: Sequence[Layer], dtypes: Sequence[torch.dtype]) -> None:
+    def __init__(self, layers: Sequence[Layer], others: Sequence[Tensor], device: torch.device) -> None:
         self._layers = layers
-        classes: dict[tuple[object, ...], list[int]] = {}
-        for i, (layer, dtype) in enumerate(zip(layers, dtypes, strict=True)):
-            classes.setdefault((*layer.matrix_shape[1:], dtype), []).append(i)
-        self._batches = [_Batch(members, layers, dtypes[members[0]]) for members in classes.values()]
-        self._inputs = {i: view for batch in self._batches for i, view in batch.views(batch.grads, layers).items()}
-        self._results = {i: view for batch in self._batches for i, view in batch.views(batch.result, layers).items()}
-        self._layer_of_block = torch.cat([batch.layer_of_block for batch in self._batches])
-        self._inverses: Inverses | None = None
+        self._others = others
+        self._device = device
+        is_double = any(layer.weight.dtype == torch.float64 for layer in layers)
+        self._dtype = torch.float64 if is_double else torch.float32
+        self._batches: list[_Batch] = []
+        self._spans = torch.zeros(len(layers), 2, dtype=torch.int64)
+        self._lay_out()
+        size = self._batches[-1].end if self._batches else 0
+        self._matrices, self._work, self._directions = (
+            torch.zeros(size, dtype=self._dtype, device=device) for _ in range(3)
+        )
+        order = [
+            i for batch in self._batches for i, n in zip(batch.members, batch.sizes, strict=True) for _ in range(n)
+        ]
+        self._layer_of_block = torch.tensor(order, dtype=torch.int64, device=device)
+        self._layouts: dict[tuple[bool, ...], Tensor] = {}
+        self._filled: tuple[bool, ...] = ()
+        self._rate_index: dict[tuple[int, ...], Tensor] = {}
+        self._one = torch.ones((), dtype=torch.float64, device=device)
+        self._stacks: _Stacks | None = None
+        self._staged: _Stacks | None = None
+        self._captured = False
+        self.parameters: list[Tensor] = []  # of the last step
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def _lay_out(self) -> None:
+        """Give each layer its place among the matrices, layers of one shape side by side."""
+        classes: dict[tuple[int, ...], list[int]] = {}
+        for i, layer in enumerate(self._layers):
+            classes.setdefault(layer.matrix_shape[1:], []).append(i)
+        for members in classes.values():
+            batch = _Batch(members, self._layers, self._batches[-1].end if self._batches else 0)
+            self._batches.append(batch)
+            place = batch.begin
+            for i in members:
+                blocks, d_out, d_in = self._layers[i].matrix_shape
+                self._spans[i] = torch.tensor([place, place + blocks * d_out * d_in])
+                place += blocks * d_out * d_in
+
+    def watch(self, others: Sequence[Tensor]) -> None:
+        """Look at the gradients of these further parameters from now on."""
+        self._others = others
+
+    # -- gradients ------------------------------------------------------------------------------------------
+
+    def gather(self) -> Gathered:
+        """Copy the gradients of all layers into their matrices; what has none is 0 there. Reads nothing back."""
+        own = [layer.weight for layer in self._layers] + [layer.bias for layer in self._layers]
+        parameters = [parameter for parameter in own if parameter is not None and parameter.grad is not None]
+        present = tuple(parameter is not None and parameter.grad is not None for parameter in own)
+        if present != self._filled:
+            self._matrices.zero_()
+            self._filled = present
+        elsewhere: list[Tensor] = []
+        for parameter in self._others:
+            grad = parameter.grad
+            if grad is not None and grad.numel():
+                here = grad.device == self._device and grad.dtype in _GATHERED and not grad.is_sparse
+                (parameters if here else elsewhere).append(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        layout = self._layout(present, len(gradients))
+        first_bad = gather_gradients(gradients, layout, len(self._layers), self._matrices)
+        self.parameters = parameters
+        return Gathered(parameters, gradients, layout, first_bad, elsewhere)
+
+    def _layout(self, present: tuple[bool, ...], count: int) -> Tensor:
+        """For each gradient its place, row length and layer; -1 for one that is only looked at."""
+        known = self._layouts.get(present)
+        if known is None or len(known) < count:
+            has_weight, has_bias = present[: len(self._layers)], present[len(self._layers) :]
+            places = [int(begin) for begin, _ in self._spans]
+            lengths = [layer.matrix_shape[2] for layer in self._layers]
+            rows = [(places[i], lengths[i], i) for i, here in enumerate(has_weight) if here]
+            rows += [  # without its weight's gradient a bias keeps its own
+                (places[i] + lengths[i] - 1, lengths[i], i) if has_weight[i] else (-1, 0, -1)
+                for i, here in enumerate(has_bias)
+                if here
+            ]
+            rows += [(-1, 0, -1)] * (count - len(rows))
+            known = self._layouts[present] = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+        return known[:count]
+
+    # -- the update -----------------------------------------------------------------------------------------
 
     def compute(
         self,
+        gathered: Gathered,
         inverses: Inverses,
         coarse_weight: float,
         kl_clip: float | None,
-        rates: Sequence[float],
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Precondition the gradients that lie in the parameters' `.grad`.
+        rates: Sequence[float | Tensor],
+    ) -> ShiftAndScale:
+        """Precondition the gathered gradients; neither reads anything back nor writes to `.grad`.
 
         Args:
-            inverses: what to multiply with.
+            gathered: what `gather` returned.
+            inverses: what to multiply with; kept from `write` on.
             coarse_weight: ω; with 0, or without a coarse inverse, there is no second level.
             kl_clip: κ, or None.
-            rates: η_i by layer; used with `kl_clip` only.
-
-        Returns:
-            The `.grad` tensors to be replaced, their new values (until the next call), and Σ_i η_i² |v_i · ∇_i|.
-            Nothing is written to `.grad`.
+            rates: η_i by layer; a tensor on the device is not read.
         """
-        active = [layer in inverses.fine and layer.weight.grad is not None for layer in self._layers]
-        if inverses is not self._inverses:
-            for batch in self._batches:
-                batch.set_inverse(inverses, self._layers)
-            self._inverses = inverses
-        grads = self._gather(active)
-        directions = [batch.precondition(inverses.damping) for batch in self._batches]
-        if coarse_weight != 0 and inverses.coarse is not None:
-            self._shift(directions, inverses.coarse, coarse_weight, active)
-        total = self._quadratic_form(directions, rates)
-        # ν = min(1, √(κ / Σ)); a sum of 0 gives 1
-        nu = total.new_ones(()) if kl_clip is None else (kl_clip / total).sqrt().clamp(max=1)
-        for batch, direction in zip(self._batches, directions, strict=True):
-            torch.mul(direction, nu.to(direction.dtype), out=batch.result)
-        values = [
-            view for i, is_active in enumerate(active) if is_active for view in self._present(i, self._results[i])
-        ]
-        return grads, values, total
-
-    def _present(self, i: int, views: list[Tensor]) -> list[Tensor]:
-        """Leave out the bias where it has no gradient in this step."""
-        bias = self._layers[i].bias
-        return views if bias is None or bias.grad is not None else views[:1]
-
-    def _gather(self, active: Sequence[bool]) -> list[Tensor]:
-        """Copy the gradients into the batches; what has none is 0 there."""
-        grads: list[Tensor] = []
-        slots: list[Tensor] = []
-        blank: list[Tensor] = []
-        for i, (layer, is_active) in enumerate(zip(self._layers, active, strict=True)):
-            bias, grad = layer.bias, layer.weight.grad
-            if not is_active or grad is None:
-                blank += self._inputs[i]
-                continue
-            grads.append(grad)
-            if bias is not None and bias.grad is not None:
-                grads.append(bias.grad)
-            elif bias is not None:
-                blank.append(self._inputs[i][1])
-            slots += self._present(i, self._inputs[i])
-        if blank:
-            torch._foreach_zero_(blank)
-        if slots:
-            torch._foreach_copy_(slots, grads)
-        return grads
-
-    def _by_layer(self, per_block: Sequence[Tensor]) -> Tensor:
-        """Add up numbers of blocks by layer."""
-        dtype = torch.float64 if any(numbers.dtype == torch.float64 for numbers in per_block) else torch.float32
-        numbers = torch.cat([numbers.to(dtype) for numbers in per_block])
-        return numbers.new_zeros(len(self._layers)).index_add_(0, self._layer_of_block, numbers)
-
-    def _shift(self, directions: list[Tensor], coarse: Tensor, weight: float, active: Sequence[bool]) -> None:
-        """v_i ← v_i + ω c_i on every element, c = (F_coarse + λ_c I)⁻¹ y, y_i the sum of ∇_i."""
-        y = self._by_layer([batch.grads.sum((1, 2)) for batch in self._batches])
-        takes_part = [
-            float(is_active and layer.in_coarse) for is_active, layer in zip(active, self._layers, strict=True)
-        ]
-        mask = y.new_tensor(takes_part)
-        c = weight * mask * (coarse.to(y.dtype) @ (mask * y))
-        for batch, direction in zip(self._batches, directions, strict=True):
-            direction += c[batch.layer_of_block, None, None].to(direction.dtype)
-
-    def _quadratic_form(self, directions: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
-        dots = self._by_layer(
-            [(direction * batch.grads).sum((1, 2)) for direction, batch in zip(directions, self._batches, strict=True)]
+        self._captured |= is_capturing(self._device)
+        stacks = self._stacks
+        if stacks is None or stacks.source is not inverses:
+            stacks = self._stack(inverses)
+        self._staged = stacks
+        for batch, parts in zip(self._batches, stacks.batches, strict=True):
+            self._precondition(batch, parts)
+        if stacks.scales is not None:
+            self._directions.mul_(stacks.scales)
+            for batch, parts in zip(self._batches, stacks.batches, strict=True):
+                self._rotate_back(batch, parts)
+        host_rates, device_rates = self._rates(rates)
+        return shift_and_scale(
+            self._matrices,
+            self._directions,
+            self._spans,
+            host_rates,
+            device_rates,
+            torch.tensor([layer.in_coarse for layer in self._layers], dtype=torch.float64),
+            stacks.usable,
+            stacks.coarse if coarse_weight != 0 else None,
+            gathered.first_bad,
+            len(gathered.gradients),
+            coarse_weight,
+            kl_clip,
+            self.skipped,
         )
-        return (dots.new_tensor(rates).square() * dots.abs()).sum()
+
+    def write(self, gathered: Gathered, step: ShiftAndScale) -> None:
+        """Write the update into `.grad`, and keep the inverses that it was made with."""
+        stacks = self._staged
+        assert stacks is not None
+        write_gradients(gathered.gradients, gathered.layout, self._directions, step, stacks.usable)
+        if stacks is self._stacks:
+            return
+        if self._captured and self._stacks is not None:
+            # a CUDA graph goes on reading what was there when it was captured
+            for kept, new in zip(self._stacks.tensors(), stacks.tensors(), strict=True):
+                kept.copy_(new)
+            stacks = replace(self._stacks, source=stacks.source, failed=stacks.failed)
+        self._stacks = stacks
+        for batch, parts in zip(self._batches, stacks.batches, strict=True):
+            for name, stack in (parts or {}).items():
+                for i, part in zip(batch.members, stack.split(batch.sizes), strict=True):
+                    fields = stacks.source.fine.get(self._layers[i])
+                    if fields is not None and fields[name].dtype == part.dtype:
+                        fields[name] = part  # the same numbers; so that they are kept once
+
+    def _precondition(self, batch: _Batch, parts: Fields | None) -> None:
+        """G⁻¹ ∇ A⁻¹ into the directions; with `'eigh'`, V_Gᵀ ∇ V_A."""
+        gradients, work, directions = (batch.of(m) for m in (self._matrices, self._work, self._directions))
+        if parts is None:
+            directions.zero_()
+        elif "A_inv" in parts:
+            torch.bmm(torch.bmm(parts["G_inv"], gradients, out=work), parts["A_inv"], out=directions)
+        else:
+            torch.bmm(torch.bmm(parts["G_vectors"].mT, gradients, out=work), parts["A_vectors"], out=directions)
+
+    def _rotate_back(self, batch: _Batch, parts: Fields | None) -> None:
+        """V_G [rotated and scaled] V_Aᵀ."""
+        if parts is not None:
+            work, directions = batch.of(self._work), batch.of(self._directions)
+            torch.bmm(torch.bmm(parts["G_vectors"], directions, out=work), parts["A_vectors"].mT, out=directions)
+
+    def _rates(self, rates: Sequence[float | Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Split η_i into numbers and, where rates lie on the device, what the numbers are multiplied by."""
+        on_device = {id(rate): rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"}
+        numbers = [1.0 if id(rate) in on_device else float(rate) for rate in rates]
+        host = torch.tensor(numbers, dtype=torch.float64)
+        if not on_device:
+            return host, None
+        order = {key: place for place, key in enumerate(on_device, start=1)}
+        places = tuple(order.get(id(rate), 0) for rate in rates)
+        if places not in self._rate_index:
+            self._rate_index[places] = torch.tensor(places, device=self._device)
+        factors = torch.stack([self._one, *(rate.reshape(()).double() for rate in on_device.values())])
+        return host, factors[self._rate_index[places]]
+
+    # -- inverses -------------------------------------------------------------------------------------------
+
+    def _stack(self, inverses: Inverses) -> _Stacks:
+        """Put inverses where the step reads them; where one failed, unknown to the host, the last one stays."""
+        fine = [inverses.fine.get(layer) for layer in self._layers]
+        batches = [batch.stack([fine[i] for i in batch.members], self._dtype) for batch in self._batches]
+        usable = torch.ones(len(fine), dtype=torch.float64, device=self._device)
+        if None in fine:
+            usable = usable.new_tensor([fields is not None for fields in fine])
+        failed = None
+        if inverses.status is not None:
+            failed = self._failed(inverses.status)
+            batches = [self._sound(i, parts, failed) for i, parts in enumerate(batches)]
+            before = 0.0 if self._stacks is None else self._stacks.usable
+            usable = torch.where(failed > 0, before, usable)
+        coarse = None if inverses.coarse is None else inverses.coarse.double()
+        return _Stacks(inverses, batches, self._scales(batches, inverses.damping), usable, coarse, failed)
+
+    def _failed(self, status: Mapping[Layer, Tensor]) -> Tensor:
+        """From the status of blocks to 1 for each layer that has a block without an inverse."""
+        good = torch.zeros(len(self._layer_of_block), dtype=torch.int32, device=self._device)
+        in_order = [self._layers[i] for batch in self._batches for i in batch.members]
+        blocks = [status.get(layer, good[: layer.blocks]) for layer in in_order]
+        failed = good.new_zeros(len(in_order), dtype=torch.float64)
+        return failed.index_add_(0, self._layer_of_block, torch.cat(blocks).double()).clamp_(max=1)
+
+    def _sound(self, index: int, parts: Fields | None, failed: Tensor) -> Fields | None:
+        """Put the last inverses of a batch in place of those that failed, zeros where there is none."""
+        if parts is None:
+            return None
+        begin = sum(sum(batch.sizes) for batch in self._batches[:index])
+        blocks = failed[self._layer_of_block[begin : begin + sum(self._batches[index].sizes)]] > 0
+        before = None if self._stacks is None else self._stacks.batches[index]
+        result = {}
+        for name, stack in parts.items():
+            mask = blocks.reshape(-1, *[1] * (stack.dim() - 1))
+            result[name] = torch.where(mask, stack.new_zeros(()) if before is None else before[name], stack)
+        return result
+
+    def _scales(self, batches: Sequence[Fields | None], damping: float) -> Tensor | None:
+        """With `'eigh'`, 1 / (g aᵀ + λ) for every element."""
+        if not any(parts is not None and "A_values" in parts for parts in batches):
+            return None
+        scales = torch.zeros_like(self._matrices)
+        for batch, parts in zip(self._batches, batches, strict=True):
+            if parts is not None:
+                g, a = parts["G_values"].unsqueeze(-1), parts["A_values"].unsqueeze(-2)
+                batch.of(scales).copy_((g * a + damping).reciprocal_())
+        return scales
+
+    def failures(self) -> list[Layer]:
+        """Name the layers whose last inverse failed without the host's knowledge; reads them back."""
+        if self._stacks is None or self._stacks.failed is None:
+            return []
+        failed, self._stacks.failed = self._stacks.failed.tolist(), None
+        return [layer for layer, bad in zip(self._layers, failed, strict=True) if bad]
+
+    def replace(self, layer: Layer, fields: Fields | None) -> bool:
+        """Give a layer another inverse, in place; with None tell whether it has kept one at all."""
+        stacks, index = self._stacks, self._layers.index(layer)
+        assert stacks is not None
+        if fields is None:
+            return bool(stacks.usable[index])
+        for batch, parts in zip(self._batches, stacks.batches, strict=True):
+            if index in batch.members and parts is not None:
+                for name, value in fields.items():
+                    parts[name].split(batch.sizes)[batch.members.index(index)].copy_(value)
+        stacks.usable[index] = 1
+        scales = self._scales(stacks.batches, stacks.source.damping)
+        if stacks.scales is not None and scales is not None:
+            stacks.scales.copy_(scales)
+        return True
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph is being captured, so that nothing runs yet."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -13,6 +13,7 @@ from torch.distributions import Categorical
 from kfac2 import KFAC, Preconditioner, reference
 from kfac2.inverses import invert
 from kfac2.layers import find_layers
+from kfac2.options import Options
 from kfac2.statistics import Statistics
 
 
@@ -125,7 +126,8 @@ def test_an_indefinite_factor_is_floored_and_a_broken_one_keeps_its_last_inverse
     def run(A, previous):
         G = dict.fromkeys(layers, good)
         statistics = Statistics(1, dict(zip(layers, A, strict=True)), G, None, None)
-        return invert(statistics, layers, previous, inverse, 0.1, 0.1, lambda key, message: warned.append(message))
+        options = Options(inverse=inverse, damping=0.1)
+        return invert(statistics, layers, previous, options, lambda key, message: warned.append(message))
 
     first = run([good, good, good], None)
     broken = good * float("nan")
@@ -163,7 +165,7 @@ def test_eigendecomposition_that_does_not_converge_is_done_in_float64(monkeypatc
 
     monkeypatch.setattr(torch.linalg, "eigh", stubborn)
     statistics = Statistics(1, dict.fromkeys(layers, good), dict.fromkeys(layers, good), None, None)
-    result = invert(statistics, layers, None, "eigh", 0.1, 0.1, lambda key, message: None)
+    result = invert(statistics, layers, None, Options(inverse="eigh", damping=0.1), lambda key, message: None)
     for layer in layers:
         values, vectors = result.fine[layer]["A_values"], result.fine[layer]["A_vectors"]
         assert_equal(vectors @ torch.diag_embed(values) @ vectors.mT, good, 1e-5)

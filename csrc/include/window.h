@@ -7,12 +7,11 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "scalar.h"
 
 namespace kfac2 {
 
 constexpr int kSpatialRank = 3;
-
-enum class ElementType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 // How a convolution reads its input, axis by axis (D, H, W).
 struct Window {

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "scalar.h"
+
 namespace kfac2 {
 
 // Raised in Python as a RuntimeError, before anything is written.
@@ -39,6 +41,20 @@ inline bool is_float_or_double(const torch::stable::Tensor& tensor) {
 
 inline bool is_double(const torch::stable::Tensor& tensor) {
   return tensor.scalar_type() == torch::headeronly::ScalarType::Double;
+}
+
+// As the kernels call it; `index` names the tensor in the message.
+inline ElementType element_type(const char* op, const torch::stable::Tensor& tensor, size_t index) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return ElementType::kFloat32;
+    case ScalarType::Double: return ElementType::kFloat64;
+    case ScalarType::Half: return ElementType::kFloat16;
+    case ScalarType::BFloat16: return ElementType::kBFloat16;
+    default: break;
+  }
+  check(false, op, "expected tensor ", index, " to be float32, float64, float16 or bfloat16, got another dtype");
+  return ElementType::kFloat32;
 }
 
 }  // namespace kfac2

@@ -8,18 +8,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-ElementType element_type(const char* op, const Tensor& tensor, size_t index) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return ElementType::kFloat32;
-    case ScalarType::Double: return ElementType::kFloat64;
-    case ScalarType::Half: return ElementType::kFloat16;
-    case ScalarType::BFloat16: return ElementType::kBFloat16;
-    default: break;
-  }
-  check(false, op, "expected tensor ", index, " to be float32, float64, float16 or bfloat16, got another dtype");
-  return ElementType::kFloat32;
-}
-
 Window window_at(const int64_t* numbers) {
   Window window;
   int64_t* const axes[] = {window.kernel, window.stride, window.pad_low, window.pad_high, window.dilation};

@@ -231,4 +231,10 @@ inline int atomicAdd(int* address, int value) {
   return old;
 }
 
+inline int atomicMin(int* address, int value) {
+  const int old = *address;
+  if (value < old) *address = value;
+  return old;
+}
+
 inline void __threadfence() {}

@@ -1,0 +1,44 @@
+// Where the gradient of one parameter lies, and where it belongs among the gradient matrices of all layers.
+//
+// The matrices of all layers, [blocks, d_out, d_in] each with the bias in the last column, share one tensor. A weight
+// fills all columns but the bias's, a bias one column.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+#include "scalar.h"
+
+namespace kfac2 {
+
+constexpr int kColumnAxes = 4;
+
+struct GradientPart {
+  void* data;
+  ElementType element_type;
+  int64_t rows;
+  int64_t columns;              // product of extent[]
+  int64_t row_stride;           // strides and extents in elements
+  int64_t extent[kColumnAxes];  // of the axes that make up the columns, slowest first
+  int64_t stride[kColumnAxes];
+  int64_t offset;      // of its first element among the matrices; < 0: it belongs to none
+  int64_t row_length;  // of its matrix
+  int64_t layer;       // < 0: none
+
+  KFAC2_HOST_DEVICE bool belongs() const { return offset >= 0; }
+  KFAC2_HOST_DEVICE int64_t elements() const { return rows * columns; }
+  KFAC2_HOST_DEVICE bool columns_contiguous() const {
+    return stride[kColumnAxes - 1] == 1 && extent[kColumnAxes - 1] == columns;
+  }
+  // How far a column lies from the first of its row.
+  KFAC2_HOST_DEVICE int64_t column_offset(int64_t column) const {
+    int64_t sum = 0;
+    for (int axis = kColumnAxes - 1; axis > 0 && column != 0; --axis) {
+      sum += column % extent[axis] * stride[axis];
+      column /= extent[axis];
+    }
+    return sum + column * stride[0];
+  }
+};
+
+}  // namespace kfac2

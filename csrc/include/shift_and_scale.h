@@ -1,0 +1,58 @@
+// shift_and_scale: what is left to do once G^-1 grad A^-1 is known, v_i <- nu (v_i + omega c_i) for every layer:
+//   c = (F_coarse + lambda_c I)^-1 y, y_i the sum of grad_i (eq. 6, 10),
+//   nu = min(1, sqrt(kappa / sum_i eta_i^2 |(v_i + omega c_i) . grad_i|)).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda_launchers.h"
+
+namespace kfac2 {
+
+struct ShiftAndScaleParams {
+  const void* gradients;         // the matrices of all layers, float or double
+  const void* directions;        // G^-1 grad A^-1, in the same places
+  const int64_t* spans;          // [layers, 2], on the host: begin and end of each layer among the matrices
+  const double* rates;           // [layers], on the host: eta_i; 0 for a layer that is not in the clip
+  const double* device_rates;    // [layers] or null: factors of the rates
+  const double* in_coarse;       // [layers], on the host: 0 or 1
+  const double* usable;          // [layers]: 0 for a layer that has no inverse, which keeps its gradient
+  const double* coarse_inverse;  // [layers, layers], or null: no second level
+  const int32_t* first_bad;      // of gather_gradients
+  int64_t parts;                 // of gather_gradients: first_bad where all are finite
+  double coarse_weight;          // omega
+  double kl_clip;                // kappa; infinity: no clip
+  int64_t layers;
+  double* shifts;    // [layers]: omega c_i
+  double* scale;     // [2]: nu, and the sum under the root
+  float* found;      // one number: 1 where anything is not finite, else 0
+  int64_t* skipped;  // [2]: counts the times that something was found; first_bad of the first time
+  bool is_double;
+};
+
+namespace cpu {
+
+// Any thread may run any task. merge() comes last.
+class ShiftAndScale {
+ public:
+  explicit ShiftAndScale(const ShiftAndScaleParams& params);
+  int64_t tasks() const { return static_cast<int64_t>(first_layer_.size()) - 1; }
+  void run_task(int64_t task);
+  void merge();
+
+ private:
+  ShiftAndScaleParams params_;
+  std::vector<int64_t> first_layer_;  // of each task, and their number
+  std::vector<double> sums_, dots_;   // y_i, v_i . grad_i
+};
+
+}  // namespace cpu
+
+namespace cuda {
+
+int64_t shift_and_scale_workspace(const ShiftAndScaleParams& params);
+int shift_and_scale(const ShiftAndScaleParams& params, void* workspace, Stream stream);
+
+}  // namespace cuda
+}  // namespace kfac2

@@ -1,0 +1,33 @@
+"""Every parameter's gradient at its place among the gradient matrices of all layers, in one native call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def gather_gradients(gradients: Sequence[Tensor], layout: Tensor, layers: int, matrices: Tensor) -> Tensor:
+    """Copy gradients into the matrices, and find the first that is not finite.
+
+    Args:
+        gradients: float32, float64, float16 or bfloat16, any strides, on the device of `matrices`.
+        layout: int64 on the CPU, (n, 3): for each gradient the place of its first element among the matrices,
+            the row length of its matrix, and its layer; -1 in place of a gradient that is only looked at.
+        layers: L.
+        matrices: float32 or float64, one dimension: (d_out, d_in) of all layers, one after the other, the bias in
+            the last column. Written in place.
+
+    Returns:
+        int32, (1,): the number of the first gradient that holds a NaN or an infinity; n where none does.
+
+    Raises:
+        RuntimeError: if a gradient does not fit its place; nothing is written then.
+    """
+    return torch.ops.kfac2.gather_gradients(gradients, layout, layers, matrices)
+
+
+@torch.library.register_fake("kfac2::gather_gradients")
+def _(gradients: Sequence[Tensor], layout: Tensor, layers: int, matrices: Tensor) -> Tensor:
+    return matrices.new_empty(1, dtype=torch.int32)
