@@ -6,4 +6,5 @@ STABLE_TORCH_LIBRARY(kfac2, m) {
   m.def("covariances(Tensor[] tensors, int[] windows) -> Tensor[]");
   m.def("cross_layer_sums(Tensor[] maps, bool area, Tensor? previous, float kept, float scale) -> Tensor");
   m.def("coarse_fisher(Tensor input_sums, Tensor grad_sums, int[] layer_of_block, int layers) -> Tensor");
+  m.def("eigendecompose(Tensor[] matrices) -> (Tensor[] values, Tensor[] vectors, Tensor status)");
 }
