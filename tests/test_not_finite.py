@@ -152,18 +152,25 @@ def test_an_indefinite_factor_is_floored_and_a_broken_one_keeps_its_last_inverse
     assert layers[0] not in without.fine and layers[1] in without.fine
 
 
-def test_eigendecomposition_that_does_not_converge_is_done_in_float64(monkeypatch):
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+def stubborn_eigh(matrix, eigh=torch.linalg.eigh):
+    if matrix.dtype == torch.float32:
+        raise torch.linalg.LinAlgError("did not converge")
+    return eigh(matrix)
+
+
+def stubborn_native(stacks):
+    status = torch.full((sum(map(len, stacks)),), 2, dtype=torch.int32)
+    return [stack[..., 0] for stack in stacks], stacks, status
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_eigendecomposition_that_does_not_converge_is_done_in_float64(size, monkeypatch):
+    """Whether it is the native kernel that does not, which takes the small ones, or LAPACK."""
+    model = nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False))
     layers = find_layers(model, list(model.parameters()), (), 32)
-    good = factors([[2.0, 0.5], [0.5, 1.0]]).float()
-    eigh = torch.linalg.eigh
-
-    def stubborn(matrix):
-        if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("did not converge")
-        return eigh(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    good = factors(torch.eye(size) + 0.5).float()
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn_eigh)
+    monkeypatch.setattr(torch.ops.kfac2, "eigendecompose", stubborn_native)
     statistics = Statistics(1, dict.fromkeys(layers, good), dict.fromkeys(layers, good), None, None)
     result = invert(statistics, layers, None, Options(inverse="eigh", damping=0.1), lambda key, message: None)
     for layer in layers:

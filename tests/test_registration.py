@@ -26,6 +26,7 @@ def samples(dtype):
         "covariances": (tensors, NUMBERS),
         "cross_layer_sums": (maps, True, torch.eye(2, dtype=sums.dtype), 0.9, 0.1),
         "coarse_fisher": (sums, sums.clone(), [0, 1, 1], 2),
+        "eigendecompose": ([torch.stack([sums + sums.T, torch.eye(3, dtype=sums.dtype)]), sums[:1, None, :1]],),
     }
 
 
@@ -160,4 +161,5 @@ def test_one_native_call_for_all_layers(count, monkeypatch):
     ops.covariances(x, windows)
     sums = ops.cross_layer_sums(maps)
     ops.coarse_fisher(sums, sums)
-    assert calls == ["layer_maps", "covariances", "cross_layer_sums", "coarse_fisher"]
+    ops.eigendecompose([torch.eye(1 + i % 4) for i in range(count)], [torch.eye(4)] * count)
+    assert calls == ["layer_maps", "covariances", "cross_layer_sums", "coarse_fisher", "eigendecompose"]

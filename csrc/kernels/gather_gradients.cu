@@ -1,4 +1,6 @@
 // Floor: every gradient read once, the matrices written once.
+#include <cmath>
+
 #include "gather_gradients.h"
 #include "part_items.h"
 

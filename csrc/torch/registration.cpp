@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY(kfac2, m) {
   m.def("cross_layer_sums(Tensor[] maps, bool area, Tensor? previous, float kept, float scale) -> Tensor");
   m.def("coarse_fisher(Tensor input_sums, Tensor grad_sums, int[] layer_of_block, int layers) -> Tensor");
   m.def("factored_tikhonov_inverse(Tensor[] A, Tensor[] G, float damping) -> (Tensor[], Tensor[], Tensor)");
+  m.def("eigendecompose(Tensor[] matrices) -> (Tensor[], Tensor[], Tensor)");
   m.def("gather_gradients(Tensor[] gradients, Tensor layout, int layers, Tensor(a!) matrices) -> Tensor");
   m.def(
       "shift_and_scale(Tensor gradients, Tensor directions, Tensor spans, Tensor rates, Tensor? device_rates, "

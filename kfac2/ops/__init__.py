@@ -7,7 +7,8 @@
 | `coarse_fisher` | the L×L Fisher of the second level | csrc |
 | `covariances`, with its fronts `input_covariance` and `grad_covariance` | Kronecker factors, all layers | csrc |
 | `factored_tikhonov_inverse`, `precondition` | damped inverses by Cholesky, and their use | torch, by size |
-| `eigendecompose`, `precondition_eigh` | the exact damped inverse, and its use | torch, by size |
+| `eigendecompose` | both factors of every layer, for the exact damped inverse | csrc; torch for large sizes |
+| `precondition_eigh` | its use | torch, by size |
 """
 
 from kfac2.ops.coarse_fisher import coarse_fisher

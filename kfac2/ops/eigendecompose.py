@@ -1,4 +1,4 @@
-"""Eigendecompositions of both Kronecker factors, batched by size."""
+"""Eigendecompositions of both Kronecker factors: the small ones in one native call, the others batched by size."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from torch import Tensor
 from kfac2.ops._batching import as_blocks, by_shape, check_paired, like
 from kfac2.ops._checks import check_one_device, check_same_length, check_tensors
 
+# Sizes up to which the native call is taken. On a CPU it is faster than batched torch.linalg.eigh from 2 to 4, and a
+# third as fast at 32 (bench/test_solve_ops.py); on CUDA nothing was measured yet.
+CPU_LIMIT, CUDA_LIMIT = 4, 128
+CUDA_LIMIT_OF_ONE_STACK = 256  # of `floored_eigh`: what the kernel can do (csrc/include/eigendecompose.h)
+
+_Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
 
 class Eigendecomposition(NamedTuple):
     """What `eigendecompose` returns: one entry for each layer, with a leading q where its factors have one.
@@ -20,7 +27,9 @@ class Eigendecomposition(NamedTuple):
         A_vectors: its eigenvectors, in columns: (d_in, d_in).
         G_values: eigenvalues of G, ascending, floored at 0: (d_out,).
         G_vectors: its eigenvectors, in columns: (d_out, d_out).
-        status: for each block 0 where both factors are finite; 1 elsewhere, where 0 was decomposed instead.
+        status: for each block 0 where both decompositions are good. 1 where a factor is not finite: 0 was
+            decomposed instead. 2 where a factor is finite, but Jacobi's method did not converge: the two hold
+            no meaning. 3 where there is one of each.
     """
 
     A_values: list[Tensor]
@@ -45,7 +54,8 @@ def eigendecompose(A_list: Sequence[Tensor], G_list: Sequence[Tensor]) -> Eigend
         TypeError: if an argument is not made of tensors, or a dtype is another.
         ValueError: if a list is empty, lengths or numbers of blocks differ, a matrix is not square, or
             tensors are on several devices.
-        torch.linalg.LinAlgError: if LAPACK does not converge on a finite matrix.
+        torch.linalg.LinAlgError: if `torch.linalg.eigh`, which takes the large ones, does not converge on a
+            finite matrix.
     """
     check_tensors("A_list", A_list)
     check_tensors("G_list", G_list)
@@ -53,18 +63,61 @@ def eigendecompose(A_list: Sequence[Tensor], G_list: Sequence[Tensor]) -> Eigend
     check_one_device(A_list=A_list[0], G_list=G_list[0])
     A_blocks, G_blocks = as_blocks("A_list", A_list), as_blocks("G_list", G_list)
     check_paired("A_list", A_blocks, "G_list", G_blocks)
-    A_values, A_vectors, A_status = by_shape(_floored_eigh, A_blocks)
-    G_values, G_vectors, G_status = by_shape(_floored_eigh, G_blocks)
+    values, vectors, status = _decompose(A_blocks + G_blocks, CUDA_LIMIT if A_list[0].is_cuda else CPU_LIMIT)
+    layers = len(A_list)
+    both = torch.cat(status[:layers]) | torch.cat(status[layers:])
     return Eigendecomposition(
-        like(A_list, A_values),
-        like(A_list, A_vectors),
-        like(G_list, G_values),
-        like(G_list, G_vectors),
-        [a | g for a, g in zip(A_status, G_status, strict=True)],
+        like(A_list, values[:layers]),
+        like(A_list, vectors[:layers]),
+        like(G_list, values[layers:]),
+        like(G_list, vectors[layers:]),
+        list(both.split([blocks.shape[0] for blocks in A_blocks])),
     )
 
 
-def _floored_eigh(factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    finite = factors.isfinite().flatten(1).all(1)
-    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], factors, 0.0))
+def floored_eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose the matrices of one stack; on CUDA without a synchronisation, up to CUDA_LIMIT_OF_ONE_STACK.
+
+    Args:
+        stack: (q, d, d), symmetric, float32 or float64.
+
+    Returns:
+        Eigenvalues (q, d), ascending, floored at 0; eigenvectors (q, d, d), in columns; status (q), see
+        `Eigendecomposition`. Where status is not 0, `torch.where` can choose another result on the device.
+    """
+    values, vectors, status = _decompose([stack.detach()], CUDA_LIMIT_OF_ONE_STACK if stack.is_cuda else CPU_LIMIT)
+    return values[0], vectors[0], status[0]
+
+
+def _decompose(stacks: Sequence[Tensor], limit: int) -> _Lists:
+    """Decompose stacks (q, d, d): in one native call for each dtype where d is at most `limit`, by shape elsewhere."""
+    groups: dict[torch.dtype | None, list[int]] = {}
+    for i, stack in enumerate(stacks):
+        native = 0 < stack.shape[-1] <= limit
+        groups.setdefault(stack.dtype if native else None, []).append(i)
+    results: _Lists = ([stacks[0]] * len(stacks), [stacks[0]] * len(stacks), [stacks[0]] * len(stacks))
+    for dtype, members in groups.items():
+        group = [stacks[i] for i in members]
+        parts = by_shape(_torch_eigh, group) if dtype is None else _native(group)
+        for result, part in zip(results, parts, strict=True):
+            for i, decomposed in zip(members, part, strict=True):
+                result[i] = decomposed
+    return results
+
+
+def _native(stacks: list[Tensor]) -> _Lists:
+    values, vectors, status = torch.ops.kfac2.eigendecompose(stacks)
+    return values, vectors, list(status.split([stack.shape[0] for stack in stacks]))
+
+
+def _torch_eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    finite = stack.isfinite().flatten(1).all(1)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], stack, 0.0))
     return values.clamp(min=0), vectors, (~finite).to(torch.int32)
+
+
+@torch.library.register_fake("kfac2::eigendecompose")
+def _(matrices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    values = [stack.new_empty(stack.shape[:2]) for stack in matrices]
+    vectors = [stack.new_empty(stack.shape) for stack in matrices]
+    return values, vectors, matrices[0].new_empty(sum(map(len, matrices)), dtype=torch.int32)

@@ -1,0 +1,251 @@
+// The CUDA kernels of every step against csrc/cpu: gather, shift and scale, write; in three orders.
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "cuda_emulation.h"
+#include "drawn.h"
+#include "gather_gradients.h"
+#include "shift_and_scale.h"
+#include "workspace.h"
+#include "write_gradients.h"
+
+using namespace kfac2;
+using namespace kfac2::tests;
+
+namespace {
+
+// Gradients of some layers, each with its columns along two axes in either order, some with a bias; then one gradient
+// that belongs to no layer.
+struct DrawnStep {
+  std::vector<std::shared_ptr<void>> memory;
+  std::vector<size_t> bytes;  // of each gradient's memory
+  std::vector<GradientPart> parts;
+  std::vector<int64_t> spans;
+  int64_t elements = 0;
+
+  explicit DrawnStep(Random& random, int64_t layers, int64_t largest) {
+    for (int64_t i = 0; i < layers; ++i) {
+      const bool bias = draw(random, 0, 1) == 0;
+      const int64_t rows = draw(random, 1, largest), a = draw(random, 1, 5), b = draw(random, 1, 9),
+                    d_in = a * b + bias;
+      add(random, rows, a, b, elements, d_in, i);
+      if (bias) add(random, rows, 1, 1, elements + d_in - 1, d_in, i);
+      spans.push_back(elements);
+      spans.push_back(elements += rows * d_in);
+    }
+    add(random, 7, 1, 3, -1, 0, -1);
+  }
+
+  void add(Random& random, int64_t rows, int64_t a, int64_t b, int64_t offset, int64_t row_length, int64_t layer) {
+    switch (draw(random, 0, 3)) {
+      case 0: return add_as<float>(random, ElementType::kFloat32, rows, a, b, offset, row_length, layer);
+      case 1: return add_as<double>(random, ElementType::kFloat64, rows, a, b, offset, row_length, layer);
+      case 2: return add_as<Half>(random, ElementType::kFloat16, rows, a, b, offset, row_length, layer);
+      default: return add_as<BFloat16>(random, ElementType::kBFloat16, rows, a, b, offset, row_length, layer);
+    }
+  }
+
+  template <typename T>
+  void add_as(Random& random, ElementType type, int64_t rows, int64_t a, int64_t b, int64_t offset, int64_t row_length,
+              int64_t layer) {
+    auto numbers = std::make_shared<std::vector<T>>(drawn_numbers<T>(random, rows * a * b));
+    GradientPart part{numbers->data(),  type,         rows,   a * b,      a * b,
+                      {1, 1, 1, a * b}, {0, 0, 0, 1}, offset, row_length, layer};
+    if (draw(random, 0, 1) == 0) part.extent[2] = a, part.extent[3] = b, part.stride[2] = 1, part.stride[3] = a;
+    bytes.push_back(numbers->size() * sizeof(T));
+    memory.push_back(numbers);
+    parts.push_back(part);
+  }
+
+  int64_t count() const { return static_cast<int64_t>(parts.size()); }
+
+  // The same gradients in memory of their own.
+  DrawnStep copy() const {
+    DrawnStep other = *this;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      auto block = std::make_shared<std::vector<unsigned char>>(bytes[i]);
+      std::memcpy(block->data(), parts[i].data, bytes[i]);
+      other.parts[i].data = block->data();
+      other.memory.push_back(block);
+    }
+    return other;
+  }
+};
+
+// What one side computes.
+template <typename T>
+struct Results {
+  std::vector<T> matrices;
+  int32_t first_bad = -1;
+  std::vector<double> shifts, scale = {-1, -1};
+  float found = -1;
+  std::vector<int64_t> skipped = {0, -1};
+};
+
+// Options of a step, with what they point to.
+template <typename T>
+struct Inputs {
+  std::vector<T> directions;
+  std::vector<double> rates, device_rates, in_coarse, usable, coarse_inverse;
+  bool coarse, clip, on_device;
+
+  Inputs(Random& random, const DrawnStep& step)
+      : directions(drawn_numbers<T>(random, step.elements)),
+        coarse(draw(random, 0, 3) > 0),
+        clip(draw(random, 0, 1) == 0),
+        on_device(draw(random, 0, 1) == 0) {
+    const int64_t layers = static_cast<int64_t>(step.spans.size()) / 2;
+    for (int64_t i = 0; i < layers; ++i) {
+      rates.push_back(0.1 * static_cast<double>(draw(random, 0, 3)));
+      device_rates.push_back(0.5 * static_cast<double>(draw(random, 1, 3)));
+      in_coarse.push_back(draw(random, 0, 4) > 0);
+      usable.push_back(draw(random, 0, 4) > 0);
+    }
+    coarse_inverse = drawn_numbers<double>(random, layers * layers);
+  }
+
+  ShiftAndScaleParams params(const DrawnStep& step, Results<T>& results) const {
+    const int64_t layers = static_cast<int64_t>(rates.size());
+    results.shifts.assign(layers, -1.0);
+    return {results.matrices.data(),
+            directions.data(),
+            step.spans.data(),
+            rates.data(),
+            on_device ? device_rates.data() : nullptr,
+            in_coarse.data(),
+            usable.data(),
+            coarse ? coarse_inverse.data() : nullptr,
+            &results.first_bad,
+            step.count(),
+            0.7,
+            clip ? 1e-3 : std::numeric_limits<double>::infinity(),
+            layers,
+            results.shifts.data(),
+            results.scale.data(),
+            &results.found,
+            results.skipped.data(),
+            sizeof(T) == sizeof(double)};
+  }
+};
+
+template <typename T>
+void step_on_device(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& results) {
+  constexpr bool is_double = sizeof(T) == sizeof(double);
+  const GatherGradientsParams gather{step.parts.data(), results.matrices.data(), &results.first_bad, step.count(),
+                                     is_double};
+  const Workspace first(cuda::gather_gradients_workspace(gather));
+  expect_success("gather_gradients", cuda::gather_gradients(gather, first.get(), nullptr));
+  const ShiftAndScaleParams params = inputs.params(step, results);
+  const Workspace second(cuda::shift_and_scale_workspace(params));
+  expect_success("shift_and_scale", cuda::shift_and_scale(params, second.get(), nullptr));
+  const WriteGradientsParams write{
+      step.parts.data(), inputs.directions.data(), results.shifts.data(), results.scale.data(),
+      &results.found,    inputs.usable.data(),     step.count(),          is_double};
+  const Workspace third(cuda::write_gradients_workspace(write));
+  expect_success("write_gradients", cuda::write_gradients(write, third.get(), nullptr));
+}
+
+template <typename T>
+void step_on_host(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& results) {
+  constexpr bool is_double = sizeof(T) == sizeof(double);
+  cpu::GatherGradients gather(
+      {step.parts.data(), results.matrices.data(), &results.first_bad, step.count(), is_double});
+  for (int64_t task = 0; task < gather.tasks(); ++task) gather.run_task(task);
+  gather.merge();
+  cpu::ShiftAndScale scale(inputs.params(step, results));
+  for (int64_t task = 0; task < scale.tasks(); ++task) scale.run_task(task);
+  scale.merge();
+  cpu::WriteGradients write({step.parts.data(), inputs.directions.data(), results.shifts.data(), results.scale.data(),
+                             &results.found, inputs.usable.data(), step.count(), is_double});
+  for (int64_t task = 0; task < write.tasks(); ++task) write.run_task(task);
+}
+
+void expect_same(bool same, const char* what) {
+  if (same) return;
+  std::fprintf(stderr, "%s differs\n", what);
+  std::exit(1);
+}
+
+void expect_same_gradients(const DrawnStep& got, const DrawnStep& expected) {
+  for (size_t i = 0; i < got.parts.size(); ++i) {
+    const int64_t count = got.parts[i].elements();
+    with_type(got.parts[i].element_type, got.parts[i].data, [&](const auto* ours) {
+      using Element = std::remove_const_t<std::remove_pointer_t<decltype(ours)>>;
+      const auto* theirs = static_cast<const Element*>(expected.parts[i].data);
+      std::vector<double> a(count), b(count);
+      for (int64_t j = 0; j < count; ++j) a[j] = to_sum_type(ours[j]), b[j] = to_sum_type(theirs[j]);
+      expect_equal("write_gradients", a.data(), b.data(), count, sizeof(Element) == 2 ? 1e-2 : 1e-5);
+    });
+  }
+}
+
+template <typename T>
+void test_step(int seed, int64_t layers, int64_t largest, const char* poison) {
+  Random random(seed);
+  const DrawnStep got(random, layers, largest);
+  const Inputs<T> inputs(random, got);
+  const double tolerance = sizeof(T) == sizeof(double) ? 1e-12 : 1e-4;
+  if (poison != nullptr) {
+    const GradientPart& part = got.parts[poison[0] == 'l' ? 0 : got.count() - 1];
+    with_type(part.element_type, part.data, [](auto* data) {
+      data[0] = from_sum_type<std::remove_pointer_t<decltype(data)>>(
+          std::numeric_limits<SumType<std::remove_pointer_t<decltype(data)>>>::infinity());
+    });
+  }
+  const DrawnStep expected = got.copy();
+  Results<T> ours, theirs;
+  ours.matrices.assign(got.elements, T(-1));
+  theirs.matrices.assign(got.elements, T(-1));
+  step_on_device(got, inputs, ours);
+  step_on_host(expected, inputs, theirs);
+  expect_same(ours.matrices.size() == theirs.matrices.size() &&
+                  std::memcmp(ours.matrices.data(), theirs.matrices.data(), ours.matrices.size() * sizeof(T)) == 0,
+              "a gathered matrix");
+  expect_same(ours.first_bad == theirs.first_bad, "the first gradient that is not finite");
+  expect_same(ours.found == theirs.found && ours.found == (poison != nullptr ? 1.0f : 0.0f), "what was found");
+  expect_same(ours.skipped == theirs.skipped && ours.skipped[0] == (poison != nullptr ? 1 : 0), "what was skipped");
+  if (poison == nullptr) {
+    expect_equal("shifts", ours.shifts.data(), theirs.shifts.data(), layers, tolerance);
+    expect_equal("scale", ours.scale.data(), theirs.scale.data(), 2, tolerance);
+  }
+  expect_same_gradients(got, expected);
+}
+
+int64_t launches_for(int64_t layers) {
+  Random random(3);
+  const DrawnStep step(random, layers, 3);
+  const Inputs<float> inputs(random, step);
+  Results<float> results;
+  results.matrices.assign(step.elements, 0.0f);
+  const int64_t before = emulation::launches();
+  step_on_device(step, inputs, results);
+  return emulation::launches() - before;
+}
+
+}  // namespace
+
+int main() {
+  const emulation::Order orders[] = {emulation::Order::kForward, emulation::Order::kReverse,
+                                     emulation::Order::kShuffled};
+  for (const emulation::Order order : orders) {
+    emulation::set_order(order, 1);
+    for (int seed = 0; seed < 4; ++seed) {
+      test_step<float>(seed, 1 + 5 * seed, 9, nullptr);
+      test_step<double>(seed, 1 + 5 * seed, 9, nullptr);
+    }
+    test_step<float>(9, 3, 400, nullptr);  // several items of a gradient, and of a layer
+    test_step<float>(10, 40, 3, nullptr);  // more layers than warps
+    test_step<float>(11, 4, 5, "layer");
+    test_step<double>(12, 4, 5, "other");
+  }
+  const int64_t few = launches_for(3), many = launches_for(112);
+  std::printf("launches of a step beside its products: %d for 3 layers, %d for 112\n", static_cast<int>(few),
+              static_cast<int>(many));
+  if (many > few + 2) {  // of tables: one more for each 30 KB of them, twice
+    std::fputs("the number of launches grows with the number of layers\n", stderr);
+    return 1;
+  }
+  std::puts("CUDA kernels of the step agree with the CPU's in every order");
+  return 0;
+}
