@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kfac2 import ops
 from kfac2.layers import Layer
+from kfac2.ops.eigendecompose import floored_eigh
 from kfac2.options import Options
 from kfac2.statistics import Statistics
 
@@ -82,7 +83,7 @@ def invert(
                 del inverses.fine[layer]
             else:
                 inverses.fine[layer] = mended
-    inverses.coarse = _coarse(statistics, layers, previous, options, warn)
+    inverses.coarse = _coarse(statistics, layers, previous, options, warn, unread)
     return inverses
 
 
@@ -101,21 +102,31 @@ def mend(statistics: Statistics, layer: Layer, options: Options, warn: Warn) -> 
     else:
         warn(
             f"indefinite {layer.name}",
-            f"kfac2: a factor of {layer.name} is not positive definite; its eigenvalues were floored at 0",
+            f"kfac2: a factor of {layer.name} is not positive definite (or its eigendecomposition did not converge); "
+            "it was decomposed in float64, its eigenvalues floored at 0",
         )
     return fields
 
 
 def _coarse(
-    statistics: Statistics, layers: Sequence[Layer], previous: Inverses | None, options: Options, warn: Warn
+    statistics: Statistics,
+    layers: Sequence[Layer],
+    previous: Inverses | None,
+    options: Options,
+    warn: Warn,
+    unread: bool,
 ) -> Tensor | None:
     if statistics.input_sums is None or statistics.grad_sums is None:
         return None
     fisher = ops.coarse_fisher(statistics.input_sums, statistics.grad_sums, layer_of_block(layers))
-    coarse = coarse_inverse(fisher, options.damping if options.coarse_damping is None else options.coarse_damping)
-    if coarse is None:
+    damping = options.damping if options.coarse_damping is None else options.coarse_damping
+    coarse, failed = coarse_inverse(fisher, damping)
+    last = previous.coarse if previous is not None else None
+    if unread:
+        return torch.where(failed, torch.zeros_like(coarse) if last is None else last, coarse)
+    if failed:
         warn("not finite coarse", "kfac2: the coarse Fisher is not finite; its last inverse is kept")
-        return previous.coarse if previous is not None else None
+        return last
     return coarse
 
 
@@ -124,16 +135,14 @@ def layer_of_block(layers: Sequence[Layer]) -> list[int]:
     return [i for i, layer in enumerate(layers) for _ in range(layer.maps)]
 
 
-def coarse_inverse(fisher: Tensor, damping: float) -> Tensor | None:
-    """Return (F_coarse + λ_c I)⁻¹, eigenvalues floored at 0; None where the matrix is not finite.
+def coarse_inverse(fisher: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return (F_coarse + λ_c I)⁻¹, eigenvalues floored at 0, and whether that failed, on the device.
 
     Grids that do not divide each other can make F_coarse indefinite; the floor keeps the coarse step from
     ever turning uphill. In float64: an L×L matrix costs nothing, and its condition may be large.
     """
-    if not bool(fisher.isfinite().all()):
-        return None
-    values, vectors = torch.linalg.eigh(fisher.double())
-    return ((vectors / (values.clamp(min=0) + damping)) @ vectors.mT).to(fisher.dtype)
+    values, vectors, status = (part[0] for part in floored_eigh(fisher.double().unsqueeze(0)))
+    return ((vectors / (values + damping)) @ vectors.mT).to(fisher.dtype), status != 0
 
 
 _Result = tuple[list[Fields], list[Tensor]]
