@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,11 +34,11 @@ def check_paired(first_name: str, first: Sequence[Tensor], second_name: str, sec
 
 
 def check_damping(damping: float) -> None:
-    """Check that a damping is a number that is not negative."""
+    """Check that a damping is a finite number that is not negative."""
     if not isinstance(damping, (int, float)):
         raise TypeError(f"damping must be a float, got {type(damping).__name__}")
-    if not damping >= 0:
-        raise ValueError(f"damping must be at least 0, got {damping}")
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping must be a finite number of at least 0, got {damping}")
 
 
 def by_shape(
