@@ -20,7 +20,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 INSTALLED = ROOT / "build" / "gpu-check"
 PYTEST = (sys.executable, "-m", "pytest", "-v", "-p", "no:benchmark")
-SANITIZED = "(maps_and_covariances and float32 and (seed01 or seed03 or seed05)) or cross_layer_sums_and_coarse_fisher"
+SANITIZED = (
+    "(maps_and_covariances and float32 and (seed01 or seed03 or seed05)) or cross_layer_sums_and_coarse_fisher "
+    "or bad_factors or calls_of_a_step or (eigen and status)"
+)
 
 
 def run(*command: object, limit: int, log: Path | None = None, **environment: str) -> tuple[int, str]:
@@ -88,7 +91,7 @@ def sanitize(folder: Path) -> dict[str, str]:
     results = {}
     for tool in ("memcheck", "racecheck"):
         command = ("compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", *PYTEST)
-        status, output = run(*command, "gpu/test_cuda_ops.py", "-k", SANITIZED, limit=60, log=folder / f"{tool}.log")
+        status, output = run(*command, "gpu", "-k", SANITIZED, limit=60, log=folder / f"{tool}.log")
         found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY:.*", output)
         results[tool] = {0: "no error", 124: "took longer than 60 s"}.get(status, f"status {status}")
         results[tool] += f" ({found[-1]})" if found else ""
@@ -97,14 +100,8 @@ def sanitize(folder: Path) -> dict[str, str]:
 
 def measure(device: str, small: bool) -> dict[str, Any]:
     """Measure in a process of its own, which sees the build."""
-    code = (
-        "import json, torch, kfac2; from dataclasses import asdict; from gpu_kernels import measure_all; "
-        f"device = torch.device({device!r}); lines = [asdict(line) for line in measure_all(device, {small})]; "
-        "name = torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'; "
-        "print('RESULT' + json.dumps({'device': name, 'torch': torch.__version__, 'cuda': torch.version.cuda, "
-        "'build': kfac2.build_info(), 'measured': lines}))"
-    )
-    status, output = run(sys.executable, "-c", code, limit=120)
+    options = ("--device", device, *(("--small",) if small else ()))
+    status, output = run(sys.executable, ROOT / "bench/gpu_measure.py", *options, limit=240)
     lines = [line for line in output.splitlines() if line.startswith("RESULT")]
     return json.loads(lines[-1].removeprefix("RESULT")) if lines else {"status": status, "output": output[-4000:]}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -160,29 +160,3 @@ def measure_statistics(timer: Timer, device: torch.device, batch: int, n: int) -
         Measured(f"{name}, two levels", two, ("backward pass", back), "below one backward pass", reached),
         Measured(f"{name}, one level", one, ("two levels", two), "", f"second level: {two / one - 1:+.1%}"),
     ]
-
-
-def measure_all(device: torch.device, small: bool) -> Sequence[Measured]:
-    """Run every measurement.
-
-    Args:
-        device: where.
-        small: tiny sizes, which say nothing but that the measurements run.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    timer = Timer(device, 3 if small else 25)
-    batch = 4 if small else 128
-    measurements: list[Callable[[], list[Measured]]] = [
-        lambda: measure_sums(timer, device, 2 if small else batch),
-        lambda: measure_cross_layer_sums(timer, device, batch),
-        lambda: measure_covariances(timer, device, batch),
-        lambda: measure_statistics(timer, device, batch, 1 if small else 18),
-    ]
-    results: list[Measured] = []
-    for measurement in measurements:
-        try:
-            results += measurement()
-        except Exception as error:  # one that fails must not lose the others
-            results.append(Measured("a measurement failed", 0.0, None, "", f"{type(error).__name__}: {error}"[:300]))
-    return results

@@ -6,6 +6,7 @@ import gc
 import models
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
 from device import DEVICE, needs_device
@@ -82,3 +83,128 @@ def test_memory_does_not_grow_over_200_steps():
             gc.collect()
             seen.append(torch.cuda.memory_allocated())
     assert seen[-1] <= seen[1], seen
+
+
+def net():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 3)]
+    return nn.Sequential(*layers).to(DEVICE)
+
+
+def iterate(model, opt, x, target, poison=lambda: None):
+    opt.zero_grad()
+    out = model(x)
+    opt.accumulate_fisher(Categorical(logits=out, validate_args=False))
+    F.cross_entropy(out, target).backward()
+    poison()
+    opt.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, {"levels": 1, "kl_clip": None}])
+def test_an_ordinary_step_never_waits_for_the_device(options):
+    model, x, target = net(), torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
+    opt = KFAC(model, cov_every=100, inv_every=100, weight_decay=1e-3, **options)
+    for _ in range(3):
+        iterate(model, opt, x, target)
+    opt.zero_grad()
+    F.cross_entropy(model(x), target).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(2_000_000_000)
+        done = torch.cuda.Event()
+        opt.step()
+        done.record()
+        assert not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+
+
+def capture(model, opt, x, target):
+    """A CUDA graph of one whole ordinary step."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            iterate(model, opt, x, target)
+    torch.cuda.current_stream().wait_stream(stream)
+    opt.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        iterate(model, opt, x, target)
+    return graph
+
+
+@pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}])
+def test_a_cuda_graph_replayed_1000_times_follows_eager_steps(options):
+    torch.manual_seed(0)
+    x, target = torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
+    options = {"lr": 1e-3, "weight_decay": 1e-3, "cov_every": 600, "inv_every": 600, **options}
+    models_, graph = [net(), net()], None
+    opts = [KFAC(model, **options) for model in models_]
+    for index, (model, opt) in enumerate(zip(models_, opts, strict=True)):
+        torch.manual_seed(1)
+        graph = capture(model, opt, x, target) if index else [iterate(model, opt, x, target) for _ in range(3)]
+        assert opt.preconditioner.iteration == 3  # what is captured has not run
+        for _ in range(1003 - 3):
+            if index and opt.ordinary:
+                graph.replay()
+                opt.replayed()
+            else:
+                iterate(model, opt, x, target)  # iteration 600: statistics and inverses, while the graph is there
+        assert opt.check() == 0
+    for p, q in zip(models_[0].parameters(), models_[1].parameters(), strict=True):
+        assert_equal(q, p, 1e-4)
+
+
+def test_only_ordinary_steps_are_captured():
+    model, x, target = net(), torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
+    opt = KFAC(model, cov_every=100, inv_every=4)
+    with pytest.raises(RuntimeError, match="only an ordinary step can be captured in a CUDA graph, got iteration 4"):
+        for _ in range(2):
+            capture(model, opt, x, target)
+
+
+def test_a_bad_gradient_moves_nothing_and_is_reported_by_check():
+    model, x, target = net(), torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
+    opt = KFAC(model, cov_every=100, inv_every=100, weight_decay=0.1)
+    for _ in range(3):
+        iterate(model, opt, x, target)
+    before = [p.detach().clone() for p in model.parameters()]
+    momenta = [state["momentum_buffer"].clone() for state in opt.state.values()]
+    iterate(model, opt, x, target, poison=lambda: model[1].weight.grad[0].fill_(float("nan")))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(state["momentum_buffer"], m) for state, m in zip(opt.state.values(), momenta, strict=True))
+    with pytest.warns(RuntimeWarning, match="1 steps before iteration 4 were skipped; .*the gradient of 1.weight"):
+        assert opt.check() == 1
+    iterate(model, opt, x, target)
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_failed_inverse_keeps_the_last_one_until_statistics_come():
+    model, x, target = net(), torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
+    opt = KFAC(model, cov_every=4, inv_every=2)
+    for _ in range(2):
+        iterate(model, opt, x, target)
+    layer = opt.preconditioner._layers[0]
+    last = opt.preconditioner._inverses.fine[layer]["A_inv"].clone()
+    opt.preconditioner._statistics.A[layer].mul_(-1)
+    iterate(model, opt, x, target)  # inverses, without statistics
+    assert torch.equal(opt.preconditioner._inverses.fine[layer]["A_inv"], last)
+    iterate(model, opt, x, target)
+    with pytest.warns(RuntimeWarning, match="a factor of 0 is not positive definite"):
+        iterate(model, opt, x, target)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_rate_on_the_device():
+    results = []
+    for lr in (0.3, torch.tensor(0.3, device=DEVICE)):
+        model, x, target = net(), torch.ones(8, 6, device=DEVICE), torch.zeros(8, dtype=torch.long, device=DEVICE)
+        opt = KFAC(model, lr=lr, kl_clip=1e-4, fisher="empirical")
+        for _ in range(4):
+            iterate(model, opt, x + torch.arange(8, device=DEVICE)[:, None], target)
+        results.append([p.detach() for p in model.parameters()])
+    for p, q in zip(*results, strict=True):
+        assert_equal(p, q, 1e-5)
