@@ -22,7 +22,7 @@ INSTALLED = ROOT / "build" / "gpu-check"
 PYTEST = (sys.executable, "-m", "pytest", "-v", "-p", "no:benchmark")
 SANITIZED = (
     "(maps_and_covariances and float32 and (seed01 or seed03 or seed05)) or cross_layer_sums_and_coarse_fisher "
-    "or bad_factors or calls_of_a_step or (eigen and status)"
+    "or bad_factors or calls_of_a_step or special_matrices"
 )
 
 

@@ -187,33 +187,36 @@ class KFAC(Optimizer):
 
     def _sgd(self, group: dict[str, Any]) -> None:
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
-        buffers = [self.state[parameter].get("momentum_buffer") for parameter in params]
-        found = self.preconditioner.found
-        fused = found is not None
-        if found is not None and any(p.grad.stride() != p.stride() for p in params):  # the fused step refuses those
-            if found.item():
-                return
-            fused, found = False, None
-        if fused and group["momentum"] != 0:  # the fused step would leave new buffers undefined where it is skipped
-            buffers = [torch.zeros_like(p) if b is None else b for p, b in zip(params, buffers, strict=True)]
+        grads = [parameter.grad for parameter in params]
+        found, momentum = self.preconditioner.found, group["momentum"]
+        sparse = any(grad.is_sparse for grad in grads)
+        fused = not sparse and _can_be_fused(params, grads)
+        if not fused and found is not None and found.item():
+            return
+        states = [self.state[parameter] for parameter in params]
+        if fused and momentum != 0:  # the fused step would leave new buffers undefined where it is skipped
+            for parameter, state in zip(params, states, strict=True):
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [state.get("momentum_buffer") for state in states]
         sgd(
             params,
-            [parameter.grad for parameter in params],
+            grads,
             buffers,
-            has_sparse_grad=any(parameter.grad.is_sparse for parameter in params),
+            has_sparse_grad=sparse,
             foreach=not fused,
             fused=fused,
-            found_inf=found,
+            found_inf=found if fused else None,
             weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
+            momentum=momentum,
             lr=group["lr"] if fused else float(group["lr"]),
             dampening=0.0,
             nesterov=group["nesterov"],
             maximize=False,
         )
-        if group["momentum"] != 0:
-            for parameter, buffer in zip(params, buffers, strict=True):
-                self.state[parameter]["momentum_buffer"] = buffer
+        if not fused and momentum != 0:
+            for state, buffer in zip(states, buffers, strict=True):
+                state["momentum_buffer"] = buffer
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied or pickled whole: the hooks belong to the model's own modules."""
@@ -279,3 +282,15 @@ class KFAC(Optimizer):
         self.preconditioner.check_state_dict(state_dict["kfac"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
         self.preconditioner.load_state_dict(state_dict["kfac"])
+
+
+_FUSED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _can_be_fused(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Tell whether torch's fused SGD takes these: one kernel for all, which a flag on the device can skip."""
+    device = params[0].device if params else None
+    return all(
+        p.device == device and p.dtype in _FUSED and g.dtype == p.dtype and g.stride() == p.stride()
+        for p, g in zip(params, grads, strict=True)
+    )

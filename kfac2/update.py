@@ -103,6 +103,7 @@ class Update:
 
     def __init__(self, layers: Sequence[Layer], others: Sequence[Tensor], device: torch.device) -> None:
         self._layers = layers
+        self._own: list[Tensor | None] = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
         self._others = others
         self._device = device
         is_double = any(layer.weight.dtype == torch.float64 for layer in layers)
@@ -150,9 +151,8 @@ class Update:
 
     def gather(self) -> Gathered:
         """Copy the gradients of all layers into their matrices; what has none is 0 there. Reads nothing back."""
-        own = [layer.weight for layer in self._layers] + [layer.bias for layer in self._layers]
-        parameters = [parameter for parameter in own if parameter is not None and parameter.grad is not None]
-        present = tuple(parameter is not None and parameter.grad is not None for parameter in own)
+        present = tuple(parameter is not None and parameter.grad is not None for parameter in self._own)
+        parameters = [parameter for parameter in self._own if parameter is not None and parameter.grad is not None]
         if present != self._filled:
             self._matrices.zero_()
             self._filled = present

@@ -126,7 +126,16 @@ def test_gpu_check_measures_and_writes_its_record(tmp_path):
     assert status == 0, output
     assert "input_covariance" in (tmp_path / "cpu.md").read_text()
     record = json.loads((tmp_path / "cpu.json").read_text())
-    assert len(record["measurements"]["measured"]) == 7
+    names = [line["name"] for line in record["measurements"]["measured"]]
+    for measured in (
+        "channel_sums",
+        "cross_layer_sums",
+        "statistics of",
+        "inverses",
+        "ordinary step",
+        "mean at 10/100",
+    ):
+        assert any(measured in name for name in names), names
 
 
 @pytest.mark.slow
