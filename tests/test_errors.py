@@ -37,6 +37,8 @@ HYPER_PARAMETERS = [
     ({"coarse_weight": float("inf")}, ValueError, "coarse_weight must be a finite number"),
     ({"coarse_damping": -1.0}, ValueError, "coarse_damping must be a number above 0, or None"),
     ({"coarse_max_groups": 0}, ValueError, "coarse_max_groups must be an int of at least 1"),
+    ({"inverse_dtype": torch.float16}, ValueError, "inverse_dtype must be torch.float32, torch.float64, or None"),
+    ({"inverse_dtype": "float64"}, TypeError, "inverse_dtype must be torch.float32, torch.float64, or None"),
     ({"cases": 0}, ValueError, "cases must be an int of at least 1, or None"),
     ({"skip": ("nothing",)}, ValueError, "skip must name modules of the model in full, got 'nothing'"),
     ({"skip": (3,)}, TypeError, "skip must hold names or regular expressions, got 3"),

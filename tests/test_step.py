@@ -5,10 +5,12 @@ import copy
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import assert_equal
 from oracle import Oracle
+from torch.distributions import Categorical
 
-from kfac2 import KFAC, Preconditioner
+from kfac2 import KFAC, Preconditioner, reference
 
 STEPS = 7
 BASE = {"lr": 0.05, "cov_every": 2, "inv_every": 3, "damping": 1e-2, "kl_clip": None, "weight_decay": 1e-2}
@@ -202,3 +204,26 @@ def test_several_accumulate_calls_add_up():
     whole.step()
     assert_equal(opt.coarse_fisher(), whole.coarse_fisher())
     assert_same_parameters(task.model, twin)
+
+
+def test_factors_inverted_in_float64_on_request():
+    """A float32 factor of a condition that float32 cannot invert well."""
+    results = {}
+    for dtype in (None, torch.float64):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 3, bias=False))
+        opt = KFAC(model, damping=1e-10, inverse_dtype=dtype, kl_clip=None, levels=1, momentum=0)
+        x = torch.randn(64, 1) + 1e-2 * torch.randn(64, 20)
+        out = model(x)
+        opt.accumulate_fisher(Categorical(logits=out))
+        F.cross_entropy(out, torch.arange(64) % 3).backward()
+        opt.step()
+        layer = opt.preconditioner._layers[0]
+        results[dtype] = opt.preconditioner._inverses.fine[layer]["A_inv"][0]
+        A, G = opt.factors("0")
+    assert results[None].dtype == results[torch.float64].dtype == torch.float32
+    exact = reference.factored_tikhonov_inverse([A.double()], [G.double()], 1e-10)[0][0]
+    errors = [((inverse.double() - exact).norm() / exact.norm()).item() for inverse in results.values()]
+    assert errors[1] < 1e-6 < errors[0], errors
+    state = opt.state_dict()
+    assert state["kfac"]["options"]["inverse_dtype"] == torch.float64

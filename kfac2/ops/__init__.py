@@ -6,9 +6,12 @@
 | `cross_layer_sums` | inner products of all pairs of maps | csrc |
 | `coarse_fisher` | the L×L Fisher of the second level | csrc |
 | `covariances`, with its fronts `input_covariance` and `grad_covariance` | Kronecker factors, all layers | csrc |
-| `factored_tikhonov_inverse`, `precondition` | damped inverses by Cholesky, and their use | torch, by size |
+| `factored_tikhonov_inverse` | damped inverses of both factors, all layers | csrc; torch for large ones on a CPU |
 | `eigendecompose` | both factors of every layer, for the exact damped inverse | csrc; torch for large sizes |
-| `precondition_eigh` | its use | torch, by size |
+| `precondition`, `precondition_eigh` | their use | torch, by size |
+
+The three native calls of every step are for the optimizer alone, and documented beside it in their own files:
+`gather_gradients`, `shift_and_scale`, `write_gradients`.
 """
 
 from kfac2.ops.coarse_fisher import coarse_fisher
