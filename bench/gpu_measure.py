@@ -34,6 +34,7 @@ def measurements(device: torch.device, small: bool) -> list[Callable[[], list[Me
         lambda: gpu_kernels.measure_covariances(timer, device, batch),
         lambda: gpu_kernels.measure_statistics(timer, device, batch, 1 if small else 18),
         lambda: gpu_steps.measure_inverses(timer, device, small),
+        lambda: gpu_steps.measure_eigendecompositions(timer, device, small),
         *steps,
     ]
 

@@ -225,3 +225,24 @@ def measure_inverses(timer: Timer, device: torch.device, small: bool) -> list[Me
         )
         lines.append(Measured(f"inverses, {name}", ours, ("batched Cholesky", batched), target, reached))
     return lines
+
+
+def measure_eigendecompositions(timer: Timer, device: torch.device, small: bool) -> list[Measured]:
+    """Jacobi's method for many small matrices, and for one coarse Fisher, against torch.linalg.eigh."""
+    sizes = (
+        [(4, 6, torch.float32)]
+        if small
+        else [(132, 10, torch.float32), (72, 64, torch.float32), (72, 128, torch.float32)]
+    )
+    lines = []
+    for count, d, dtype in (*sizes, (1, 12 if small else 112, torch.float64)):
+        rows = torch.randn(count, 2 * d, d, device=device, dtype=dtype)
+        stack = rows.mT @ rows / (2 * d)
+        (values,), (vectors,), status = torch.ops.kfac2.eigendecompose([stack])
+        assert not status.any()
+        torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, stack, rtol=1e-3, atol=1e-4)
+        ours, theirs = timer(partial(torch.ops.kfac2.eigendecompose, [stack]), partial(torch.linalg.eigh, stack))
+        name = f"eigendecompose, {count} x {d} x {d}, {str(dtype).removeprefix('torch.')}"
+        reached = f"{theirs / ours:.1f} times faster"
+        lines.append(Measured(name, ours, ("torch.linalg.eigh", theirs), "faster", reached))
+    return lines
