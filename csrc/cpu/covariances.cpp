@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "covariance_pieces.h"
@@ -19,6 +20,7 @@ constexpr int64_t kBlockBytes = 1 << 18;  // samples converted at a time: half o
 // Places a multiple of this apart would meet in few sets of the L1 cache; they are moved apart by one vector.
 constexpr int64_t kAliasNumbers = 256;
 constexpr int64_t kScatterTile = 32;
+constexpr int64_t kDirectChannels = 64;     // at most, to be read where they are
 constexpr int64_t kTaskProducts = 1 << 26;  // multiply-adds worth a task of their own
 constexpr int64_t kMaxSplits = 8;           // tasks of one layer, each with its own sums
 constexpr int64_t kSplitWorth = 1 << 10;    // multiply-adds for each number of a task's own sums
@@ -97,15 +99,21 @@ class Accumulator {
         bias_(source_.window.bias != 0 ? source_.window.offsets() * padded_ : 0, Sum(0)) {}
 
   void add(int64_t sample_begin, int64_t sample_end) {
-    const int64_t sample_numbers = source_.places() * pitch_;
-    const int64_t samples =
-        std::max<int64_t>(1, kBlockBytes / int64_t{sizeof(Sum)} / std::max<int64_t>(1, sample_numbers));
-    block_.resize(std::min(samples, sample_end - sample_begin) * sample_numbers);
-    for (int64_t n = sample_begin; n < sample_end; n += samples) {
-      const int64_t count = std::min(samples, sample_end - n);
-      to_channels_last<T>(source_, x_ + n * source_.batch_stride, count, pitch_, block_.data());
-      for (size_t piece = 0; piece < plan_.pieces.size(); ++piece) add_piece(piece, count);
-      if (!bias_.empty()) add_bias(count);
+    const int64_t step = source_.places() * pitch_;
+    const int64_t at_once = std::max<int64_t>(1, kBlockBytes / int64_t{sizeof(Sum)} / std::max<int64_t>(1, step));
+    const int64_t direct_end = std::min(sample_end, direct_samples());
+    for (int64_t n = sample_begin, count = 0; n < sample_end; n += count) {
+      count = std::min(at_once, (n < direct_end ? direct_end : sample_end) - n);
+      const T* x = x_ + n * source_.batch_stride;
+      if constexpr (std::is_same_v<T, Sum>) {
+        if (n < direct_end) {
+          add_positions({x, count, source_.batch_stride, place_step()});
+          continue;
+        }
+      }
+      block_.resize(count * step);
+      to_channels_last<T>(source_, x, count, pitch_, block_.data());
+      add_positions({block_.data(), count, step, pitch_});
     }
   }
 
@@ -145,6 +153,38 @@ class Accumulator {
   }
 
  private:
+  // Samples that may be read where they are: few channels, next to each other, so that the copy would cost as much
+  // as the products. Whole vectors reach into what lies behind a place's channels, which adds to sums that nobody
+  // reads; the last samples are copied, since there is nothing behind them.
+  int64_t direct_samples() const {
+    const int64_t* stride = source_.spatial_stride;
+    const int64_t height = source_.extent[1], width = source_.extent[2];
+    const bool even = (width == 1 || stride[2] == place_step()) && (height == 1 || stride[1] == width * place_step()) &&
+                      (source_.extent[0] == 1 || stride[0] == height * width * place_step());
+    if (!std::is_same_v<T, Sum> || source_.channel_stride != 1 || channels_ > kDirectChannels || !even) return 0;
+    const int64_t in_sample = (source_.places() - 1) * place_step();
+    const int64_t end = (source_.batch - 1) * source_.batch_stride + in_sample + channels_;
+    const int64_t room = end - in_sample - padded_;
+    return room < 0 || source_.batch_stride <= 0 ? 0 : room / source_.batch_stride + 1;
+  }
+
+  int64_t place_step() const {
+    for (int axis = kSpatialRank - 1; axis >= 0; --axis)
+      if (source_.extent[axis] > 1) return source_.spatial_stride[axis];
+    return channels_;
+  }
+
+  // Samples with their channels last: x itself, or the block.
+  struct Positions {
+    const Sum* x;
+    int64_t samples, sample_step, pitch;  // pitch: from place to place
+  };
+
+  void add_positions(const Positions& at) {
+    for (size_t piece = 0; piece < plan_.pieces.size(); ++piece) add_piece(at, piece);
+    if (!bias_.empty()) add_bias(at);
+  }
+
   std::vector<std::pair<int64_t, int64_t>> offset_pairs(const Piece& piece) const {
     std::vector<std::pair<int64_t, int64_t>> pairs;
     const int64_t* kernel = source_.window.kernel;
@@ -157,39 +197,39 @@ class Accumulator {
     return pairs;
   }
 
-  void add_piece(size_t index, int64_t samples) {
+  void add_piece(const Positions& at, size_t index) {
     const Piece& piece = plan_.pieces[index];
     const int64_t height = source_.extent[1], width = source_.extent[2];
     const AxisPiece &z = *piece.axes[0], &y = *piece.axes[1], &x = *piece.axes[2];
     OuterProducts<Sum> run;
-    run.left = block_.data() + ((z.first * height + y.first) * width + x.first) * pitch_;
-    run.right = run.left + ((z.shift * height + y.shift) * width + x.shift) * pitch_;
+    run.left = at.x + ((z.first * height + y.first) * width + x.first) * at.pitch;
+    run.right = run.left + ((z.shift * height + y.shift) * width + x.shift) * at.pitch;
     run.sums = products_.data() + index * padded_ * padded_;
     run.rows = run.columns = run.sums_step = padded_;
     run.upper_only = piece.symmetric;
-    const int64_t counts[4] = {samples, z.count, y.count, x.count};
-    const int64_t steps[4] = {source_.places() * pitch_, z.step * height * width * pitch_, y.step * width * pitch_,
-                              x.step * pitch_};
+    const int64_t counts[4] = {at.samples, z.count, y.count, x.count};
+    const int64_t steps[4] = {at.sample_step, z.step * height * width * at.pitch, y.step * width * at.pitch,
+                              x.step * at.pitch};
     std::copy_n(counts, 4, run.count);
     std::copy_n(steps, 4, run.step);
     add_outer_products(run);
   }
 
   // bias_[o] += sum of x at offset o of every place.
-  void add_bias(int64_t samples) {
+  void add_bias(const Positions& at) {
     const int64_t* kernel = source_.window.kernel;
     for (int64_t o = 0; o < source_.window.offsets(); ++o) {
       const OffsetRange z = offset_range(source_, 0, o / (kernel[1] * kernel[2]));
       const OffsetRange y = offset_range(source_, 1, o / kernel[2] % kernel[1]);
       const OffsetRange x = offset_range(source_, 2, o % kernel[2]);
       Sum* sums = bias_.data() + o * padded_;
-      for (int64_t n = 0; n < samples; ++n)
+      for (int64_t n = 0; n < at.samples; ++n)
         for (int64_t i = 0; i < z.count; ++i)
           for (int64_t j = 0; j < y.count; ++j)
             for (int64_t k = 0; k < x.count; ++k) {
-              const int64_t plane = n * source_.extent[0] + z.first + i * z.step;
-              const int64_t line = plane * source_.extent[1] + y.first + j * y.step;
-              const Sum* from = block_.data() + (line * source_.extent[2] + x.first + k * x.step) * pitch_;
+              const int64_t line = (z.first + i * z.step) * source_.extent[1] + y.first + j * y.step;
+              const int64_t place = line * source_.extent[2] + x.first + k * x.step;
+              const Sum* from = at.x + n * at.sample_step + place * at.pitch;
 #pragma omp simd
               for (int64_t c = 0; c < padded_; ++c) sums[c] += from[c];
             }
