@@ -62,18 +62,21 @@ def invert(
     present = [layer for layer in layers if layer in statistics.A]
     if not present:
         return Inverses(options.damping, {}, None)
-    A_list, G_list = (
-        [factors[layer].to(options.inverse_dtype or factors[layer].dtype) for layer in present]
-        for factors in (statistics.A, statistics.G)
-    )
+    A_list, G_list = ([factors[layer] for layer in present] for factors in (statistics.A, statistics.G))
     decompose = _factored if options.inverse == "cholesky" else _decomposed
-    results, status = decompose(A_list, G_list, options.damping)
-    for layer, fields in zip(present, results, strict=True):
-        fields.update({name: value.to(statistics.A[layer].dtype) for name, value in fields.items()})
+    if options.inverse_dtype is None:
+        results, status = decompose(A_list, G_list, options.damping)
+    else:
+        dtype = options.inverse_dtype
+        results, status = decompose([A.to(dtype) for A in A_list], [G.to(dtype) for G in G_list], options.damping)
+        results = [
+            {name: value.to(A.dtype) for name, value in fields.items()}
+            for fields, A in zip(results, A_list, strict=True)
+        ]
     inverses = Inverses(options.damping, dict(zip(present, results, strict=True)), None)
     if unread:
         inverses.status = dict(zip(present, status, strict=True))
-    else:
+    elif torch.cat(status).any():
         for i in torch.stack([s.max() for s in status]).nonzero().flatten().tolist():
             layer = present[i]
             mended = mend(statistics, layer, options, warn)

@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -40,6 +40,19 @@ class Layer:
     blocks: int
     maps: int
     in_coarse: bool = True
+    _windows: dict[tuple[str, int], list[int]] = field(default_factory=dict, repr=False)
+
+    def encoded(self, kind: str, rank: int) -> list[int]:
+        """Return a window as the native ops take it, made once.
+
+        Args:
+            kind: `'input'` or `'grad'` for rows, `'input map'` or `'grad map'` for their sums.
+            rank: spatial axes of the tensor.
+        """
+        if (kind, rank) not in self._windows:
+            window = self.input_window(rank) if kind.startswith("input") else self.grad_window(rank)
+            self._windows[kind, rank] = (self.map_window(window) if kind.endswith("map") else window).encode()
+        return self._windows[kind, rank]
 
     @property
     def weight(self) -> Tensor:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from kfac2 import ops
 from kfac2.layers import Layer
+from kfac2.ops.covariances import encoded_covariances
+from kfac2.ops.gather_gradients import first_not_finite
+from kfac2.ops.layer_maps import encoded_layer_maps
 
 
 @dataclass
@@ -61,10 +64,7 @@ class RawSums:
             levels: 1 or 2; with 1 no maps are formed.
             downsample: how maps of different grids meet.
         """
-        input_windows = [rows.layer.input_window(rows.x.dim() - 2) for rows in passed]
-        grad_windows = [rows.layer.grad_window(rows.g.dim() - 2) for rows in passed]
-        tensors = [rows.x for rows in passed] + [rows.g for rows in passed]
-        sums = ops.covariances(tensors, input_windows + grad_windows)
+        sums = encoded_covariances(*_both(passed, ""))
         for rows, A, G in zip(passed, sums, sums[len(passed) :], strict=False):
             G = G * scale**2 if scale != 1 else G
             self.A[rows.layer] = self.A[rows.layer] + A if rows.layer in self.A else A
@@ -77,16 +77,17 @@ class RawSums:
             self.grad_sums = grad_sums if self.grad_sums is None else self.grad_sums + grad_sums
 
     def not_finite(self) -> str | None:
-        """Name what holds a NaN or an infinity among the sums, or None. A bad row shows on the diagonal."""
+        """Name what holds a NaN or an infinity among the sums, or None."""
         if not self.A:
             return None
-        names = [f"the statistics of {layer.name}" for layer in (*self.A, *self.G)]
-        sums = [m.diagonal(dim1=-2, dim2=-1).sum() for m in (*self.A.values(), *self.G.values())]
+        sums = [*self.A.values(), *self.G.values()]
         if self.input_sums is not None and self.grad_sums is not None:  # a sum of features may overflow by itself
-            names += ["the coarse sums of inputs", "the coarse sums of output gradients"]
-            sums += [self.input_sums.sum(), self.grad_sums.sum()]
-        bad = ~torch.stack([number.double() for number in sums]).isfinite()
-        return names[int(bad.nonzero()[0])] if bad.any() else None
+            sums += [self.input_sums, self.grad_sums]
+        first = first_not_finite(sums)
+        if first == len(sums):
+            return None
+        names = [f"the statistics of {layer.name}" for layer in (*self.A, *self.G)]
+        return [*names, "the coarse sums of inputs", "the coarse sums of output gradients"][first]
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,7 @@ def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str,
         dtype = torch.float64 if passed[0].x.dtype == torch.float64 else torch.float32
         zeros = torch.zeros(blocks, blocks, dtype=dtype, device=passed[0].x.device)
         return zeros, zeros.clone()
-    windows = [rows.layer.map_window(rows.layer.input_window(rows.x.dim() - 2)) for rows in fitting]
-    windows += [rows.layer.map_window(rows.layer.grad_window(rows.g.dim() - 2)) for rows in fitting]
-    maps = ops.layer_maps([rows.x for rows in fitting] + [rows.g for rows in fitting], windows)
+    maps = encoded_layer_maps(*_both(fitting, " map"))
     on_grids = [_on_samples(values, samples) for values in maps]
     index = torch.tensor(
         [first[rows.layer] + q for rows in fitting for q in range(rows.layer.maps)], device=maps[0].device
@@ -195,6 +194,14 @@ def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str,
             whole[index.unsqueeze(1), index] = present
         sums.append(whole)
     return sums[0], sums[1]
+
+
+def _both(passed: Sequence[Rows], suffix: str) -> tuple[list[Tensor], list[int]]:
+    """Return all inputs, then all output gradients, and their windows for the native ops."""
+    tensors = [rows.x for rows in passed] + [rows.g for rows in passed]
+    windows = [rows.layer.encoded("input" + suffix, rows.x.dim() - 2) for rows in passed]
+    windows += [rows.layer.encoded("grad" + suffix, rows.g.dim() - 2) for rows in passed]
+    return tensors, [number for window in windows for number in window]
 
 
 def _fits(rows: Rows, samples: int) -> bool:

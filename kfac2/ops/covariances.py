@@ -32,7 +32,12 @@ def covariances(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Te
     check_tensors("tensors", tensors)
     check_same_length("windows", windows, "tensors", tensors)
     numbers = [number for window in windows for number in window.encode()]
-    return torch.ops.kfac2.covariances([tensor.detach() for tensor in tensors], numbers)
+    return encoded_covariances([tensor.detach() for tensor in tensors], numbers)
+
+
+def encoded_covariances(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+    """Do what `covariances` does, windows as `Window.encode` writes them; for callers that keep them."""
+    return torch.ops.kfac2.covariances(tensors, numbers)
 
 
 def input_covariance(

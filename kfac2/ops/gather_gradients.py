@@ -28,6 +28,16 @@ def gather_gradients(gradients: Sequence[Tensor], layout: Tensor, layers: int, m
     return torch.ops.kfac2.gather_gradients(gradients, layout, layers, matrices)
 
 
+def first_not_finite(tensors: Sequence[Tensor]) -> int:
+    """Return the number of the first tensor that holds a NaN or an infinity; their count where none does.
+
+    Args:
+        tensors: as the gradients of `gather_gradients`.
+    """
+    layout = torch.full((len(tensors), 3), -1)
+    return int(gather_gradients(tensors, layout, 0, tensors[0].new_empty(0, dtype=torch.float32)))
+
+
 @torch.library.register_fake("kfac2::gather_gradients")
 def _(gradients: Sequence[Tensor], layout: Tensor, layers: int, matrices: Tensor) -> Tensor:
     return matrices.new_empty(1, dtype=torch.int32)

@@ -33,7 +33,12 @@ def layer_maps(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Ten
     check_tensors("tensors", tensors)
     check_same_length("windows", windows, "tensors", tensors)
     numbers = [number for window in windows for number in window.encode()]
-    grouped = torch.ops.kfac2.layer_maps([tensor.detach() for tensor in tensors], numbers)
+    return encoded_layer_maps([tensor.detach() for tensor in tensors], numbers)
+
+
+def encoded_layer_maps(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+    """Do what `layer_maps` does, windows as `Window.encode` writes them; for callers that keep them."""
+    grouped = torch.ops.kfac2.layer_maps(tensors, numbers)
     return [map_of_block for maps in grouped for map_of_block in maps.unbind(0)]
 
 
