@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "allocate.h"
 #include "check.h"
 #ifdef KFAC2_WITH_CUDA
 #include "on_device.h"
@@ -41,7 +42,7 @@ struct Call {
     check_sums(input_sums, grad_sums, layer_of_block, layers);
     inputs = torch::stable::contiguous(input_sums);
     grads = torch::stable::contiguous(grad_sums);
-    fisher = torch::stable::new_empty(input_sums, {layers, layers});
+    fisher = allocate(input_sums, {layers, layers}, input_sums.scalar_type());
     params = {inputs.const_data_ptr(),
               grads.const_data_ptr(),
               layer_of_block.data(),

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "allocate.h"
 #include "check.h"
 #include "parallel.h"
 #include "row_source.h"
@@ -28,7 +29,7 @@ struct Call {
     for (size_t i = 0; i < tensors.size(); ++i) {
       const int64_t d = sources[i].row_length();
       const std::vector<int64_t> shape = {sources[i].window.groups, d, d};
-      covariances.push_back(torch::stable::new_empty(tensors[i], shape, sum_type(sources[i])));
+      covariances.push_back(allocate(tensors[i], shape, sum_type(sources[i])));
       pointers.push_back(covariances.back().mutable_data_ptr());
     }
   }

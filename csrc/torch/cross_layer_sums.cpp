@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "allocate.h"
 #include "check.h"
 #include "parallel.h"
 #ifdef KFAC2_WITH_CUDA
@@ -63,7 +64,7 @@ struct Call {
       before = contiguous.back().const_data_ptr();
     }
     const int64_t count = static_cast<int64_t>(maps.size());
-    sums = torch::stable::new_empty(maps[0], {count, count});
+    sums = allocate(maps[0], {count, count}, maps[0].scalar_type());
     params = {grid_maps.data(),
               sums.mutable_data_ptr(),
               before,

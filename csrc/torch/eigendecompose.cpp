@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "allocate.h"
 #include "check.h"
 #include "parallel.h"
 #ifdef KFAC2_WITH_CUDA
@@ -45,13 +46,13 @@ struct Call {
     for (const Tensor& stack : matrices) {
       const int64_t q = stack.size(0), d = stack.size(1);
       inputs.push_back(torch::stable::contiguous(stack));
-      values.push_back(torch::stable::new_empty(stack, {q, d}));
-      vectors.push_back(torch::stable::new_empty(stack, {q, d, d}));
+      values.push_back(allocate(stack, {q, d}, stack.scalar_type()));
+      vectors.push_back(allocate(stack, {q, d, d}, stack.scalar_type()));
       stacks.push_back({count, inputs.back().const_data_ptr(), values.back().mutable_data_ptr(),
                         vectors.back().mutable_data_ptr(), q, d});
       count += q;
     }
-    status = torch::stable::new_empty(matrices[0], {count}, torch::headeronly::ScalarType::Int);
+    status = allocate(matrices[0], {count}, torch::headeronly::ScalarType::Int);
     params = {stacks.data(), static_cast<int32_t*>(status.mutable_data_ptr()), static_cast<int64_t>(stacks.size()),
               count, is_double(matrices[0])};
   }

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "allocate.h"
 #include "check.h"
 #include "parallel.h"
 #ifdef KFAC2_WITH_CUDA
@@ -52,9 +53,8 @@ struct Call {
       inputs.push_back(torch::stable::contiguous(A[i]));
       inputs.push_back(torch::stable::contiguous(G[i]));
       const int64_t d_in = A[i].size(1), d_out = G[i].size(1);
-      const std::vector<int64_t> A_shape = {A[i].size(0), d_in, d_in}, G_shape = {A[i].size(0), d_out, d_out};
-      A_inv.push_back(torch::stable::new_empty(A[i], A_shape));
-      G_inv.push_back(torch::stable::new_empty(G[i], G_shape));
+      A_inv.push_back(allocate(A[i], {A[i].size(0), d_in, d_in}, A[i].scalar_type()));
+      G_inv.push_back(allocate(G[i], {A[i].size(0), d_out, d_out}, A[i].scalar_type()));
       const auto block = [&](const Tensor& stack, int64_t q, int64_t d) {
         return static_cast<unsigned char*>(stack.data_ptr()) + q * d * d * bytes;
       };
@@ -64,7 +64,7 @@ struct Call {
       }
     }
     const std::vector<int64_t> count = {static_cast<int64_t>(pairs.size())};
-    status = torch::stable::new_empty(A[0], count, torch::headeronly::ScalarType::Int);
+    status = allocate(A[0], count, torch::headeronly::ScalarType::Int);
   }
 
   FactoredTikhonovInverseParams params() const {

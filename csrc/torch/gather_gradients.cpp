@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "allocate.h"
 #include "check.h"
 #include "gradient_parts.h"
 #include "parallel.h"
@@ -24,8 +25,7 @@ struct Call {
 
   Call(const std::vector<Tensor>& gradients, const Tensor& layout, int64_t layers, const Tensor& matrices_)
       : parts(gradient_parts(kOp, gradients, layout, matrices_, layers)), matrices(matrices_) {
-    const std::vector<int64_t> shape = {1};
-    first_bad = torch::stable::new_empty(matrices, shape, torch::headeronly::ScalarType::Int);
+    first_bad = allocate(matrices, {1}, torch::headeronly::ScalarType::Int);
   }
 
   GatherGradientsParams params() const {

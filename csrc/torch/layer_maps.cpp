@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "allocate.h"
 #include "row_source.h"
 #ifdef KFAC2_WITH_CUDA
 #include "on_device.h"
@@ -28,7 +29,7 @@ struct Call {
       for (int64_t axis = 2 + kSpatialRank - tensors[i].dim(); axis < kSpatialRank; ++axis) {
         shape.push_back(sources[i].grid(static_cast<int>(axis)));
       }
-      maps.push_back(torch::stable::new_empty(tensors[i], shape, sum_type(sources[i])));
+      maps.push_back(allocate(tensors[i], shape, sum_type(sources[i])));
       pointers.push_back(maps.back().mutable_data_ptr());
     }
   }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "allocate.h"
 #include "check.h"
 #include "cuda_launchers.h"
 
@@ -19,8 +20,7 @@ void run_on_device(const char* op, const torch::stable::Tensor& like, int64_t wo
                    const Launcher& launcher) {
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const std::vector<int64_t> size = {workspace_bytes};
-  torch::stable::Tensor workspace = torch::stable::new_empty(like, size, torch::headeronly::ScalarType::Byte);
+  torch::stable::Tensor workspace = allocate(like, {workspace_bytes}, torch::headeronly::ScalarType::Byte);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int status = launcher(workspace.mutable_data_ptr(), static_cast<cuda::Stream>(stream));

@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "allocate.h"
 #include "check.h"
 #include "parallel.h"
 #ifdef KFAC2_WITH_CUDA
@@ -62,11 +63,10 @@ struct Call {
     check(kl_clip > 0, kOp, "expected kl_clip above 0, got ", kl_clip);
   }
 
-  void allocate() {
-    const std::vector<int64_t> layers = {rates.numel()}, two = {2}, one = {1};
-    shifts = torch::stable::new_empty(gradients, layers, ScalarType::Double);
-    scale = torch::stable::new_empty(gradients, two, ScalarType::Double);
-    found = torch::stable::new_empty(gradients, one, ScalarType::Float);
+  void make_outputs() {
+    shifts = allocate(gradients, {rates.numel()}, ScalarType::Double);
+    scale = allocate(gradients, {2}, ScalarType::Double);
+    found = allocate(gradients, {1}, ScalarType::Float);
   }
 
   ShiftAndScaleParams params() const {
@@ -104,7 +104,7 @@ Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const 
   Call call{gradients, directions, spans,        rates,          in_coarse,     usable, first_bad,
             skipped,   parts,      device_rates, coarse_inverse, coarse_weight, kl_clip};
   call.check_all();
-  call.allocate();
+  call.make_outputs();
   const ShiftAndScaleParams params = call.params();
 #ifdef KFAC2_WITH_CUDA
   if constexpr (kOnCuda) {
