@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from kfac2 import ops, state
-from kfac2.capture import Capture, Captures
+from kfac2.collector import Collector
 from kfac2.inverses import Inverses, invert, layer_of_block, mend
-from kfac2.layers import Layer, find_layers, logger
+from kfac2.layers import Layer, find_layers
 from kfac2.options import Options, check_option
-from kfac2.statistics import RawSums, Rows, Statistics, updated, without
+from kfac2.statistics import Statistics, updated, without
 from kfac2.update import Gathered, Update, is_capturing
 
 
@@ -73,16 +73,13 @@ class Preconditioner:
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._layers = find_layers(model, self._params, skip, self.options.coarse_max_groups)
         self._dropped: list[str] = []
-        self._captures = Captures(self._layers, self._wants_statistics, self.options.fisher == "empirical")
-        self._raw = RawSums()
+        self._collector = Collector(self._layers, self.options, self._wants_statistics, self._drop)
         self._statistics: Statistics | None = None
         self._inverses: Inverses | None = None
         self._update: Update | None = None
-        self._device = self._layers[0].weight.device
-        self._unread = self._device.type == "cuda"  # ordinary steps read nothing back from the device
+        self._unread = False  # on a CUDA device, from the first step on: ordinary steps read nothing back
         self._found: Tensor | None = None
         self._warned: set[str] = set()
-        self._poisoned: str | None = None  # what was not finite in this iteration's call of accumulate_fisher
         self.iteration = 0
 
     # -- what the user reads --------------------------------------------------------------------------------
@@ -174,84 +171,10 @@ class Preconditioner:
             )
         if not self.needs_fisher:
             return
-        try:
-            with torch.no_grad():
-                labels = distribution.sample()
-            with torch.enable_grad():
-                log_prob = distribution.log_prob(labels)
-        except (RuntimeError, ValueError):  # what sampling from NaNs raises; the step will be skipped
-            self._poisoned = self._not_finite_source(distribution)
-            if self._poisoned is None:
-                raise
-            return
-        if not log_prob.requires_grad:
-            raise ValueError(
-                f"distribution must carry the model's graph, got a {type(distribution).__name__} of detached "
-                "parameters: build it from the model's output, outside torch.no_grad()"
-            )
-        records = list(self._captures.records)
-        # M times the gradient of the mean is the gradient of the sum
-        edges = [record.edge for record in records]
-        grads = torch.autograd.grad(-log_prob.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
-        self._captures.records = records  # without what activation checkpointing ran, and captured, again
-        reached = [(record, g) for record, g in zip(records, grads, strict=True) if g is not None]
-        if not reached:
-            raise ValueError(
-                "distribution must come from a forward pass of the model in this iteration, with grad enabled; "
-                "got one whose graph holds no output of a handled layer (if the model was compiled and run before "
-                "the optimizer was built: build it first, or call torch._dynamo.reset())"
-            )
-        passed = self._one_pass(reached)
-        if passed and log_prob.numel():
-            self._add_pass(passed, log_prob.numel(), scale=1.0)
-
-    def _not_finite_source(self, distribution: Distribution) -> str | None:
-        """Name what is not finite where drawing labels failed: a layer's input, or a parameter of the distribution."""
-        for record in self._captures.records:
-            if not record.x.isfinite().all():
-                return f"the input of {record.layer.name}"
-        for name, value in vars(distribution).items():
-            if isinstance(value, Distribution):
-                inner = self._not_finite_source(value)
-                if inner is not None:
-                    return inner
-            elif isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-                return f"{name.lstrip('_')} of the distribution"
-        return None
+        self._collector.sample(distribution)
 
     def _wants_statistics(self) -> bool:
         return bool(self._layers) and (self._statistics is None or self.iteration % self.options.cov_every == 0)
-
-    def _one_pass(self, reached: Sequence[tuple[Capture, Tensor]]) -> list[Rows]:
-        """Order captures as the layers are, and drop layers that were called twice."""
-        by_layer: dict[Layer, list[Rows]] = {}
-        for record, g in reached:
-            if not (g.numel() and record.x.numel()):
-                continue  # no rows, as of an expert without tokens: not used in this pass
-            layer = record.layer
-            by_layer.setdefault(layer, []).append(Rows(layer, layer.rows(record.x), layer.rows(g)))
-        for layer, calls in by_layer.items():
-            if len(calls) > 1:
-                logger.warning("%s is left to SGD: it is called %d times in one forward pass", layer.name, len(calls))
-                self._drop(layer)
-        return [by_layer[layer][0] for layer in self._layers if layer in by_layer]
-
-    def _add_pass(self, passed: Sequence[Rows], cases: int, scale: float) -> None:
-        with torch.no_grad():
-            self._raw.add_pass(passed, self._layers, cases, scale, self.options.levels, self.options.downsample)
-
-    def _take_backward(self) -> None:
-        """With the empirical Fisher: the gradients that the ordinary backward passes of this iteration left."""
-        rounds: dict[int, list[tuple[Capture, Tensor]]] = {}
-        for record in self._captures.records:
-            if record.g is not None:
-                rounds.setdefault(record.round, []).append((record, record.g))
-        passes = [self._one_pass(reached) for reached in rounds.values()]
-        passes = [[rows for rows in passed if rows.layer in self._layers] for passed in passes]  # some dropped since
-        cases = [self.options.cases or passed[0].x.shape[0] for passed in passes if passed]
-        for passed, count in zip([passed for passed in passes if passed], cases, strict=True):
-            # The losses of all passes add up to the mean over all their cases: that is what M multiplies.
-            self._add_pass(passed, count, scale=float(sum(cases)))
 
     def _drop(self, layer: Layer) -> None:
         """Leave a layer to SGD from now on; what this iteration has summed so far is discarded with it."""
@@ -260,8 +183,7 @@ class Preconditioner:
             self._statistics = without(self._statistics, self._layers, layer)
         self._layers = kept
         self._dropped.append(layer.name)
-        self._captures.forget(layer)
-        self._raw = RawSums()
+        self._collector.forget(layer)
         self._inverses = self._update = None
 
     # -- the step -------------------------------------------------------------------------------------------
@@ -390,9 +312,9 @@ class Preconditioner:
             self._take_statistics()
         update = self._prepared()
         gathered = update.gather()
-        name = self._poisoned
+        name = self._collector.poisoned
         if name is None and self._may_read(gathered):
-            name = self._raw.not_finite() or self._not_finite(gathered)
+            name = self._collector.raw.not_finite() or self._not_finite(gathered)
         if name is None:
             name = self._write(update, gathered, *self._refreshed(), rate_of)
         if name is not None:
@@ -401,31 +323,30 @@ class Preconditioner:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        self._forget_iteration()
+        self._collector.clear()
         self.iteration += not capturing
         return name is None
 
     def _take_statistics(self) -> None:
         self.check()
         if self.options.fisher == "empirical":
-            self._take_backward()
-        if self._layers and not self._raw.A and self._poisoned is None:
+            self._collector.take_backward()
+        if self._layers and not self._collector.raw.A and self._collector.poisoned is None:
             self._report_missing()
 
     def _prepared(self) -> Update:
         if self._update is None:
+            self._unread |= self._device.type == "cuda"
             self._update = Update(self._layers, self._others(), self._device)
         return self._update
+
+    @property
+    def _device(self) -> torch.device:
+        return (self._layers[0].weight if self._layers else self._params[0]).device
 
     def _others(self) -> list[Tensor]:
         own = {id(parameter) for layer in self._layers for parameter in (layer.weight, layer.bias)}
         return [parameter for parameter in self._params if id(parameter) not in own]
-
-    def _forget_iteration(self) -> None:
-        """Free what this iteration captured and summed."""
-        self._captures.clear()
-        self._raw = RawSums()
-        self._poisoned = None
 
     def _report_missing(self) -> None:
         call = "accumulate_fisher" if self.options.fisher == "mc" else "backward() with grad enabled"
@@ -438,7 +359,7 @@ class Preconditioner:
 
     def _may_read(self, gathered: Gathered) -> bool:
         """Whether this step reads back from the device: statistics are averaged in for good, so they are looked at."""
-        return not self._unread or bool(self._raw.A) or bool(gathered.elsewhere)
+        return not self._unread or bool(self._collector.raw.A) or bool(gathered.elsewhere)
 
     def _not_finite(self, gathered: Gathered) -> str | None:
         """Name the first gradient that is not finite."""
@@ -462,8 +383,8 @@ class Preconditioner:
     def _refreshed(self) -> tuple[Statistics | None, Inverses | None]:
         """Return statistics and inverses as of this iteration; commit neither."""
         statistics, inverses = self._statistics, self._inverses
-        if self._raw.A:
-            statistics = updated(statistics, self._raw, self._layers, self.options.stat_decay)
+        if self._collector.raw.A:
+            statistics = updated(statistics, self._collector.raw, self._layers, self.options.stat_decay)
         if statistics is not None and self._wants_inverses():
             inverses = invert(statistics, self._layers, inverses, self.options, self._warn_once, self._unread)
         return statistics, inverses
@@ -545,4 +466,4 @@ class Preconditioner:
         self.iteration = state_dict["iteration"]
         self._statistics = state.to_statistics(state_dict["statistics"], self._layers)
         self._inverses = state.to_inverses(state_dict["inverses"], self._layers)
-        self._forget_iteration()
+        self._collector.clear()
