@@ -35,15 +35,14 @@ def _resident(field: str) -> int:
 
 
 def own_peak(net: str, batch: int, name: str, device: str) -> int:
-    """Take two steps of each kind; return the bytes at the peak beyond network and batch."""
+    """Take a step of each kind; return the bytes at the peak beyond network and batch."""
     contender = build(name, NETWORKS[net], device)
     x, y = torch_batch(NETWORKS[net], batch, device)
     on_cuda = x.is_cuda
     before = torch.cuda.memory_allocated() if on_cuda else _resident("VmRSS")
-    for _ in range(2):
-        for prepare in contender.at.values():
-            prepare()
-            contender.step(x, y, lambda: None)
+    for prepare in contender.at.values():
+        prepare()
+        contender.step(x, y, lambda: None)
     return (torch.cuda.max_memory_allocated() if on_cuda else _resident("VmHWM")) - before
 
 

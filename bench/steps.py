@@ -171,8 +171,9 @@ def measure(net: str, batch: int, rounds: int, optimizers: Sequence[str], device
 def report(result: dict[str, Any], clock: str) -> str:
     """Write the tables of one network."""
     milliseconds = Spread(**result["sgd_milliseconds"])
+    rounds = f"rounds: {result['rounds']}" + (f", of peers {result['peer_rounds']}" if "peer_rounds" in result else "")
     lines = [
-        f"{NETWORKS[result['net']].title}, batch {result['batch']}, {result['rounds']} rounds: "
+        f"{NETWORKS[result['net']].title}, batch {result['batch']}, {rounds}; "
         f"{clock}, ratios to SGD's whole step ({milliseconds} ms), medians [quartiles]",
         "",
     ]
