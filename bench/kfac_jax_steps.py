@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from arguments import positive, seconds
@@ -161,7 +162,7 @@ def kfac_steps(loss: Callable[[Params, Any], Any], params: Params, data: Any) ->
         params, state, _ = optimizer.step(params, state, key, batch=data, global_step_int=iteration, **settings)
         held[:] = jax.block_until_ready([params, state])
 
-    return {kind: lambda iteration=iteration: step(iteration) for kind, iteration in KINDS.items()}  # type: ignore[misc]
+    return {kind: partial(step, iteration) for kind, iteration in KINDS.items()}
 
 
 def main() -> None:

@@ -214,7 +214,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=positive, help="samples (default: what the comparison states for each)")
     parser.add_argument("--rounds", type=positive, default=25, help="default: 25")
-    parser.add_argument("--optimizers", type=some_of(ALL), default=ALL, help=f"some of {','.join(ALL)} (default: all)")
+    parser.add_argument(
+        "--optimizers",
+        type=some_of(ALL),
+        default=list(BUILDERS),
+        help=f"some of {','.join(ALL)} (default: all but {JAX}, which compiles for minutes)",
+    )
     parser.add_argument("--memory", action="store_true", help="also measure the peak memory of each")
     parser.add_argument(
         "--instructions", action="store_true", help="also count the second level's instructions by callgrind"
