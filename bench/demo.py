@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from arguments import device_name, positive
 from problems import Problem, deep_linear, digits
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -126,27 +127,6 @@ def draw(results: dict[str, Runs], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
-
-
-def positive(text: str) -> int:
-    """Read a number of at least 1 from the command line."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return number
-
-
-def device_name(text: str) -> str:
-    """Read a device that this torch can use from the command line."""
-    try:
-        torch.zeros(1, device=text)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"must be a device that torch can use here, got {text!r}: {reason}") from error
-    return text
 
 
 def main() -> None:
