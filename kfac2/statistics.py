@@ -64,7 +64,10 @@ class RawSums:
             levels: 1 or 2; with 1 no maps are formed.
             downsample: how maps of different grids meet.
         """
-        sums = encoded_covariances(*_both(passed, ""))
+        windows = [rows.layer.encoded("input", rows.x.dim() - 2) for rows in passed]
+        windows += [rows.layer.encoded("grad", rows.g.dim() - 2) for rows in passed]
+        tensors = [rows.x for rows in passed] + [rows.g for rows in passed]
+        sums = encoded_covariances(tensors, [number for window in windows for number in window])
         for rows, A, G in zip(passed, sums, sums[len(passed) :], strict=False):
             G = G * scale**2 if scale != 1 else G
             self.A[rows.layer] = self.A[rows.layer] + A if rows.layer in self.A else A
@@ -178,30 +181,35 @@ def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str,
         dtype = torch.float64 if passed[0].x.dtype == torch.float64 else torch.float32
         zeros = torch.zeros(blocks, blocks, dtype=dtype, device=passed[0].x.device)
         return zeros, zeros.clone()
-    maps = encoded_layer_maps(*_both(fitting, " map"))
-    on_grids = [_on_samples(values, samples) for values in maps]
-    index = torch.tensor(
-        [first[rows.layer] + q for rows in fitting for q in range(rows.layer.maps)], device=maps[0].device
+    index = [first[rows.layer] + q for rows in fitting for q in range(rows.layer.maps)]
+    # One after the other, so that the maps of only one kind are alive at a time.
+    inputs = [(rows.layer.encoded("input map", rows.x.dim() - 2), rows.x) for rows in fitting]
+    grads = [(rows.layer.encoded("grad map", rows.g.dim() - 2), rows.g) for rows in fitting]
+    return (
+        _sums_of_maps(inputs, samples, downsample, 1.0, index, blocks),
+        _sums_of_maps(grads, samples, downsample, scale**2, index, blocks),
     )
-    sums = []
-    for group, factor in ((on_grids[: len(index)], 1.0), (on_grids[len(index) :], scale**2)):
-        if len({values.dtype for values in group}) > 1:  # layers of several precisions
-            group = [values.double() for values in group]
-        present = ops.cross_layer_sums(group, downsample, scale=factor)
-        whole = present
-        if len(index) < blocks:
-            whole = present.new_zeros(blocks, blocks)
-            whole[index.unsqueeze(1), index] = present
-        sums.append(whole)
-    return sums[0], sums[1]
 
 
-def _both(passed: Sequence[Rows], suffix: str) -> tuple[list[Tensor], list[int]]:
-    """Return all inputs, then all output gradients, and their windows for the native ops."""
-    tensors = [rows.x for rows in passed] + [rows.g for rows in passed]
-    windows = [rows.layer.encoded("input" + suffix, rows.x.dim() - 2) for rows in passed]
-    windows += [rows.layer.encoded("grad" + suffix, rows.g.dim() - 2) for rows in passed]
-    return tensors, [number for window in windows for number in window]
+def _sums_of_maps(
+    sources: Sequence[tuple[list[int], Tensor]],
+    samples: int,
+    downsample: str,
+    factor: float,
+    index: Sequence[int],
+    blocks: int,
+) -> Tensor:
+    """One (blocks, blocks) matrix of sums; `index` says which block each map is, the others are zero maps."""
+    numbers = [number for window, _ in sources for number in window]
+    maps = [_on_samples(m, samples) for m in encoded_layer_maps([tensor for _, tensor in sources], numbers)]
+    if len({m.dtype for m in maps}) > 1:  # layers of several precisions
+        maps = [m.double() for m in maps]
+    present = ops.cross_layer_sums(maps, downsample, scale=factor)
+    if len(index) == blocks:
+        return present
+    whole, places = present.new_zeros(blocks, blocks), torch.tensor(index, device=present.device)
+    whole[places.unsqueeze(1), places] = present
+    return whole
 
 
 def _fits(rows: Rows, samples: int) -> bool:
