@@ -144,7 +144,11 @@ def coarse_inverse(fisher: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     Grids that do not divide each other can make F_coarse indefinite; the floor keeps the coarse step from
     ever turning uphill. In float64: an L×L matrix costs nothing, and its condition may be large.
     """
-    values, vectors, status = (part[0] for part in floored_eigh(fisher.double().unsqueeze(0)))
+    matrix = fisher.double().unsqueeze(0)
+    try:
+        values, vectors, status = (part[0] for part in floored_eigh(matrix))
+    except torch.linalg.LinAlgError:
+        return torch.zeros_like(fisher), torch.ones_like(fisher[0, 0], dtype=torch.bool)
     return ((vectors / (values + damping)) @ vectors.mT).to(fisher.dtype), status != 0
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
@@ -58,6 +59,11 @@ class Layer:
     def weight(self) -> Tensor:
         """The module's weight."""
         return self.module.weight
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """What the factors are kept in: float64 for a float64 layer, else float32."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:

@@ -187,26 +187,33 @@ class KFAC(Optimizer):
 
     def _sgd(self, group: dict[str, Any]) -> None:
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
-        grads = [parameter.grad for parameter in params]
-        found, momentum = self.preconditioner.found, group["momentum"]
-        sparse = any(grad.is_sparse for grad in grads)
-        fused = not sparse and _can_be_fused(params, grads)
-        if not fused and found is not None and found.item():
-            return
         states = [self.state[parameter] for parameter in params]
+        can = [_can_be_fused(p, p.grad, state.get("momentum_buffer")) for p, state in zip(params, states, strict=True)]
+        if all(can):
+            self._sgd_of(params, states, group, True)
+            return
+        for fused in (True, False):
+            some = [i for i, takes in enumerate(can) if takes == fused]
+            found = self.preconditioner.found
+            if some and (fused or found is None or not found.item()):
+                self._sgd_of([params[i] for i in some], [states[i] for i in some], group, fused)
+
+    def _sgd_of(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], fused: bool) -> None:
+        momentum = group["momentum"]
         if fused and momentum != 0:  # the fused step would leave new buffers undefined where it is skipped
             for parameter, state in zip(params, states, strict=True):
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [state.get("momentum_buffer") for state in states]
+        grads = [parameter.grad for parameter in params if parameter.grad is not None]
         sgd(
             params,
             grads,
             buffers,
-            has_sparse_grad=sparse,
+            has_sparse_grad=any(grad.is_sparse for grad in grads),
             foreach=not fused,
             fused=fused,
-            found_inf=found if fused else None,
+            found_inf=self.preconditioner.found if fused else None,
             weight_decay=group["weight_decay"],
             momentum=momentum,
             lr=group["lr"] if fused else float(group["lr"]),
@@ -284,13 +291,43 @@ class KFAC(Optimizer):
         self.preconditioner.load_state_dict(state_dict["kfac"])
 
 
-_FUSED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_FULL = (torch.float32, torch.float64)
 
 
-def _can_be_fused(params: list[Tensor], grads: list[Tensor]) -> bool:
-    """Tell whether torch's fused SGD takes these: one kernel for all, which a flag on the device can skip."""
-    device = params[0].device if params else None
+def _can_be_fused(parameter: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
+    """Tell whether torch's fused SGD takes a parameter: one kernel for all, which a flag on the device can skip.
+
+    It walks the memory of all three side by side, so that they must lie alike, without gaps. On a CPU it leaves
+    out most elements of 16-bit parameters (torch 2.12 and 2.13).
+    """
+    stride, dtype = parameter.stride(), parameter.dtype
+    alike = not grad.is_sparse and grad.dtype is dtype and grad.stride() == stride
+    alike = alike and (buffer is None or (buffer.dtype is dtype and buffer.stride() == stride))
+    if alike and dtype in _FULL and parameter.is_contiguous():
+        return True  # nearly always
+    full = dtype in _FULL
+    if not full and not (parameter.is_cuda and parameter.dtype in (torch.float16, torch.bfloat16)):
+        return False
+    if not (parameter.is_contiguous() or _is_channels_last(parameter)):
+        return False
     return all(
-        p.device == device and p.dtype in _FUSED and g.dtype == p.dtype and g.stride() == p.stride()
-        for p, g in zip(params, grads, strict=True)
+        other.dtype == parameter.dtype and other.device == parameter.device and _lie_alike(parameter, other)
+        for other in (grad, buffer)
+        if other is not None
+    )
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.dim() in formats and tensor.is_contiguous(memory_format=formats[tensor.dim()])
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    if b.is_sparse:
+        return False
+    strides = a.stride(), b.stride()
+    return strides[0] == strides[1] or all(
+        s == t
+        for size, s, t in zip(a.shape, *strides, strict=True)
+        if size > 1  # others say nothing
     )

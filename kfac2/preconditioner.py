@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ class Preconditioner:
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
         **options: `damping`, `kl_clip`, `levels`, `inverse`, `fisher`, `stat_decay`, `cov_every`,
-            `inv_every`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups` and `cases`, as
-            in `KFAC`.
+            `inv_every`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups`, `inverse_dtype` and
+            `cases`, as in `KFAC`.
 
     Attributes:
         options: the options; those that state does not depend on may be set during training.
@@ -77,6 +77,7 @@ class Preconditioner:
         self._statistics: Statistics | None = None
         self._inverses: Inverses | None = None
         self._update: Update | None = None
+        self._graph_lost = False  # a captured CUDA graph belongs to an update that is gone
         self._unread = False  # on a CUDA device, from the first step on: ordinary steps read nothing back
         self._found: Tensor | None = None
         self._warned: set[str] = set()
@@ -178,6 +179,8 @@ class Preconditioner:
 
     def _drop(self, layer: Layer) -> None:
         """Leave a layer to SGD from now on; what this iteration has summed so far is discarded with it."""
+        self.check()
+        self._graph_lost |= self._update is not None and self._update.captured
         kept = [other for other in self._layers if other is not layer]
         if self._statistics is not None:
             self._statistics = without(self._statistics, self._layers, layer)
@@ -234,7 +237,8 @@ class Preconditioner:
             params: parameters that joined the optimizer later.
         """
         self._params += list(params)
-        self._prepared().watch(self._others())
+        if self._update is not None:
+            self._update.watch(self._others())
 
     @property
     def found(self) -> Tensor | None:
@@ -243,7 +247,16 @@ class Preconditioner:
 
     @property
     def ordinary(self) -> bool:
-        """Whether this iteration takes neither statistics nor inverses, so that a CUDA graph may stand in for it."""
+        """Whether a CUDA graph of an ordinary step may stand in for this iteration.
+
+        It may where neither statistics nor inverses are due, unless something that the graph has fixed is no longer
+        so: a layer was dropped or left the coarse space, or layers have got inverses that had none. Then
+        capture the step again, in an iteration of which `needs_fisher` is False.
+        """
+        stale = self._graph_lost or (self._update is not None and self._update.stale)
+        return not stale and self._is_ordinary()
+
+    def _is_ordinary(self) -> bool:
         return not (self._wants_statistics() or self._wants_inverses())
 
     def replayed(self) -> None:
@@ -275,7 +288,7 @@ class Preconditioner:
             self._update.skipped.zero_()
             warnings.warn(
                 f"kfac2: {count} steps before iteration {self.iteration} were skipped; the first for a NaN or an "
-                f"infinity in {self._source_name(self._update.parameters, first)}",
+                f"infinity in {self._source_name(self._update, first)}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -303,7 +316,8 @@ class Preconditioner:
                 statistics or inverses.
         """
         capturing = is_capturing(self._device)
-        if capturing and not self.ordinary:
+        self._graph_lost &= not capturing
+        if capturing and not self._is_ordinary():
             raise RuntimeError(
                 f"only an ordinary step can be captured in a CUDA graph, got iteration {self.iteration}, which wants "
                 "statistics or inverses: capture where `ordinary` is True"
@@ -335,9 +349,10 @@ class Preconditioner:
             self._report_missing()
 
     def _prepared(self) -> Update:
-        if self._update is None:
+        if self._update is None or not self._update.fits():
             self._unread |= self._device.type == "cuda"
             self._update = Update(self._layers, self._others(), self._device)
+            self._update.adopt(self._inverses)
         return self._update
 
     @property
@@ -368,11 +383,12 @@ class Preconditioner:
             values = grad.coalesce().values() if grad is not None and grad.is_sparse else grad
             if values is not None and not values.isfinite().all():
                 return self._gradient_name(parameter)
-        first = int(gathered.first_bad)
-        return None if first == len(gathered.parameters) else self._source_name(gathered.parameters, first)
+        first, update = int(gathered.first_bad), self._prepared()
+        return None if first >= update.none_bad else self._source_name(update, first)
 
-    def _source_name(self, parameters: Sequence[Tensor], first: int) -> str:
-        return "the preconditioned gradients" if first >= len(parameters) else self._gradient_name(parameters[first])
+    def _source_name(self, update: Update, first: int) -> str:
+        parameter = update.parameter(first)
+        return "the preconditioned gradients" if parameter is None else self._gradient_name(parameter)
 
     def _gradient_name(self, parameter: Tensor) -> str:
         return f"the gradient of {self._names.get(id(parameter), 'a parameter outside the model')}"
@@ -406,7 +422,7 @@ class Preconditioner:
         if self._unread and not gathered.elsewhere:
             self._found = step.found
         elif step.found.item():
-            update.skipped.zero_()
+            update.skipped[0] -= 1  # reported here
             return "the preconditioned gradients"
         update.write(gathered, step)
         self._statistics, self._inverses = statistics, inverses
@@ -467,3 +483,5 @@ class Preconditioner:
         self._statistics = state.to_statistics(state_dict["statistics"], self._layers)
         self._inverses = state.to_inverses(state_dict["inverses"], self._layers)
         self._collector.clear()
+        if self._update is not None:
+            self._update.adopt(self._inverses)

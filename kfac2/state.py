@@ -46,10 +46,13 @@ def to_statistics(state: State | None, layers: Sequence[Layer]) -> Statistics | 
 
 
 def from_inverses(inverses: Inverses | None) -> State | None:
-    """Write inverses, layers by name."""
+    """Copy inverses, layers by name: a step may overwrite them where they are."""
     if inverses is None:
         return None
-    fine = {layer.name: dict(fields) for layer, fields in inverses.fine.items()}
+    fine = {
+        layer.name: {name: value.to(layer.factor_dtype, copy=True) for name, value in fields.items()}
+        for layer, fields in inverses.fine.items()
+    }
     return {"damping": inverses.damping, "fine": fine, "coarse": inverses.coarse}
 
 

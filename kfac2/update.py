@@ -1,4 +1,4 @@
-"""The step of every iteration (eq. 6, 10): three native calls, and two batched products for each shape of layers."""
+"""The step of every iteration (eq. 6, 10): three native calls, and two batched products (four by eigenvectors) for each shape of layers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from kfac2.ops.gather_gradients import gather_gradients
 from kfac2.ops.shift_and_scale import ShiftAndScale, shift_and_scale
 from kfac2.ops.write_gradients import write_gradients
 
+_MOST_AXES = 5  # of a tensor of any strides, see csrc/include/gradient_part.h
+_TOO_MANY = 2**31
 _GATHERED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -22,14 +24,12 @@ class Gathered:
     """The gradients of one step.
 
     Attributes:
-        parameters: whose gradients the native calls see, those of layers first.
-        gradients: theirs.
+        gradients: those that the native calls see, those of layers first.
         layout: where they belong, see `gather_gradients`.
-        first_bad: on the device, the number of the first that is not finite.
-        elsewhere: parameters whose gradients only the host can look at: sparse ones, or on another device.
+        first_bad: on the device, the number of the first parameter whose gradient is not finite.
+        elsewhere: parameters whose gradients only the host can look at: sparse ones, say, or on another device.
     """
 
-    parameters: list[Tensor]
     gradients: list[Tensor]
     layout: Tensor
     first_bad: Tensor
@@ -119,14 +119,15 @@ class Update:
             i for batch in self._batches for i, n in zip(batch.members, batch.sizes, strict=True) for _ in range(n)
         ]
         self._layer_of_block = torch.tensor(order, dtype=torch.int64, device=device)
-        self._layouts: dict[tuple[bool, ...], Tensor] = {}
+        self._layout = torch.zeros(0, 4, dtype=torch.int64)
+        self._laid_out: tuple[tuple[bool, ...], tuple[int, ...]] | None = None
         self._filled: tuple[bool, ...] = ()
         self._rate_index: dict[tuple[int, ...], Tensor] = {}
         self._one = torch.ones((), dtype=torch.float64, device=device)
         self._stacks: _Stacks | None = None
         self._staged: _Stacks | None = None
-        self._captured = False
-        self.parameters: list[Tensor] = []  # of the last step
+        self._captured: tuple[bool, ...] | None = None  # which layers a CUDA graph has in the coarse space
+        self.stale = False  # a CUDA graph holds what is no longer so
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
 
     def _lay_out(self) -> None:
@@ -143,6 +144,17 @@ class Update:
                 self._spans[i] = torch.tensor([place, place + blocks * d_out * d_in])
                 place += blocks * d_out * d_in
 
+    def fits(self) -> bool:
+        """Tell whether the layers are still where, and in the dtype, that this was made for."""
+        weights = [parameter for parameter in self._own[: len(self._layers)] if parameter is not None]
+        here = not weights or weights[0].device == self._device
+        return here and any(weight.dtype == torch.float64 for weight in weights) == (self._dtype == torch.float64)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph was captured of this update's steps."""
+        return self._captured is not None
+
     def watch(self, others: Sequence[Tensor]) -> None:
         """Look at the gradients of these further parameters from now on."""
         self._others = others
@@ -152,38 +164,58 @@ class Update:
     def gather(self) -> Gathered:
         """Copy the gradients of all layers into their matrices; what has none is 0 there. Reads nothing back."""
         present = tuple(parameter is not None and parameter.grad is not None for parameter in self._own)
-        parameters = [parameter for parameter in self._own if parameter is not None and parameter.grad is not None]
-        if present != self._filled:
+        absent = any(parameter is not None and parameter.grad is None for parameter in self._own)
+        if present != self._filled or (
+            absent and is_capturing(self._device)
+        ):  # other steps may fill what a graph has not
             self._matrices.zero_()
             self._filled = present
         elsewhere: list[Tensor] = []
-        for parameter in self._others:
+        numbers: list[int] = []
+        gradients = [parameter.grad for parameter in self._own if parameter is not None and parameter.grad is not None]
+        for number, parameter in enumerate(self._others, start=len(self._own)):
             grad = parameter.grad
-            if grad is not None and grad.numel():
-                here = grad.device == self._device and grad.dtype in _GATHERED and not grad.is_sparse
-                (parameters if here else elsewhere).append(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        layout = self._layout(present, len(gradients))
-        first_bad = gather_gradients(gradients, layout, len(self._layers), self._matrices)
-        self.parameters = parameters
-        return Gathered(parameters, gradients, layout, first_bad, elsewhere)
+            if grad is None or not grad.numel():
+                continue
+            if self._can_look_at(grad):
+                gradients.append(grad)
+                numbers.append(number)
+            else:
+                elsewhere.append(parameter)
+        if self._laid_out != (present, tuple(numbers)):
+            self._laid_out = (present, tuple(numbers))
+            self._layout = self._make_layout(*self._laid_out)
+        first_bad = gather_gradients(gradients, self._layout, len(self._layers), self.none_bad, self._matrices)
+        return Gathered(gradients, self._layout, first_bad, elsewhere)
 
-    def _layout(self, present: tuple[bool, ...], count: int) -> Tensor:
-        """For each gradient its place, row length and layer; -1 for one that is only looked at."""
-        known = self._layouts.get(present)
-        if known is None or len(known) < count:
-            has_weight, has_bias = present[: len(self._layers)], present[len(self._layers) :]
-            places = [int(begin) for begin, _ in self._spans]
-            lengths = [layer.matrix_shape[2] for layer in self._layers]
-            rows = [(places[i], lengths[i], i) for i, here in enumerate(has_weight) if here]
-            rows += [  # without its weight's gradient a bias keeps its own
-                (places[i] + lengths[i] - 1, lengths[i], i) if has_weight[i] else (-1, 0, -1)
-                for i, here in enumerate(has_bias)
-                if here
-            ]
-            rows += [(-1, 0, -1)] * (count - len(rows))
-            known = self._layouts[present] = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
-        return known[:count]
+    def _can_look_at(self, grad: Tensor) -> bool:
+        """Tell whether the native call takes a gradient that it only looks at."""
+        if grad.is_sparse or grad.dtype not in _GATHERED or grad.device != self._device:
+            return False
+        return (grad.dim() <= _MOST_AXES or grad.is_contiguous()) and grad.numel() < _TOO_MANY
+
+    def _make_layout(self, present: tuple[bool, ...], others: tuple[int, ...]) -> Tensor:
+        """For each gradient its place, row length, layer and number; -1 for one that is only looked at."""
+        count = len(self._layers)
+        rows = []
+        for number in (number for number, here in enumerate(present) if here):
+            i = number % count  # weights come first, then biases
+            place, length, is_bias = int(self._spans[i, 0]), self._layers[i].matrix_shape[2], number >= count
+            if present[i]:
+                rows.append((place + (length - 1) * is_bias, length, i, number))
+            else:  # without its weight's gradient a bias keeps its own
+                rows.append((-1, 0, -1, number))
+        rows += [(-1, 0, -1, number) for number in others]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
+
+    @property
+    def none_bad(self) -> int:
+        """What `first_bad` is where all gradients are finite."""
+        return len(self._own) + len(self._others)
+
+    def parameter(self, number: int) -> Tensor | None:
+        """Return the parameter of a number, None for `none_bad`."""
+        return [*self._own, *self._others][number] if number < self.none_bad else None
 
     # -- the update -----------------------------------------------------------------------------------------
 
@@ -204,7 +236,11 @@ class Update:
             kl_clip: κ, or None.
             rates: η_i by layer; a tensor on the device is not read.
         """
-        self._captured |= is_capturing(self._device)
+        in_coarse = tuple(layer.in_coarse for layer in self._layers)
+        if is_capturing(self._device):
+            self._captured, self.stale = in_coarse, False
+        elif self._captured is not None and self._captured != in_coarse:
+            self._captured, self.stale = None, True
         stacks = self._stacks
         if stacks is None or stacks.source is not inverses:
             stacks = self._stack(inverses)
@@ -222,11 +258,11 @@ class Update:
             self._spans,
             host_rates,
             device_rates,
-            torch.tensor([layer.in_coarse for layer in self._layers], dtype=torch.float64),
+            torch.tensor(in_coarse, dtype=torch.float64),
             stacks.usable,
             stacks.coarse if coarse_weight != 0 else None,
             gathered.first_bad,
-            len(gathered.gradients),
+            self.none_bad,
             coarse_weight,
             kl_clip,
             self.skipped,
@@ -234,23 +270,36 @@ class Update:
 
     def write(self, gathered: Gathered, step: ShiftAndScale) -> None:
         """Write the update into `.grad`, and keep the inverses that it was made with."""
-        stacks = self._staged
-        assert stacks is not None
-        write_gradients(gathered.gradients, gathered.layout, self._directions, step, stacks.usable)
+        assert self._staged is not None
+        write_gradients(gathered.gradients, gathered.layout, self._directions, step, self._staged.usable)
+        self._keep(self._staged)
+        self._staged = None
+
+    def adopt(self, inverses: Inverses | None) -> None:
+        """Take over inverses from elsewhere, and forget what was found and has failed before."""
+        self.skipped.zero_()
+        if inverses is not None:
+            self._stacks = replace(self._stacks, failed=None) if self._stacks is not None else None
+            self._keep(self._stack(inverses))
+
+    def _keep(self, stacks: _Stacks) -> None:
         if stacks is self._stacks:
             return
-        if self._captured and self._stacks is not None:
+        if self._captured is not None and self._stacks is not None:
             # a CUDA graph goes on reading what was there when it was captured
-            for kept, new in zip(self._stacks.tensors(), stacks.tensors(), strict=True):
-                kept.copy_(new)
-            stacks = replace(self._stacks, source=stacks.source, failed=stacks.failed)
+            before, after = self._stacks.tensors(), stacks.tensors()
+            if [t.shape for t in before] == [t.shape for t in after]:
+                for kept, new in zip(before, after, strict=True):
+                    kept.copy_(new)
+                stacks = replace(self._stacks, source=stacks.source, failed=stacks.failed)
+            else:
+                self._captured, self.stale = None, True
         self._stacks = stacks
         for batch, parts in zip(self._batches, stacks.batches, strict=True):
             for name, stack in (parts or {}).items():
                 for i, part in zip(batch.members, stack.split(batch.sizes), strict=True):
-                    fields = stacks.source.fine.get(self._layers[i])
-                    if fields is not None and fields[name].dtype == part.dtype:
-                        fields[name] = part  # the same numbers; so that they are kept once
+                    if self._layers[i] in stacks.source.fine:
+                        stacks.source.fine[self._layers[i]][name] = part  # the same numbers; so that they are kept once
 
     def _precondition(self, batch: _Batch, parts: Fields | None) -> None:
         """G⁻¹ ∇ A⁻¹ into the directions; with `'eigh'`, V_Gᵀ ∇ V_A."""

@@ -33,12 +33,12 @@ def test_there_and_back(dtype, total):
     rows, begin = [], 0
     for i, gradient in enumerate(gradients):
         length = gradient.numel() // gradient.shape[0] + 1  # with a column for a bias that is not there
-        rows.append((begin, length, i))
+        rows.append((begin, length, i, i))
         begin += gradient.shape[0] * length
     layout, layers = torch.tensor(rows), len(rows)
     matrices = torch.full((begin,), -7.0, dtype=total)
-    assert int(gather_gradients(gradients, layout, layers, matrices)) == layers
-    for (place, length, _), gradient in zip(rows, gradients, strict=True):
+    assert int(gather_gradients(gradients, layout, layers, 9, matrices)) == 9
+    for (place, length, *_), gradient in zip(rows, gradients, strict=True):
         part = matrices[place : place + gradient.shape[0] * length].view(-1, length)
         assert torch.equal(
             part[:, :-1], gradient.flatten(1).to(total) if gradient.dim() > 1 else gradient[:, None].to(total)
@@ -64,21 +64,24 @@ def test_the_first_bad_gradient_is_found_wherever_it_lies(dtype, value):
         for later in range(bad, 5):
             gradients[later][-1].reshape(-1)[-1:].fill_(value)
             gradients[later].select(0, -1).fill_(value)
-        layout = torch.full((5, 3), -1)
-        assert int(gather_gradients(gradients, layout, 0, torch.zeros(0))) == bad
-    assert int(gather_gradients([], torch.zeros(0, 3, dtype=torch.int64), 0, torch.zeros(0))) == 0
+        layout = torch.full((5, 4), -1)
+        layout[:, 3] = torch.arange(5) + 2
+        assert int(gather_gradients(gradients, layout, 0, 9, torch.zeros(0))) == bad + 2
+    assert int(gather_gradients([], torch.zeros(0, 4, dtype=torch.int64), 0, 3, torch.zeros(0))) == 3
 
 
 def test_many_elements_are_shared_among_threads():
     torch.set_num_threads(2)
     gradients = [torch.randn(300, 300) for _ in range(4)] + [torch.randn(100, 1000)]
     places = torch.tensor([0, *[g.numel() for g in gradients]]).cumsum(0)
-    layout = torch.stack([places[:-1], torch.tensor([g.shape[1] for g in gradients]), torch.arange(5)], 1)
+    layout = torch.stack(
+        [places[:-1], torch.tensor([g.shape[1] for g in gradients]), torch.arange(5), torch.arange(5)], 1
+    )
     matrices = torch.zeros(int(places[-1]))
-    assert int(gather_gradients(gradients, layout, 5, matrices)) == 5
+    assert int(gather_gradients(gradients, layout, 5, 5, matrices)) == 5
     assert torch.equal(matrices, torch.cat([g.flatten() for g in gradients]))
     gradients[3][0, 0] = float("inf")
-    assert int(gather_gradients(gradients, layout, 5, matrices)) == 3
+    assert int(gather_gradients(gradients, layout, 5, 5, matrices)) == 3
     torch.set_num_threads(1)
 
 
@@ -133,19 +136,20 @@ def test_what_is_not_finite_is_found_and_counted():
 
 
 def test_bad_input_changes_nothing():
-    gradient, matrices, layout = torch.randn(2, 3), torch.zeros(6), torch.tensor([[0, 3, 0]])
+    gradient, matrices, layout = torch.randn(2, 3), torch.zeros(6), torch.tensor([[0, 3, 0, 0]])
     step, one = (numbers(0), numbers(1), torch.zeros(1)), numbers(1)
     spans, none_bad = torch.tensor([[0, 6]]), torch.tensor([1], dtype=torch.int32)
     rest = (one, None, one, one, None, none_bad, 1, 1.0, 0.1, SKIPPED)
     cases = [
-        (lambda: gather_gradients([gradient], layout[:, :2], 1, matrices), r"layout .* of shape \[1, 3\], got \[1, 2\]"),
-        (lambda: gather_gradients([gradient], layout.int(), 1, matrices), "layout to be int64"),
-        (lambda: gather_gradients([gradient.int()], layout, 1, matrices), "tensor 0 to be float32"),
-        (lambda: gather_gradients([gradient], layout + 1, 9, matrices), "to lie in 6 elements of 9 layers; got offset 1"),
-        (lambda: gather_gradients([gradient], layout, 0, matrices), "to lie in 6 elements of 0 layers"),
-        (lambda: gather_gradients([gradient], torch.tensor([[0, 2, 0]]), 1, matrices), "got offset 0, row length 2"),
-        (lambda: gather_gradients([gradient], layout, 1, matrices.half()), "matrices in one contiguous dimension"),
-        (lambda: gather_gradients([gradient, gradient[:, :, None, None, None, None]], layout, 1, matrices), r"\[2, 3\]"),
+        (lambda: gather_gradients([gradient], layout[:, :2], 1, 1, matrices), r"layout .* of shape \[1, 4\], got \[1, 2\]"),
+        (lambda: gather_gradients([gradient], layout.int(), 1, 1, matrices), "layout to be int64"),
+        (lambda: gather_gradients([gradient.int()], layout, 1, 1, matrices), "tensor 0 to be float32"),
+        (lambda: gather_gradients([gradient], layout + 1, 9, 9, matrices), "to lie in 6 elements of 9 layers; got offset 1"),
+        (lambda: gather_gradients([gradient], layout, 0, 1, matrices), "to lie in 6 elements of 0 layers"),
+        (lambda: gather_gradients([gradient], torch.tensor([[0, 2, 0, 0]]), 1, 1, matrices), "got offset 0, row length 2"),
+        (lambda: gather_gradients([gradient], layout, 1, 1, matrices.half()), "matrices in one contiguous dimension"),
+        (lambda: gather_gradients([gradient, gradient[:, :, None, None, None, None]], layout, 1, 1, matrices), r"\[2, 4\]"),
+        (lambda: gather_gradients([gradient[:, :1].expand(2, 3)], layout, 1, 1, matrices), "memory for each of its elements"),
         (lambda: write_gradients([gradient], layout, matrices, (numbers(), *step[1:]), one), "of 0 layers"),
         (lambda: write_gradients([gradient], layout, matrices, (step[0].float(), *step[1:]), one), "to be float64"),
         (lambda: write_gradients([gradient], layout, matrices, (*step[:2], torch.zeros(2)), one), r"found .*got shape \[2\]"),
@@ -166,7 +170,7 @@ def test_axes_that_do_not_merge():
     backwards = torch.randn(2, 2, 3, 2, 3, 2).permute(0, 5, 4, 3, 2, 1)
     matrices = torch.zeros(backwards.numel())
     with pytest.raises(RuntimeError, match="at most 4 axes of strides that do not merge"):
-        gather_gradients([backwards], torch.tensor([[0, 72, 0]]), 1, matrices)
+        gather_gradients([backwards], torch.tensor([[0, 72, 0, 0]]), 1, 1, matrices)
     fewer = backwards[:, 0]
-    gather_gradients([fewer], torch.tensor([[0, 36, 0]]), 1, matrices)
+    gather_gradients([fewer], torch.tensor([[0, 36, 0, 0]]), 1, 1, matrices)
     assert torch.equal(matrices[:72].view(2, -1), fewer.flatten(1))

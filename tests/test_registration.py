@@ -22,7 +22,10 @@ def samples(dtype):
     sums = torch.randn(3, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     maps = [sums.new_zeros(4, 3, 2), sums.new_ones(4, 5)]
     spd = torch.eye(3, dtype=sums.dtype).repeat(2, 1, 1)
-    gradients, layout = [torch.randn(2, 3).to(dtype), torch.randn(4).to(dtype)], torch.tensor([[1, 4, 0], [-1, 0, -1]])
+    gradients, layout = (
+        [torch.randn(2, 3).to(dtype), torch.randn(4).to(dtype)],
+        torch.tensor([[1, 4, 0, 0], [-1, 0, -1, 1]]),
+    )
     matrices, doubles = sums.new_zeros(9), torch.ones(1, dtype=torch.float64)
     clip = (torch.tensor([[0, 9]]), doubles, None, doubles, doubles, doubles.reshape(1, 1))
     none_bad, skipped = torch.tensor([2], dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
@@ -32,7 +35,7 @@ def samples(dtype):
         "cross_layer_sums": (maps, True, torch.eye(2, dtype=sums.dtype), 0.9, 0.1),
         "coarse_fisher": (sums, sums.clone(), [0, 1, 1], 2),
         "factored_tikhonov_inverse": ([spd], [spd[:, :2, :2]], 0.1),
-        "gather_gradients": (gradients, layout, 1, matrices),
+        "gather_gradients": (gradients, layout, 1, 2, matrices),
         "shift_and_scale": (matrices, matrices + 1, *clip, none_bad, 2, 1.0, 0.1, skipped),
         "write_gradients": (gradients, layout, matrices, doubles, doubles, torch.zeros(1), doubles),
         "eigendecompose": ([torch.stack([sums + sums.T, torch.eye(3, dtype=sums.dtype)]), sums[:1, None, :1]],),

@@ -243,3 +243,145 @@ def test_sparse_gradients_are_looked_at_by_the_host():
     with pytest.warns(RuntimeWarning, match="the gradient of 0.weight"):
         iterate(model, opt, words, poison=poison)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_the_parameter_is_named_of_the_step_that_failed():
+    model = net()
+    opt = unread(KFAC(model, cov_every=100, inv_every=100))
+    x = torch.randn(6, 3)
+    for _ in range(2):
+        iterate(model, opt, x)
+    iterate(model, opt, x, poison=lambda: model[3].weight.grad.fill_(float("nan")))
+    iterate(model, opt, x, poison=lambda: setattr(model[0].weight, "grad", None))
+    with pytest.warns(RuntimeWarning, match="the gradient of 3.weight"):
+        opt.check()
+
+
+def test_reports_outlive_a_dropped_layer():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.twice = nn.Linear(3, 3), nn.Linear(3, 2), False
+
+        def forward(self, x):
+            return self.b(self.a(self.a(x)) if self.twice else self.a(x))
+
+    torch.manual_seed(0)
+    model = Twice()
+    opt = unread(KFAC(model, cov_every=3))
+    x = torch.randn(6, 3)
+    iterate(model, opt, x)
+    iterate(model, opt, x, poison=lambda: model.b.weight.grad.fill_(float("nan")))
+    iterate(model, opt, x)
+    model.twice = True
+    with pytest.warns(RuntimeWarning, match="1 steps before iteration 3 were skipped; .*b.weight"):
+        iterate(model, opt, x)
+    assert opt.layers == ["b"]
+
+
+def test_a_failed_inverse_beside_a_layer_of_another_precision_is_saved_sound():
+    torch.manual_seed(0)
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2).double()
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)).double())
+
+    model, x = Mixed(), torch.randn(6, 3)
+    opt = unread(KFAC(model, cov_every=100, inv_every=2))
+    for _ in range(2):
+        iterate(model, opt, x)
+    with_indefinite_factor(opt, INDEFINITE)
+    iterate(model, opt, x)
+    with pytest.warns(RuntimeWarning, match="a factor of a is not positive definite"):
+        fields = opt.state_dict()["kfac"]["inverses"]["fine"]["a"]
+    assert fields["A_inv"].dtype == torch.float32 and (torch.linalg.eigvalsh(fields["A_inv"][0]) > 0).all()
+
+
+def test_an_inverse_that_fails_right_after_loading_leaves_the_loaded_one():
+    model, x = net(), torch.randn(6, 3)
+    opt = unread(KFAC(model, cov_every=100, inv_every=2))
+    for _ in range(2):
+        iterate(model, opt, x)
+    saved = copy.deepcopy(opt.state_dict())
+    wanted = saved["kfac"]["inverses"]["fine"]["0"]["A_inv"].clone()
+    fresh = unread(KFAC(model, cov_every=100, inv_every=2))
+    fresh.load_state_dict(saved)
+    with_indefinite_factor(fresh, INDEFINITE * float("nan"))
+    iterate(model, fresh, x)
+    layer = fresh.preconditioner._layers[0]
+    assert torch.equal(fresh.preconditioner._inverses.fine[layer]["A_inv"], wanted)
+    fresh.load_state_dict(saved)  # what is pending belongs to the run that was left
+    assert fresh.check() == 0 and layer in fresh.preconditioner._inverses.fine
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Run a step as if a CUDA graph of it were captured."""
+    import kfac2.preconditioner
+    import kfac2.update
+
+    def run(step):
+        for module in (kfac2.preconditioner, kfac2.update):
+            monkeypatch.setattr(module, "is_capturing", lambda device: True)
+        step()
+        for module in (kfac2.preconditioner, kfac2.update):
+            monkeypatch.setattr(module, "is_capturing", lambda device: False)
+
+    return run
+
+
+def test_a_graph_finds_new_inverses_where_it_looks_for_them(capture):
+    model, x = net(), torch.randn(6, 3)
+    opt = unread(KFAC(model, cov_every=2, inv_every=2))
+    iterate(model, opt, x)
+    capture(lambda: iterate(model, opt, x))
+    assert opt.preconditioner.iteration == 1  # what is captured has not run
+    stacks = opt.preconditioner._update._stacks
+    seen = [tensor.clone() for tensor in stacks.tensors()]
+    iterate(model, opt, x)
+    iterate(model, opt, x)  # statistics and inverses
+    after = opt.preconditioner._update._stacks.tensors()
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(after, stacks.tensors(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(after, seen, strict=True))
+    saved = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(saved)
+    after = opt.preconditioner._update._stacks.tensors()
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(after, stacks.tensors(), strict=True))
+    iterate(model, opt, x)
+    assert opt.preconditioner._update._staged is None
+
+
+@pytest.mark.parametrize("how", ["dropped", "out of the coarse space"])
+def test_a_graph_that_no_longer_holds_is_not_to_be_replayed(capture, how):
+    model, x = net(), torch.randn(6, 3)
+    opt = unread(KFAC(model, cov_every=100, inv_every=100))
+    iterate(model, opt, x)
+    capture(lambda: iterate(model, opt, x))
+    iterate(model, opt, x)
+    assert opt.ordinary
+    if how == "dropped":
+        opt.preconditioner._drop(opt.preconditioner._layers[0])
+        opt.preconditioner.iteration = 100
+    else:
+        opt.preconditioner._layers[0].in_coarse = False
+    iterate(model, opt, x)
+    assert not opt.ordinary
+    with pytest.raises(RuntimeError, match="replayed"):
+        opt.replayed()
+    capture(lambda: iterate(model, opt, x))
+    assert opt.ordinary
+
+
+def test_layouts_are_not_kept(capture):
+    model, x = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6))), torch.randn(6, 3)
+    opt = KFAC(model, cov_every=1000, inv_every=1000)
+    iterate(model, opt, x)
+    sizes = set()
+    for number in range(20):
+        iterate(model, opt, x, poison=lambda number=number: setattr(model[number % 6].weight, "grad", None))
+        sizes.add(len(opt.preconditioner._update._layout))
+    assert sizes == {11}

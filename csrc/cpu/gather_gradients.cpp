@@ -53,7 +53,7 @@ bool gather(const GradientPart& part, const T* data, Sum* matrices) {
 GatherGradients::GatherGradients(const GatherGradientsParams& params)
     : params_(params),
       first_part_(shares(params.count, [&](int64_t i) { return params.parts[i].elements(); })),
-      first_bad_(first_part_.size() - 1, params.count) {}
+      first_bad_(first_part_.size() - 1, params.none_bad) {}
 
 void GatherGradients::run_task(int64_t task) {
   for (int64_t i = first_part_[task]; i < first_part_[task + 1]; ++i) {
@@ -61,14 +61,14 @@ void GatherGradients::run_task(int64_t task) {
     with_type(part.element_type, part.data, [&](const auto* data) {
       const bool finite = params_.is_double ? gather(part, data, static_cast<double*>(params_.matrices))
                                             : gather(part, data, static_cast<float*>(params_.matrices));
-      if (!finite) first_bad_[task] = std::min(first_bad_[task], i);
+      if (!finite) first_bad_[task] = std::min(first_bad_[task], part.number);
     });
   }
 }
 
 void GatherGradients::merge() {
   *params_.first_bad = static_cast<int32_t>(
-      first_bad_.empty() ? params_.count : *std::min_element(first_bad_.begin(), first_bad_.end()));
+      first_bad_.empty() ? params_.none_bad : *std::min_element(first_bad_.begin(), first_bad_.end()));
 }
 
 }  // namespace kfac2::cpu

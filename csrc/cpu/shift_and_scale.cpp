@@ -73,7 +73,7 @@ void ShiftAndScale::merge() {
   std::vector<double> y(layers);
   for (int64_t i = 0; i < layers; ++i) y[i] = params_.in_coarse[i] != 0 && params_.usable[i] != 0 ? sums_[i] : 0;
   double total = 0;
-  bool finite = *params_.first_bad >= params_.parts;
+  bool finite = *params_.first_bad >= params_.none_bad;
   for (int64_t i = 0; i < layers; ++i) {
     const bool shifted = params_.coarse_inverse != nullptr && params_.in_coarse[i] != 0 && params_.usable[i] != 0;
     const double c =

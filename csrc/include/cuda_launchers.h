@@ -10,7 +10,7 @@ namespace kfac2::cuda {
 using Stream = CUstream_st*;
 
 // A launcher takes device memory of `<op>_workspace(params)` bytes, 16-byte aligned, which it may use until the
-// stream has passed; it returns a cudaError_t, 0 for success, and never throws. Its name is what error_text gives.
+// stream has passed; it returns a cudaError_t, 0 for success. Its name is what error_text gives.
 const char* error_text(int status);
 
 }  // namespace kfac2::cuda

@@ -13,8 +13,9 @@ namespace kfac2 {
 struct GatherGradientsParams {
   const GradientPart* parts;  // [count]
   void* matrices;             // float or double
-  int32_t* first_bad;         // one number: the first part that is not finite, or count
+  int32_t* first_bad;         // one number: the least of the parts that are not finite, or none_bad
   int64_t count;
+  int64_t none_bad;  // above all numbers
   bool is_double;
 };
 

@@ -24,6 +24,7 @@ struct GradientPart {
   int64_t offset;      // of its first element among the matrices; < 0: it belongs to none
   int64_t row_length;  // of its matrix
   int64_t layer;       // < 0: none
+  int64_t number;      // of its parameter, the same in every step
 
   KFAC2_HOST_DEVICE bool belongs() const { return offset >= 0; }
   KFAC2_HOST_DEVICE int64_t elements() const { return rows * columns; }

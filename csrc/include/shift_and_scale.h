@@ -14,13 +14,13 @@ struct ShiftAndScaleParams {
   const void* gradients;         // the matrices of all layers, float or double
   const void* directions;        // G^-1 grad A^-1, in the same places
   const int64_t* spans;          // [layers, 2], on the host: begin and end of each layer among the matrices
-  const double* rates;           // [layers], on the host: eta_i; 0 for a layer that is not in the clip
+  const double* rates;           // [layers], on the host: eta_i
   const double* device_rates;    // [layers] or null: factors of the rates
   const double* in_coarse;       // [layers], on the host: 0 or 1
   const double* usable;          // [layers]: 0 for a layer that has no inverse, which keeps its gradient
   const double* coarse_inverse;  // [layers, layers], or null: no second level
   const int32_t* first_bad;      // of gather_gradients
-  int64_t parts;                 // of gather_gradients: first_bad where all are finite
+  int64_t none_bad;              // of gather_gradients
   double coarse_weight;          // omega
   double kl_clip;                // kappa; infinity: no clip
   int64_t layers;

@@ -46,7 +46,7 @@ Plan make_plan(const FactoredTikhonovInverseParams& params) {
     int32_t* status = params.status + i;
     const auto add = [&](const void* factor, const void* other, void* inverse, int64_t size, int64_t other_size,
                          bool is_A) {
-      const int64_t blocks = ceil_div(size, kBlock<T>);
+      const int64_t blocks = std::max<int64_t>(1, ceil_div(size, kBlock<T>));  // an empty one has a status, too
       plan.matrices.push_back({factor, other, inverse, nullptr, status, size, other_size, blocks, 0, 0, is_A});
     };
     add(pair.A, pair.G, pair.A_inv, pair.d_in, pair.d_out, true);

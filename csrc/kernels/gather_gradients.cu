@@ -7,13 +7,12 @@
 namespace kfac2::cuda {
 namespace {
 
-__global__ void none_bad_kernel(int32_t* first_bad, int32_t count) { *first_bad = count; }
+__global__ void none_bad_kernel(int32_t* first_bad, int32_t none_bad) { *first_bad = none_bad; }
 
 template <typename Sum>
 __global__ void __launch_bounds__(kPartThreads)
     gather_kernel(const PartEntry* entries, int count, Sum* matrices, int32_t* first_bad) {
-  const int i = entry_of(entries, count, blockIdx.x);
-  const PartEntry& entry = entries[i];
+  const PartEntry& entry = entries[entry_of(entries, count, blockIdx.x)];
   bool finite = true;
   with_type(entry.part.element_type, entry.part.data, [&](const auto* data) {
     for_each_element(entry, blockIdx.x, [&](int64_t offset, int64_t place) {
@@ -22,7 +21,7 @@ __global__ void __launch_bounds__(kPartThreads)
       if (entry.part.belongs()) matrices[place] = static_cast<Sum>(value);
     });
   });
-  if (!finite) atomicMin(first_bad, i);
+  if (!finite) atomicMin(first_bad, static_cast<int>(entry.part.number));
 }
 
 template <typename Sum>
@@ -41,7 +40,7 @@ int64_t gather_gradients_workspace(const GatherGradientsParams& params) {
 int gather_gradients(const GatherGradientsParams& params, void* workspace, Stream stream) {
   const PartTable table(params.parts, params.count);
   cudaError_t status =
-      launch(none_bad_kernel, dim3(1), dim3(1), 0, stream, params.first_bad, static_cast<int32_t>(params.count));
+      launch(none_bad_kernel, dim3(1), dim3(1), 0, stream, params.first_bad, static_cast<int32_t>(params.none_bad));
   if (status != cudaSuccess || table.items == 0) return status;
   status = table.tables.copy_to(workspace, stream);
   if (status != cudaSuccess) return status;

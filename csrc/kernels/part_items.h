@@ -18,7 +18,7 @@ struct PartEntry {
   int64_t first_item;
 };
 
-// The table of all parts that have elements, on its way to the device; index keeps their numbers.
+// The table of all parts, on its way to the device. Those without elements have no item.
 struct PartTable {
   Tables tables;
   int64_t items = 0;

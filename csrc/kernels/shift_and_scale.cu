@@ -78,7 +78,7 @@ struct Finish {
   const Products* partial;
   const double *device_rates, *usable, *coarse_inverse;
   const int32_t* first_bad;
-  int64_t parts, items;
+  int64_t none_bad, items;
   double coarse_weight, kl_clip;
   int count;
   bool is_double;
@@ -104,7 +104,7 @@ __device__ Products sum_of_items(const Finish& finish, int i, int lane) {
 }
 
 __device__ void write_scale(const Finish& finish, double total, bool finite) {
-  finite = finite && std::isfinite(total) && *finish.first_bad >= finish.parts;
+  finite = finite && std::isfinite(total) && *finish.first_bad >= finish.none_bad;
   const double ratio = std::sqrt(finish.kl_clip / total);
   finish.scale[0] = std::isinf(finish.kl_clip) || ratio > 1 ? 1.0 : ratio;
   finish.scale[1] = total;
@@ -191,7 +191,7 @@ int shift_and_scale(const ShiftAndScaleParams& params, void* workspace, Stream s
                          params.usable,
                          params.coarse_inverse,
                          params.first_bad,
-                         params.parts,
+                         params.none_bad,
                          plan.items,
                          params.coarse_weight,
                          params.kl_clip,

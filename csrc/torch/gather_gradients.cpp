@@ -22,21 +22,27 @@ constexpr const char* kOp = "gather_gradients";
 struct Call {
   std::vector<GradientPart> parts;
   Tensor matrices, first_bad;
+  int64_t none_bad;
 
-  Call(const std::vector<Tensor>& gradients, const Tensor& layout, int64_t layers, const Tensor& matrices_)
-      : parts(gradient_parts(kOp, gradients, layout, matrices_, layers)), matrices(matrices_) {
+  Call(const std::vector<Tensor>& gradients, const Tensor& layout, int64_t layers, int64_t none_bad_,
+       const Tensor& matrices_)
+      : parts(gradient_parts(kOp, gradients, layout, matrices_, layers)), matrices(matrices_), none_bad(none_bad_) {
     first_bad = allocate(matrices, {1}, torch::headeronly::ScalarType::Int);
   }
 
   GatherGradientsParams params() const {
-    return {parts.data(), matrices.data_ptr(), static_cast<int32_t*>(first_bad.data_ptr()),
-            static_cast<int64_t>(parts.size()), is_double(matrices)};
+    return {parts.data(),
+            matrices.data_ptr(),
+            static_cast<int32_t*>(first_bad.data_ptr()),
+            static_cast<int64_t>(parts.size()),
+            none_bad,
+            is_double(matrices)};
   }
 };
 
 Tensor gather_gradients_cpu(const std::vector<Tensor>& gradients, const Tensor& layout, int64_t layers,
-                            const Tensor& matrices) {
-  const Call call(gradients, layout, layers, matrices);
+                            int64_t none_bad, const Tensor& matrices) {
+  const Call call(gradients, layout, layers, none_bad, matrices);
   cpu::GatherGradients work(call.params());
   run_tasks(work.tasks(), [&](int64_t task) { work.run_task(task); });
   work.merge();
@@ -45,8 +51,8 @@ Tensor gather_gradients_cpu(const std::vector<Tensor>& gradients, const Tensor& 
 
 #ifdef KFAC2_WITH_CUDA
 Tensor gather_gradients_cuda(const std::vector<Tensor>& gradients, const Tensor& layout, int64_t layers,
-                             const Tensor& matrices) {
-  const Call call(gradients, layout, layers, matrices);
+                             int64_t none_bad, const Tensor& matrices) {
+  const Call call(gradients, layout, layers, none_bad, matrices);
   const GatherGradientsParams params = call.params();
   run_on_device(kOp, matrices, cuda::gather_gradients_workspace(params), [&](void* workspace, cuda::Stream stream) {
     return cuda::gather_gradients(params, workspace, stream);

@@ -8,7 +8,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kLayoutNumbers = 3;
+constexpr int64_t kLayoutNumbers = 4;
 
 // Rows along the first axis; the others merged where their strides allow, at most kColumnAxes of them left.
 bool read_axes(const Tensor& tensor, GradientPart* part) {
@@ -32,6 +32,12 @@ bool read_axes(const Tensor& tensor, GradientPart* part) {
     open = true;
   }
   return true;
+}
+
+bool is_expanded(const Tensor& tensor) {
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) > 1 && tensor.stride(d) == 0) return true;
+  return false;
 }
 
 }  // namespace
@@ -60,11 +66,14 @@ std::vector<GradientPart> gradient_parts(const char* op, const std::vector<Tenso
     part.offset = numbers[0];
     part.row_length = numbers[1];
     part.layer = numbers[2];
+    part.number = numbers[3];
     check(part.offset < 0 || (part.columns <= part.row_length && part.layer >= 0 && part.layer < layers &&
                               part.offset + (part.rows - 1) * part.row_length + part.columns <= matrices.numel()),
           op, "expected gradient ", i, " of shape ", shape_of(gradient), " to lie in ", matrices.numel(),
           " elements of ", layers, " layers; got offset ", part.offset, ", row length ", part.row_length, ", layer ",
           part.layer);
+    check(part.offset < 0 || !is_expanded(gradient), op, "expected gradient ", i,
+          " to have memory for each of its elements, got an expanded one of shape ", shape_of(gradient));
     parts.push_back(part);
   }
   return parts;

@@ -8,10 +8,10 @@ STABLE_TORCH_LIBRARY(kfac2, m) {
   m.def("coarse_fisher(Tensor input_sums, Tensor grad_sums, int[] layer_of_block, int layers) -> Tensor");
   m.def("factored_tikhonov_inverse(Tensor[] A, Tensor[] G, float damping) -> (Tensor[], Tensor[], Tensor)");
   m.def("eigendecompose(Tensor[] matrices) -> (Tensor[], Tensor[], Tensor)");
-  m.def("gather_gradients(Tensor[] gradients, Tensor layout, int layers, Tensor(a!) matrices) -> Tensor");
+  m.def("gather_gradients(Tensor[] gradients, Tensor layout, int layers, int none_bad, Tensor(a!) matrices) -> Tensor");
   m.def(
       "shift_and_scale(Tensor gradients, Tensor directions, Tensor spans, Tensor rates, Tensor? device_rates, "
-      "Tensor in_coarse, Tensor usable, Tensor? coarse_inverse, Tensor first_bad, int parts, float coarse_weight, "
+      "Tensor in_coarse, Tensor usable, Tensor? coarse_inverse, Tensor first_bad, int none_bad, float coarse_weight, "
       "float kl_clip, Tensor(a!) skipped) -> (Tensor, Tensor, Tensor)");
   m.def(
       "write_gradients(Tensor(a!)[] gradients, Tensor layout, Tensor directions, Tensor shifts, Tensor scale, "

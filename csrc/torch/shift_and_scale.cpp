@@ -32,7 +32,7 @@ void check_numbers(const Tensor& tensor, const char* name, ScalarType type, int6
 // Checked inputs, and the outputs made for them: [L], [2] and [1].
 struct Call {
   const Tensor &gradients, &directions, &spans, &rates, &in_coarse, &usable, &first_bad, &skipped;
-  int64_t parts;
+  int64_t none_bad;
   const std::optional<Tensor>&device_rates, &coarse_inverse;
   double coarse_weight, kl_clip;
   Tensor shifts = {}, scale = {}, found = {};
@@ -81,7 +81,7 @@ struct Call {
     params.usable = doubles(usable);
     params.coarse_inverse = coarse_inverse ? doubles(*coarse_inverse) : nullptr;
     params.first_bad = static_cast<const int32_t*>(first_bad.const_data_ptr());
-    params.parts = parts;
+    params.none_bad = none_bad;
     params.coarse_weight = coarse_weight;
     params.kl_clip = kl_clip;
     params.layers = rates.numel();
@@ -99,10 +99,10 @@ struct Call {
 template <bool kOnCuda>
 Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const Tensor& spans, const Tensor& rates,
                        const std::optional<Tensor>& device_rates, const Tensor& in_coarse, const Tensor& usable,
-                       const std::optional<Tensor>& coarse_inverse, const Tensor& first_bad, int64_t parts,
+                       const std::optional<Tensor>& coarse_inverse, const Tensor& first_bad, int64_t none_bad,
                        double coarse_weight, double kl_clip, const Tensor& skipped) {
   Call call{gradients, directions, spans,        rates,          in_coarse,     usable, first_bad,
-            skipped,   parts,      device_rates, coarse_inverse, coarse_weight, kl_clip};
+            skipped,   none_bad,   device_rates, coarse_inverse, coarse_weight, kl_clip};
   call.check_all();
   call.make_outputs();
   const ShiftAndScaleParams params = call.params();

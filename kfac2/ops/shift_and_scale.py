@@ -33,7 +33,7 @@ def shift_and_scale(
     usable: Tensor,
     coarse_inverse: Tensor | None,
     first_bad: Tensor,
-    parts: int,
+    none_bad: int,
     coarse_weight: float,
     kl_clip: float | None,
     skipped: Tensor,
@@ -53,7 +53,7 @@ def shift_and_scale(
         usable: float64 on the device, (L,): 0 for a layer that has no inverse: it counts nowhere.
         coarse_inverse: (F_coarse + λ_c I)⁻¹, float64 on the device, (L, L); or None: no second level.
         first_bad: what `gather_gradients` returned.
-        parts: the number of gradients that it looked at.
+        none_bad: as for `gather_gradients`.
         coarse_weight: ω.
         kl_clip: κ, or None.
         skipped: int64 on the device, (2,): where something is not finite its first number is increased by 1,
@@ -77,7 +77,7 @@ def shift_and_scale(
             usable,
             coarse_inverse,
             first_bad,
-            parts,
+            none_bad,
             float(coarse_weight),
             kappa,
             skipped,

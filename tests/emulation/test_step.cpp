@@ -50,8 +50,8 @@ struct DrawnStep {
   void add_as(Random& random, ElementType type, int64_t rows, int64_t a, int64_t b, int64_t offset, int64_t row_length,
               int64_t layer) {
     auto numbers = std::make_shared<std::vector<T>>(drawn_numbers<T>(random, rows * a * b));
-    GradientPart part{numbers->data(),  type,         rows,   a * b,      a * b,
-                      {1, 1, 1, a * b}, {0, 0, 0, 1}, offset, row_length, layer};
+    GradientPart part{numbers->data(), type,   rows,       a * b, a * b,      {1, 1, 1, a * b},
+                      {0, 0, 0, 1},    offset, row_length, layer, 2 * count()};
     if (draw(random, 0, 1) == 0) part.extent[2] = a, part.extent[3] = b, part.stride[2] = 1, part.stride[3] = a;
     bytes.push_back(numbers->size() * sizeof(T));
     memory.push_back(numbers);
@@ -117,7 +117,7 @@ struct Inputs {
             usable.data(),
             coarse ? coarse_inverse.data() : nullptr,
             &results.first_bad,
-            step.count(),
+            2 * step.count(),
             0.7,
             clip ? 1e-3 : std::numeric_limits<double>::infinity(),
             layers,
@@ -132,8 +132,8 @@ struct Inputs {
 template <typename T>
 void step_on_device(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& results) {
   constexpr bool is_double = sizeof(T) == sizeof(double);
-  const GatherGradientsParams gather{step.parts.data(), results.matrices.data(), &results.first_bad, step.count(),
-                                     is_double};
+  const GatherGradientsParams gather{step.parts.data(), results.matrices.data(), &results.first_bad,
+                                     step.count(),      2 * step.count(),        is_double};
   const Workspace first(cuda::gather_gradients_workspace(gather));
   expect_success("gather_gradients", cuda::gather_gradients(gather, first.get(), nullptr));
   const ShiftAndScaleParams params = inputs.params(step, results);
@@ -150,7 +150,7 @@ template <typename T>
 void step_on_host(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& results) {
   constexpr bool is_double = sizeof(T) == sizeof(double);
   cpu::GatherGradients gather(
-      {step.parts.data(), results.matrices.data(), &results.first_bad, step.count(), is_double});
+      {step.parts.data(), results.matrices.data(), &results.first_bad, step.count(), 2 * step.count(), is_double});
   for (int64_t task = 0; task < gather.tasks(); ++task) gather.run_task(task);
   gather.merge();
   cpu::ShiftAndScale scale(inputs.params(step, results));

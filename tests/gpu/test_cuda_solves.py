@@ -78,7 +78,7 @@ def test_the_calls_of_a_step(total):
     ends = torch.tensor([gradient.numel() for gradient in gradients]).cumsum(0)
     spans = torch.stack([ends - torch.tensor([g.numel() for g in gradients]), ends], 1)
     layers = len(gradients)
-    layout = torch.stack([spans[:, 0], torch.tensor(lengths), torch.arange(layers)], 1)
+    layout = torch.stack([spans[:, 0], torch.tensor(lengths), torch.arange(layers), torch.arange(layers)], 1)
     rates, in_coarse = torch.full((layers,), 0.1, dtype=torch.float64), torch.ones(layers, dtype=torch.float64)
     usable = (torch.arange(layers) % 7 > 0).double()
     inverse = torch.randn(layers, layers, dtype=torch.float64, generator=generator)
@@ -87,7 +87,7 @@ def test_the_calls_of_a_step(total):
     for device in (torch.device("cpu"), DEVICE):
         mine = [torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device=device).copy_(g) for g in gradients]
         matrices = torch.zeros(int(ends[-1]), dtype=total, device=device)
-        first_bad = gather_gradients(mine, layout, layers, matrices)
+        first_bad = gather_gradients(mine, layout, layers, layers, matrices)
         skipped = torch.zeros(2, dtype=torch.int64, device=device)
         step = shift_and_scale(
             matrices, directions.to(device), spans, rates, None, in_coarse, usable.to(device), inverse.to(device),
@@ -102,9 +102,9 @@ def test_the_calls_of_a_step(total):
 def test_what_is_not_finite_zeroes_all_gradients():
     gradients = [torch.randn(3, 4, device=DEVICE), torch.randn(9, device=DEVICE)]
     gradients[1][5] = float("nan")
-    layout, one = torch.tensor([[0, 4, 0], [-1, 0, -1]]), torch.ones(1, dtype=torch.float64)
+    layout, one = torch.tensor([[0, 4, 0, 0], [-1, 0, -1, 1]]), torch.ones(1, dtype=torch.float64)
     matrices, skipped = torch.zeros(12, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    first_bad = gather_gradients(gradients, layout, 1, matrices)
+    first_bad = gather_gradients(gradients, layout, 1, 2, matrices)
     usable = one.to(DEVICE)
     step = shift_and_scale(
         matrices, matrices, torch.tensor([[0, 12]]), one, None, one, usable, None, first_bad, 2, 0.0, None, skipped
