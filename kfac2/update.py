@@ -1,4 +1,4 @@
-"""The step of every iteration (eq. 6, 10): three native calls, and two batched products (four by eigenvectors) for each shape of layers."""
+"""The step of every iteration (eq. 6, 10): three native calls, and a few batched products for each shape of layers."""
 
 from __future__ import annotations
 
