@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 SPATIAL_RANK = 3  # D, H, W: what the native ops are written for; fewer axes are padded in front
@@ -130,7 +131,15 @@ class Window:
         return length + (1 if self.bias else 0)
 
     def encode(self) -> list[int]:
-        """Write the window as the integers that the native ops take."""
+        """Write the window as the integers that the native ops take; once, except while torch.compile looks on."""
+        known = None if torch.compiler.is_compiling() else self.__dict__.get("_encoded")
+        if known is None:
+            known = self._encode()
+            if not torch.compiler.is_compiling():
+                object.__setattr__(self, "_encoded", known)
+        return known
+
+    def _encode(self) -> list[int]:
         absent = SPATIAL_RANK - len(self.kernel_size)
         one, zero = [1] * absent, [0] * absent
         return [

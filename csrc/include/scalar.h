@@ -75,6 +75,14 @@ KFAC2_HOST_DEVICE std::enable_if_t<std::is_same_v<T, Half>, T> from_sum_type(flo
   return {static_cast<uint16_t>(sign | half)};
 }
 
+inline int64_t element_bytes(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat32: return 4;
+    case ElementType::kFloat64: return 8;
+    default: return 2;
+  }
+}
+
 // Calls `function` with `data` as a pointer to its element type.
 template <typename Function>
 KFAC2_HOST_DEVICE void with_type(ElementType type, void* data, const Function& function) {

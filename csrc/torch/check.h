@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "scalar.h"
 
@@ -29,6 +30,19 @@ inline std::string shape_of(const torch::stable::Tensor& tensor) {
   shape << ']';
   return shape.str();
 }
+
+inline std::vector<int64_t> shape_vector(const torch::stable::Tensor& tensor) {
+  std::vector<int64_t> shape;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
+  return shape;
+}
+
+// [d, d], or a stack of q such blocks.
+inline bool is_square(const torch::stable::Tensor& tensor) {
+  return (tensor.dim() == 2 || tensor.dim() == 3) && tensor.size(-1) == tensor.size(-2);
+}
+
+inline int64_t blocks_of(const torch::stable::Tensor& tensor) { return tensor.dim() == 3 ? tensor.size(0) : 1; }
 
 inline bool same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();

@@ -24,15 +24,15 @@ void check_matrices(const std::vector<Tensor>& matrices) {
   check(!matrices.empty(), kOp, "expected at least one tensor, got none");
   for (size_t i = 0; i < matrices.size(); ++i) {
     const Tensor& stack = matrices[i];
-    check(stack.dim() == 3 && stack.size(1) == stack.size(2) && stack.size(1) > 0, kOp, "expected tensor ", i,
-          " of shape [q, d, d] with d at least 1, got ", shape_of(stack));
+    check(is_square(stack) && stack.size(-1) > 0, kOp, "expected tensor ", i,
+          " of shape [d, d] or [q, d, d] with d at least 1, got ", shape_of(stack));
     check(is_float_or_double(stack) && stack.scalar_type() == matrices[0].scalar_type(), kOp,
           "expected tensors of one dtype, float32 or float64, tensor ", i, " has another");
     check(same_device(stack, matrices[0]), kOp, "expected tensor ", i, " on the device of tensor 0");
   }
 }
 
-// Checked inputs, contiguous, and the outputs made for them: values [q, d] and vectors [q, d, d] of each stack,
+// Checked inputs, contiguous, and the outputs made for them: values [d] or [q, d] and vectors like the input,
 // status [matrices].
 struct Call {
   std::vector<Tensor> inputs, values, vectors;
@@ -44,10 +44,12 @@ struct Call {
     check_matrices(matrices);
     int64_t count = 0;
     for (const Tensor& stack : matrices) {
-      const int64_t q = stack.size(0), d = stack.size(1);
+      const int64_t q = blocks_of(stack), d = stack.size(-1);
+      std::vector<int64_t> shape = shape_vector(stack);
       inputs.push_back(torch::stable::contiguous(stack));
-      values.push_back(allocate(stack, {q, d}, stack.scalar_type()));
-      vectors.push_back(allocate(stack, {q, d, d}, stack.scalar_type()));
+      vectors.push_back(allocate(stack, shape, stack.scalar_type()));
+      shape.pop_back();
+      values.push_back(allocate(stack, shape, stack.scalar_type()));
       stacks.push_back({count, inputs.back().const_data_ptr(), values.back().mutable_data_ptr(),
                         vectors.back().mutable_data_ptr(), q, d});
       count += q;

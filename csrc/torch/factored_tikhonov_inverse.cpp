@@ -20,16 +20,15 @@ using Inverses = std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor>;
 
 constexpr const char* kOp = "factored_tikhonov_inverse";
 
-// A: [q, d_in, d_in], G: [q, d_out, d_out] for each layer
+// A: [d_in, d_in] or [q, d_in, d_in], G: [d_out, d_out] or [q, d_out, d_out] for each layer
 void check_factors(const std::vector<Tensor>& A, const std::vector<Tensor>& G, double damping) {
   check(!A.empty() && A.size() == G.size(), kOp, "expected as many A as G, at least one, got ", A.size(), " and ",
         G.size());
   check(damping >= 0, kOp, "expected damping of at least 0, got ", damping);
   for (size_t i = 0; i < A.size(); ++i) {
     for (const Tensor* factor : {&A[i], &G[i]}) {
-      check(factor->dim() == 3 && factor->size(1) == factor->size(2) && factor->size(0) == A[i].size(0), kOp,
-            "expected A[", i, "] and G[", i, "] of shape [q, d, d] with one q, got ", shape_of(A[i]), " and ",
-            shape_of(G[i]));
+      check(is_square(*factor) && blocks_of(*factor) == blocks_of(A[i]), kOp, "expected A[", i, "] and G[", i,
+            "] of shape [d, d], or [q, d, d] with one q, got ", shape_of(A[i]), " and ", shape_of(G[i]));
       check(is_float_or_double(*factor) && factor->scalar_type() == A[0].scalar_type(), kOp,
             "expected all factors of one dtype, float32 or float64");
       check(same_device(*factor, A[0]), kOp, "expected all factors on one device");
@@ -52,13 +51,13 @@ struct Call {
     for (size_t i = 0; i < A.size(); ++i) {
       inputs.push_back(torch::stable::contiguous(A[i]));
       inputs.push_back(torch::stable::contiguous(G[i]));
-      const int64_t d_in = A[i].size(1), d_out = G[i].size(1);
-      A_inv.push_back(allocate(A[i], {A[i].size(0), d_in, d_in}, A[i].scalar_type()));
-      G_inv.push_back(allocate(G[i], {A[i].size(0), d_out, d_out}, A[i].scalar_type()));
+      const int64_t d_in = A[i].size(-1), d_out = G[i].size(-1);
+      A_inv.push_back(allocate(A[i], shape_vector(A[i]), A[i].scalar_type()));
+      G_inv.push_back(allocate(G[i], shape_vector(G[i]), G[i].scalar_type()));
       const auto block = [&](const Tensor& stack, int64_t q, int64_t d) {
         return static_cast<unsigned char*>(stack.data_ptr()) + q * d * d * bytes;
       };
-      for (int64_t q = 0; q < A[i].size(0); ++q) {
+      for (int64_t q = 0; q < blocks_of(A[i]); ++q) {
         pairs.push_back({block(inputs[2 * i], q, d_in), block(inputs[2 * i + 1], q, d_out), block(A_inv[i], q, d_in),
                          block(G_inv[i], q, d_out), d_in, d_out});
       }

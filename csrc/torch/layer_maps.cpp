@@ -16,22 +16,41 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "layer_maps";
 
-// Checked inputs, and the outputs made for them: [groups, N, *grid] for each layer.
+// A layer of several groups as so many layers of one: each gives a map of its own.
+std::vector<RowSource> split_groups(const std::vector<RowSource>& sources) {
+  std::vector<RowSource> split;
+  for (const RowSource& source : sources) {
+    RowSource group = source;
+    group.channels = source.channels_per_group();
+    group.window.groups = 1;
+    for (int64_t q = 0; q < source.window.groups; ++q) {
+      group.data = static_cast<const unsigned char*>(source.data) +
+                   q * group.channels * source.channel_stride * element_bytes(source.element_type);
+      split.push_back(group);
+    }
+  }
+  return split;
+}
+
+// Checked inputs, and the outputs made for them: [N, *grid] for each group of each layer.
 struct Call {
   std::vector<RowSource> sources;
   std::vector<Tensor> maps;
   std::vector<void*> pointers;
 
-  Call(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows)
-      : sources(row_sources(kOp, tensors, windows)) {
+  Call(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows) {
+    const std::vector<RowSource> layers = row_sources(kOp, tensors, windows);
     for (size_t i = 0; i < tensors.size(); ++i) {
-      std::vector<int64_t> shape = {sources[i].window.groups, sources[i].batch};
+      std::vector<int64_t> shape = {layers[i].batch};
       for (int64_t axis = 2 + kSpatialRank - tensors[i].dim(); axis < kSpatialRank; ++axis) {
-        shape.push_back(sources[i].grid(static_cast<int>(axis)));
+        shape.push_back(layers[i].grid(static_cast<int>(axis)));
       }
-      maps.push_back(allocate(tensors[i], shape, sum_type(sources[i])));
-      pointers.push_back(maps.back().mutable_data_ptr());
+      for (int64_t q = 0; q < layers[i].window.groups; ++q) {
+        maps.push_back(allocate(tensors[i], shape, sum_type(layers[i])));
+        pointers.push_back(maps.back().mutable_data_ptr());
+      }
     }
+    sources = split_groups(layers);
   }
 
   LayerMapsParams params() const { return {sources.data(), pointers.data(), static_cast<int64_t>(sources.size())}; }

@@ -8,26 +8,34 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kfac2.ops._checks import detached
 
-def as_blocks(name: str, matrices: Sequence[Tensor], square: bool = True) -> list[Tensor]:
-    """View each matrix (n, m), or stack of them (q, n, m), as a stack; check what every solve needs."""
-    blocks = []
+_DTYPES = (torch.float32, torch.float64)
+
+
+def checked_matrices(name: str, matrices: Sequence[Tensor], square: bool = True) -> list[Tensor]:
+    """Detach matrices (n, m), or stacks of them (q, n, m); check what every solve needs."""
     for i, matrix in enumerate(matrices):
-        if matrix.dim() not in (2, 3) or (square and matrix.shape[-1] != matrix.shape[-2]):
+        shape = matrix.shape
+        if not 2 <= len(shape) <= 3 or (square and shape[-1] != shape[-2]):
             wanted = "(d, d) or (q, d, d)" if square else "(d_out, d_in) or (q, d_out, d_in)"
-            raise ValueError(f"{name}[{i}] must have shape {wanted}, got {tuple(matrix.shape)}")
-        if matrix.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name}[{i}] must have shape {wanted}, got {tuple(shape)}")
+        if matrix.dtype not in _DTYPES:
             raise TypeError(f"{name}[{i}] must be float32 or float64, got {matrix.dtype}")
-        blocks.append(matrix.detach().unsqueeze(0) if matrix.dim() == 2 else matrix.detach())
-    return blocks
+    return detached(matrices)
+
+
+def blocks_of(matrix: Tensor) -> int:
+    """Return the number of blocks: q of a stack, 1 of a single matrix."""
+    return matrix.shape[0] if matrix.dim() == 3 else 1
 
 
 def check_paired(first_name: str, first: Sequence[Tensor], second_name: str, second: Sequence[Tensor]) -> None:
     """Check that two lists hold the same number of blocks for each layer, in one dtype."""
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
-        if a.shape[0] != b.shape[0]:
+        if blocks_of(a) != blocks_of(b):
             raise ValueError(
-                f"{second_name}[{i}] must have as many blocks as {first_name}[{i}], {a.shape[0]}, got {b.shape[0]}"
+                f"{second_name}[{i}] must have as many blocks as {first_name}[{i}], {blocks_of(a)}, got {blocks_of(b)}"
             )
         if a.dtype != b.dtype:
             raise TypeError(f"{second_name}[{i}] must have the dtype of {first_name}[{i}], {a.dtype}, got {b.dtype}")
@@ -43,34 +51,32 @@ def check_damping(damping: float) -> None:
 
 def by_shape(
     function: Callable[..., tuple[Tensor, ...]],
-    *stacks: Sequence[Tensor],
+    *lists: Sequence[Tensor],
     shapes: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], ...]:
     """Apply a batched function once for each distinct shape.
 
     Args:
-        function: takes one batch (b, ...) for each of `stacks`, returns a tuple of batches.
-        stacks: lists with one stack (q, ...) for each layer.
-        shapes: the list whose shapes (and dtypes) tell the classes apart; by default the first of `stacks`.
+        function: takes one batch (b, ...) for each of `lists`, returns a tuple of batches.
+        lists: one entry for each layer: (...), or (q, ...) where that of `shapes` is a stack.
+        shapes: matrices (n, m) or stacks (q, n, m), whose sizes and dtypes tell the classes apart; by default the
+            first of `lists`.
 
     Returns:
-        For each batch that `function` returns, a list with one stack for each layer.
+        For each batch that `function` returns, a list with one entry for each layer, with or without q.
     """
-    key_of = stacks[0] if shapes is None else shapes
+    matrices = lists[0] if shapes is None else shapes
     classes: dict[tuple[object, ...], list[int]] = {}
-    for i, tensor in enumerate(key_of):
-        classes.setdefault((*tensor.shape[1:], tensor.dtype), []).append(i)
+    for i, matrix in enumerate(matrices):
+        shape = matrix.shape
+        classes.setdefault((len(shape), shape[-2], shape[-1], matrix.dtype), []).append(i)
     results: list[list[Tensor]] = []
-    for members in classes.values():
-        sizes = [key_of[i].shape[0] for i in members]
-        outputs = function(*(torch.cat([stack[i] for i in members]) for stack in stacks))
-        results = results or [[key_of[0]] * len(key_of) for _ in outputs]
+    for (dimensions, *_), members in classes.items():
+        join = torch.stack if dimensions == 2 else torch.cat
+        outputs = function(*(join([entries[i] for i in members]) for entries in lists))
+        results = results or [[matrices[0]] * len(matrices) for _ in outputs]
         for result, output in zip(results, outputs, strict=True):
-            for i, part in zip(members, output.split(sizes), strict=True):
+            parts = output.unbind(0) if dimensions == 2 else output.split([matrices[i].shape[0] for i in members])
+            for i, part in zip(members, parts, strict=True):
                 result[i] = part
     return tuple(results)
-
-
-def like(matrices: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Undo `as_blocks`: give each result the number of dimensions of its input."""
-    return [stack[0] if matrix.dim() == 2 else stack for matrix, stack in zip(matrices, stacks, strict=True)]

@@ -36,3 +36,8 @@ def check_same_length(name: str, sequence: Sequence[object], other_name: str, ot
         raise ValueError(
             f"{name} must have one entry for each of the {len(other)} entries of {other_name}, got {len(sequence)}"
         )
+
+
+def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Cut tensors from their graphs: no op of kfac2 is differentiated."""
+    return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfac2.ops._checks import check_same_length, check_tensors
+from kfac2.ops._checks import check_same_length, check_tensors, detached
 from kfac2.ops.layer_maps import decode_windows, spatial_rank, sum_dtype
 from kfac2.window import IntOrInts, Padding, Window
 
@@ -32,7 +32,7 @@ def covariances(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Te
     check_tensors("tensors", tensors)
     check_same_length("windows", windows, "tensors", tensors)
     numbers = [number for window in windows for number in window.encode()]
-    return encoded_covariances([tensor.detach() for tensor in tensors], numbers)
+    return encoded_covariances(detached(tensors), numbers)
 
 
 def encoded_covariances(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:

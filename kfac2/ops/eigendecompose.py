@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac2.ops._batching import as_blocks, by_shape, check_paired, like
+from kfac2.ops._batching import blocks_of, by_shape, check_paired, checked_matrices
 from kfac2.ops._checks import check_one_device, check_same_length, check_tensors
 
 # Sizes up to which the native call is taken. On a CPU it is faster than batched torch.linalg.eigh from 2 to 4, and a
@@ -61,17 +61,17 @@ def eigendecompose(A_list: Sequence[Tensor], G_list: Sequence[Tensor]) -> Eigend
     check_tensors("G_list", G_list)
     check_same_length("G_list", G_list, "A_list", A_list)
     check_one_device(A_list=A_list[0], G_list=G_list[0])
-    A_blocks, G_blocks = as_blocks("A_list", A_list), as_blocks("G_list", G_list)
-    check_paired("A_list", A_blocks, "G_list", G_blocks)
-    values, vectors, status = _decompose(A_blocks + G_blocks, CUDA_LIMIT if A_list[0].is_cuda else CPU_LIMIT)
+    A_list, G_list = checked_matrices("A_list", A_list), checked_matrices("G_list", G_list)
+    check_paired("A_list", A_list, "G_list", G_list)
+    values, vectors, status = _decompose(A_list + G_list, CUDA_LIMIT if A_list[0].is_cuda else CPU_LIMIT)
     layers = len(A_list)
     both = torch.cat(status[:layers]) | torch.cat(status[layers:])
     return Eigendecomposition(
-        like(A_list, values[:layers]),
-        like(A_list, vectors[:layers]),
-        like(G_list, values[layers:]),
-        like(G_list, vectors[layers:]),
-        list(both.split([blocks.shape[0] for blocks in A_blocks])),
+        values[:layers],
+        vectors[:layers],
+        values[layers:],
+        vectors[layers:],
+        list(both.split([blocks_of(A) for A in A_list])),
     )
 
 
@@ -90,7 +90,7 @@ def floored_eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _decompose(stacks: Sequence[Tensor], limit: int) -> _Lists:
-    """Decompose stacks (q, d, d): in one native call for each dtype where d is at most `limit`, by shape elsewhere."""
+    """Decompose matrices or stacks: in one native call for each dtype where d is at most `limit`, by shape elsewhere."""
     groups: dict[torch.dtype | None, list[int]] = {}
     for i, stack in enumerate(stacks):
         native = 0 < stack.shape[-1] <= limit
@@ -98,7 +98,7 @@ def _decompose(stacks: Sequence[Tensor], limit: int) -> _Lists:
     results: _Lists = ([stacks[0]] * len(stacks), [stacks[0]] * len(stacks), [stacks[0]] * len(stacks))
     for dtype, members in groups.items():
         group = [stacks[i] for i in members]
-        parts = by_shape(_torch_eigh, group) if dtype is None else _native(group)
+        parts = _by_torch(group) if dtype is None else _native(group)
         for result, part in zip(results, parts, strict=True):
             for i, decomposed in zip(members, part, strict=True):
                 result[i] = decomposed
@@ -107,7 +107,12 @@ def _decompose(stacks: Sequence[Tensor], limit: int) -> _Lists:
 
 def _native(stacks: list[Tensor]) -> _Lists:
     values, vectors, status = torch.ops.kfac2.eigendecompose(stacks)
-    return values, vectors, list(status.split([stack.shape[0] for stack in stacks]))
+    return values, vectors, list(status.split([blocks_of(stack) for stack in stacks]))
+
+
+def _by_torch(stacks: list[Tensor]) -> _Lists:
+    values, vectors, status = by_shape(_torch_eigh, stacks)
+    return values, vectors, [numbers.reshape(-1) for numbers in status]
 
 
 def _torch_eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +123,6 @@ def _torch_eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("kfac2::eigendecompose")
 def _(matrices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    values = [stack.new_empty(stack.shape[:2]) for stack in matrices]
+    values = [stack.new_empty(stack.shape[:-1]) for stack in matrices]
     vectors = [stack.new_empty(stack.shape) for stack in matrices]
-    return values, vectors, matrices[0].new_empty(sum(map(len, matrices)), dtype=torch.int32)
+    return values, vectors, matrices[0].new_empty(sum(map(blocks_of, matrices)), dtype=torch.int32)

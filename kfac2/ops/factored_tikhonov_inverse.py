@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac2.ops._batching import as_blocks, by_shape, check_damping, check_paired, like
+from kfac2.ops._batching import blocks_of, by_shape, check_damping, check_paired, checked_matrices
 from kfac2.ops._checks import check_one_device, check_same_length, check_tensors
 
 # On a CPU, torch's factorisations use all threads for one matrix, the native op one thread for each: from here on
@@ -58,17 +58,17 @@ def factored_tikhonov_inverse(A_list: Sequence[Tensor], G_list: Sequence[Tensor]
     check_same_length("G_list", G_list, "A_list", A_list)
     check_one_device(A_list=A_list[0], G_list=G_list[0])
     check_damping(damping)
-    A_blocks, G_blocks = as_blocks("A_list", A_list), as_blocks("G_list", G_list)
-    check_paired("A_list", A_blocks, "G_list", G_blocks)
+    A_list, G_list = checked_matrices("A_list", A_list), checked_matrices("G_list", G_list)
+    check_paired("A_list", A_list, "G_list", G_list)
 
     A_inv: list[Tensor] = [A_list[0]] * len(A_list)
     G_inv, status = list(A_inv), list(A_inv)
-    for members in _classes(A_blocks, G_blocks):
-        invert = _composed if _is_large(A_blocks[members[0]], G_blocks[members[0]]) else _native
-        results = invert([A_blocks[i] for i in members], [G_blocks[i] for i in members], damping)
+    for members in _classes(A_list, G_list):
+        invert = _composed if _is_large(A_list[members[0]], G_list[members[0]]) else _native
+        results = invert([A_list[i] for i in members], [G_list[i] for i in members], damping)
         for i, A, G, failed in zip(members, *results, strict=True):
             A_inv[i], G_inv[i], status[i] = A, G, failed
-    return FactoredInverse(like(A_list, A_inv), like(G_list, G_inv), status)
+    return FactoredInverse(A_inv, G_inv, status)
 
 
 _Inverses = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
@@ -78,32 +78,32 @@ def _is_large(A: Tensor, G: Tensor) -> bool:
     return A.device.type == "cpu" and max(A.shape[-1], G.shape[-1]) > _LARGEST_ON_CPU
 
 
-def _classes(A_blocks: Sequence[Tensor], G_blocks: Sequence[Tensor]) -> list[list[int]]:
+def _classes(A_list: Sequence[Tensor], G_list: Sequence[Tensor]) -> list[list[int]]:
     """Layers that one call inverts: of one dtype, and small or large alike. In most models, all."""
     classes: dict[tuple[torch.dtype, bool], list[int]] = {}
-    for i, (A, G) in enumerate(zip(A_blocks, G_blocks, strict=True)):
+    for i, (A, G) in enumerate(zip(A_list, G_list, strict=True)):
         classes.setdefault((A.dtype, _is_large(A, G)), []).append(i)
     return list(classes.values())
 
 
-def _native(A_blocks: Sequence[Tensor], G_blocks: Sequence[Tensor], damping: float) -> _Inverses:
-    A_inv, G_inv, status = torch.ops.kfac2.factored_tikhonov_inverse(A_blocks, G_blocks, float(damping))
-    return A_inv, G_inv, status.split([len(A) for A in A_blocks])
+def _native(A_list: Sequence[Tensor], G_list: Sequence[Tensor], damping: float) -> _Inverses:
+    A_inv, G_inv, status = torch.ops.kfac2.factored_tikhonov_inverse(A_list, G_list, float(damping))
+    return A_inv, G_inv, status.split([blocks_of(A) for A in A_list])
 
 
-def _composed(A_blocks: Sequence[Tensor], G_blocks: Sequence[Tensor], damping: float) -> _Inverses:
+def _composed(A_list: Sequence[Tensor], G_list: Sequence[Tensor], damping: float) -> _Inverses:
     """The same from torch's factorisations, batched by size."""
-    (A_scale,), (G_scale,) = by_shape(_mean_diagonal, A_blocks), by_shape(_mean_diagonal, G_blocks)
+    (A_scale,), (G_scale,) = by_shape(_mean_diagonal, A_list), by_shape(_mean_diagonal, G_list)
     root = math.sqrt(damping)
     pi = [_pi(a, g) for a, g in zip(A_scale, G_scale, strict=True)]
-    A_inv, A_status = by_shape(_inverse, A_blocks, [root * p for p in pi], shapes=A_blocks)
-    G_inv, G_status = by_shape(_inverse, G_blocks, [root / p for p in pi], shapes=G_blocks)
-    return A_inv, G_inv, [a | g for a, g in zip(A_status, G_status, strict=True)]
+    A_inv, A_status = by_shape(_inverse, A_list, [root * p for p in pi], shapes=A_list)
+    G_inv, G_status = by_shape(_inverse, G_list, [root / p for p in pi], shapes=G_list)
+    return A_inv, G_inv, [(a | g).reshape(-1) for a, g in zip(A_status, G_status, strict=True)]
 
 
 @torch.library.register_fake("kfac2::factored_tikhonov_inverse")
 def _(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    status = A[0].new_empty(sum(stack.shape[0] for stack in A), dtype=torch.int32)
+    status = A[0].new_empty(sum(map(blocks_of, A)), dtype=torch.int32)
     return [stack.new_empty(stack.shape) for stack in A], [stack.new_empty(stack.shape) for stack in G], status
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfac2.ops._checks import check_same_length, check_tensors
+from kfac2.ops._checks import check_same_length, check_tensors, detached
 from kfac2.window import NUMBERS, IntOrInts, Padding, Window
 
 
@@ -33,13 +33,12 @@ def layer_maps(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Ten
     check_tensors("tensors", tensors)
     check_same_length("windows", windows, "tensors", tensors)
     numbers = [number for window in windows for number in window.encode()]
-    return encoded_layer_maps([tensor.detach() for tensor in tensors], numbers)
+    return encoded_layer_maps(detached(tensors), numbers)
 
 
 def encoded_layer_maps(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
     """Do what `layer_maps` does, windows as `Window.encode` writes them; for callers that keep them."""
-    grouped = torch.ops.kfac2.layer_maps(tensors, numbers)
-    return [map_of_block for maps in grouped for map_of_block in maps.unbind(0)]
+    return torch.ops.kfac2.layer_maps(tensors, numbers)
 
 
 def channel_sums(g: Tensor) -> Tensor:
@@ -110,8 +109,7 @@ def decode_windows(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Wi
 @torch.library.register_fake("kfac2::layer_maps")
 def _(tensors: Sequence[Tensor], windows: Sequence[int]) -> list[Tensor]:
     return [
-        tensor.new_empty(
-            (window.groups, tensor.shape[0], *window.grid(tensor.shape[2:])), dtype=sum_dtype(tensor.dtype)
-        )
+        tensor.new_empty((tensor.shape[0], *window.grid(tensor.shape[2:])), dtype=sum_dtype(tensor.dtype))
         for tensor, window in zip(tensors, decode_windows(tensors, windows), strict=True)
+        for _ in range(window.groups)
     ]

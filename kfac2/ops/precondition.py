@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kfac2.ops._batching import as_blocks, by_shape, check_damping, like
-from kfac2.ops._checks import check_one_device, check_same_length, check_tensors
+from kfac2.ops._batching import by_shape, check_damping, checked_matrices
+from kfac2.ops._checks import check_one_device, check_same_length, check_tensors, detached
 
 
 def precondition(grads: Sequence[Tensor], A_inv: Sequence[Tensor], G_inv: Sequence[Tensor]) -> list[Tensor]:
@@ -27,8 +27,7 @@ def precondition(grads: Sequence[Tensor], A_inv: Sequence[Tensor], G_inv: Sequen
         ValueError: if a list is empty, lengths or shapes do not fit, or tensors are on several devices.
     """
     stacks = _checked(grads, A_inv=A_inv, G_inv=G_inv)
-    (result,) = by_shape(lambda grad, A, G: (G @ grad @ A,), *stacks)
-    return like(grads, result)
+    return by_shape(lambda grad, A, G: (G @ grad @ A,), *stacks)[0]
 
 
 def precondition_eigh(
@@ -60,42 +59,37 @@ def precondition_eigh(
             `damping` is negative.
     """
     check_damping(damping)
-    grad_stacks, A_stacks, G_stacks = _checked(grads, A_vectors=A_vectors, G_vectors=G_vectors)
-    for name, values, stacks in (("A_values", A_values, A_stacks), ("G_values", G_values, G_stacks)):
+    gradients, A_matrices, G_matrices = _checked(grads, A_vectors=A_vectors, G_vectors=G_vectors)
+    for name, values, vectors in (("A_values", A_values, A_matrices), ("G_values", G_values, G_matrices)):
         check_tensors(name, values)
         check_same_length(name, values, "grads", grads)
-        for i, (value, stack) in enumerate(zip(values, stacks, strict=True)):
-            if value.numel() != stack.shape[0] * stack.shape[1]:
-                raise ValueError(f"{name}[{i}] must hold {tuple(stack.shape[:2])} numbers, got {tuple(value.shape)}")
+        for i, (value, matrix) in enumerate(zip(values, vectors, strict=True)):
+            if value.shape != matrix.shape[:-1]:
+                raise ValueError(f"{name}[{i}] must have shape {tuple(matrix.shape[:-1])}, got {tuple(value.shape)}")
 
     def solve(grad: Tensor, a: Tensor, V_A: Tensor, g: Tensor, V_G: Tensor) -> tuple[Tensor]:
         rotated = V_G.mT @ grad @ V_A
         return (V_G @ (rotated / (g.unsqueeze(-1) * a.unsqueeze(-2) + damping)) @ V_A.mT,)
 
-    a, g = (
-        [value.detach().reshape(stack.shape[:2]) for value, stack in zip(values, stacks, strict=True)]
-        for values, stacks in ((A_values, A_stacks), (G_values, G_stacks))
-    )
-    (result,) = by_shape(solve, grad_stacks, a, A_stacks, g, G_stacks)
-    return like(grads, result)
+    return by_shape(solve, gradients, detached(A_values), A_matrices, detached(G_values), G_matrices)[0]
 
 
 def _checked(grads: Sequence[Tensor], **matrices: Sequence[Tensor]) -> list[list[Tensor]]:
     check_tensors("grads", grads)
-    stacks = [as_blocks("grads", grads, square=False)]
-    for (name, matrix_list), axis in zip(matrices.items(), (2, 1), strict=True):  # A acts on d_in, G on d_out
+    result = [checked_matrices("grads", grads, square=False)]
+    for (name, matrix_list), axis in zip(matrices.items(), (-1, -2), strict=True):  # A acts on d_in, G on d_out
         check_tensors(name, matrix_list)
         check_same_length(name, matrix_list, "grads", grads)
         check_one_device(**{"grads": grads[0], name: matrix_list[0]})
-        blocks = as_blocks(name, matrix_list)
-        for i, (block, grad) in enumerate(zip(blocks, stacks[0], strict=True)):
-            wanted = (grad.shape[0], grad.shape[axis], grad.shape[axis])
-            if block.shape != wanted:
+        blocks = checked_matrices(name, matrix_list)
+        for i, (matrix, grad) in enumerate(zip(blocks, grads, strict=True)):
+            if matrix.shape[:-2] != grad.shape[:-2] or matrix.shape[-1] != grad.shape[axis]:
+                wanted = (*grad.shape[:-2], grad.shape[axis], grad.shape[axis])
                 raise ValueError(
                     f"{name}[{i}] must have shape {wanted} for a gradient of shape {tuple(grad.shape)}, "
-                    f"got {tuple(block.shape)}"
+                    f"got {tuple(matrix.shape)}"
                 )
-            if block.dtype != grad.dtype:
-                raise TypeError(f"{name}[{i}] must have the dtype of grads[{i}], {grad.dtype}, got {block.dtype}")
-        stacks.append(blocks)
-    return stacks
+            if matrix.dtype != grad.dtype:
+                raise TypeError(f"{name}[{i}] must have the dtype of grads[{i}], {grad.dtype}, got {matrix.dtype}")
+        result.append(blocks)
+    return result
