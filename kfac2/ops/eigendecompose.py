@@ -90,7 +90,7 @@ def floored_eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _decompose(stacks: Sequence[Tensor], limit: int) -> _Lists:
-    """Decompose matrices or stacks: in one native call for each dtype where d is at most `limit`, by shape elsewhere."""
+    """Decompose matrices or stacks: one native call for each dtype where d is at most `limit`, by shape elsewhere."""
     groups: dict[torch.dtype | None, list[int]] = {}
     for i, stack in enumerate(stacks):
         native = 0 < stack.shape[-1] <= limit
