@@ -39,7 +39,7 @@ native: $(VENV)/installed  ## test the C++ kernels and the emulated CUDA kernels
 kernels: $(BIN)/python  ## compile the CUDA kernels with nvcc for three architectures; print registers and spills
 	@$(BIN)/python tests/native/compile_with_nvcc.py
 
-bench: $(VENV)/installed  ## compare kernels and whole steps with the paper's way, plain torch and peers (10 minutes)
+bench: $(VENV)/installed  ## compare kernels and whole steps with the paper's way, plain torch and peers (20 minutes)
 	@$(BIN)/python bench/report.py $(ARGS)
 
 demo: $(VENV)/installed  ## train two networks with SGD, Adam, one- and two-level K-FAC; draw demo.png

@@ -56,7 +56,7 @@ STEPS = {"deep-linear": 512, "resnet-20": 128, "resnet-56": 32}
 PLANS = {
     "quick": Plan(
         ["deep-linear", "resnet-20", "resnet-110", "transformer"], "resnet-110", 128, 3.0,
-        {"deep-linear": 75, "resnet-20": 13, "resnet-56": 13}, {"deep-linear": 9, "resnet-20": 5}, STEPS, 256,
+        {"deep-linear": 75, "resnet-20": 25, "resnet-56": 25}, {"deep-linear": 25, "resnet-20": 25}, STEPS, 256,
     ),
     "full": Plan(
         kernels.SETS, "resnet-110", 128, 10.0,
@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--full", dest="how", action="store_const", const="full", help="all sets, all peers, more rounds: hours"
+        "--full", dest="how", action="store_const", const="full", help="all sets, all peers, more rounds: hours; default: 20 minutes"
     )
     size.add_argument("--tiny", dest="how", action="store_const", const="tiny", help="one round of tiny sizes: it runs")
     parser.set_defaults(how="quick")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from kfac2.layers import Layer
 from kfac2.ops.gather_gradients import gather_gradients
 from kfac2.ops.shift_and_scale import ShiftAndScale, shift_and_scale
 from kfac2.ops.write_gradients import write_gradients
+from kfac2.stacks import Batch, InverseStacks, Stacks, lay_out
 
 _MOST_AXES = 5  # of a tensor of any strides, see csrc/include/gradient_part.h
 _TOO_MANY = 2**31
@@ -36,62 +38,6 @@ class Gathered:
     elsewhere: list[Tensor]
 
 
-class _Batch:
-    """All layers of one shape: their part of the matrices, (b, d_out, d_in), b counting blocks."""
-
-    def __init__(self, members: Sequence[int], layers: Sequence[Layer], begin: int) -> None:
-        _, self._d_out, self._d_in = layers[members[0]].matrix_shape
-        self.members = members
-        self.sizes = [layers[i].blocks for i in members]
-        self.begin = begin
-        self.end = begin + sum(self.sizes) * self._d_out * self._d_in
-
-    def of(self, matrices: Tensor) -> Tensor:
-        """View this batch's part of all matrices."""
-        return matrices[self.begin : self.end].view(-1, self._d_out, self._d_in)
-
-    def stack(self, fine: Sequence[Fields | None], dtype: torch.dtype) -> Fields | None:
-        """Stack the members' inverses, zeros for one without; None where no member has any."""
-        example = next((fields for fields in fine if fields is not None), None)
-        if example is None:
-            return None
-        stacks = {}
-        for name, value in example.items():
-            parts = [
-                value.new_zeros(size, *value.shape[1:]) if fields is None else fields[name]
-                for fields, size in zip(fine, self.sizes, strict=True)
-            ]
-            stacks[name] = torch.cat(parts).to(dtype)
-        return stacks
-
-
-@dataclass
-class _Stacks:
-    """Inverses as the step reads them.
-
-    Attributes:
-        source: the inverses that these were made of.
-        batches: for each batch its stacks; None where no member has an inverse.
-        scales: with `'eigh'`, 1 / (g aᵀ + λ) at the places of the matrices.
-        usable: float64, (L,): 1 for a layer that has an inverse.
-        coarse: (F_coarse + λ_c I)⁻¹ in float64.
-        failed: float64, (L,): 1 for a layer whose new inverse failed, where the host does not know yet.
-    """
-
-    source: Inverses
-    batches: list[Fields | None]
-    scales: Tensor | None
-    usable: Tensor
-    coarse: Tensor | None
-    failed: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        """What a step reads, in an order that depends on the layers only."""
-        optional = [self.scales, self.usable, self.coarse]
-        stacks = [stack for batch in self.batches for stack in (batch or {}).values()]
-        return stacks + [tensor for tensor in optional if tensor is not None]
-
-
 class Update:
     """Computes and writes the preconditioned gradients of all layers at once.
 
@@ -108,41 +54,32 @@ class Update:
         self._device = device
         is_double = any(layer.weight.dtype == torch.float64 for layer in layers)
         self._dtype = torch.float64 if is_double else torch.float32
-        self._batches: list[_Batch] = []
-        self._spans = torch.zeros(len(layers), 2, dtype=torch.int64)
-        self._lay_out()
+        self._batches = lay_out(layers)
+        self._stacks = InverseStacks(layers, self._batches, self._dtype, device)
+        self._spans = self._spans_of_layers()
         size = self._batches[-1].end if self._batches else 0
         self._matrices, self._work, self._directions = (
             torch.zeros(size, dtype=self._dtype, device=device) for _ in range(3)
         )
-        order = [
-            i for batch in self._batches for i, n in zip(batch.members, batch.sizes, strict=True) for _ in range(n)
-        ]
-        self._layer_of_block = torch.tensor(order, dtype=torch.int64, device=device)
         self._layout = torch.zeros(0, 4, dtype=torch.int64)
         self._laid_out: tuple[tuple[bool, ...], tuple[int, ...]] | None = None
         self._filled: tuple[bool, ...] = ()
         self._rate_index: dict[tuple[int, ...], Tensor] = {}
         self._one = torch.ones((), dtype=torch.float64, device=device)
-        self._stacks: _Stacks | None = None
-        self._staged: _Stacks | None = None
+        self._staged: Stacks | None = None
         self._captured: tuple[bool, ...] | None = None  # which layers a CUDA graph has in the coarse space
-        self.stale = False  # a CUDA graph holds what is no longer so
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def _lay_out(self) -> None:
-        """Give each layer its place among the matrices, layers of one shape side by side."""
-        classes: dict[tuple[int, ...], list[int]] = {}
-        for i, layer in enumerate(self._layers):
-            classes.setdefault(layer.matrix_shape[1:], []).append(i)
-        for members in classes.values():
-            batch = _Batch(members, self._layers, self._batches[-1].end if self._batches else 0)
-            self._batches.append(batch)
+    def _spans_of_layers(self) -> Tensor:
+        """Begin and end of each layer among the matrices."""
+        spans = torch.zeros(len(self._layers), 2, dtype=torch.int64)
+        for batch in self._batches:
             place = batch.begin
-            for i in members:
-                blocks, d_out, d_in = self._layers[i].matrix_shape
-                self._spans[i] = torch.tensor([place, place + blocks * d_out * d_in])
-                place += blocks * d_out * d_in
+            for i in batch.members:
+                size = math.prod(self._layers[i].matrix_shape)
+                spans[i] = torch.tensor([place, place + size])
+                place += size
+        return spans
 
     def fits(self) -> bool:
         """Tell whether the layers are still where, and in the dtype, that this was made for."""
@@ -155,6 +92,16 @@ class Update:
         """Whether a CUDA graph was captured of this update's steps."""
         return self._captured is not None
 
+    @property
+    def stale(self) -> bool:
+        """Whether a CUDA graph holds what is no longer so."""
+        if self._captured is None:
+            return False
+        return not self._stacks.pinned or self._captured != self._in_coarse()
+
+    def _in_coarse(self) -> tuple[bool, ...]:
+        return tuple(layer.in_coarse for layer in self._layers)
+
     def watch(self, others: Sequence[Tensor]) -> None:
         """Look at the gradients of these further parameters from now on."""
         self._others = others
@@ -165,9 +112,8 @@ class Update:
         """Copy the gradients of all layers into their matrices; what has none is 0 there. Reads nothing back."""
         present = tuple(parameter is not None and parameter.grad is not None for parameter in self._own)
         absent = any(parameter is not None and parameter.grad is None for parameter in self._own)
-        if present != self._filled or (
-            absent and is_capturing(self._device)
-        ):  # other steps may fill what a graph has not
+        # What a captured step leaves out, other steps may fill before it is replayed.
+        if present != self._filled or (absent and is_capturing(self._device)):
             self._matrices.zero_()
             self._filled = present
         elsewhere: list[Tensor] = []
@@ -236,15 +182,10 @@ class Update:
             kl_clip: κ, or None.
             rates: η_i by layer; a tensor on the device is not read.
         """
-        in_coarse = tuple(layer.in_coarse for layer in self._layers)
+        in_coarse = self._in_coarse()
         if is_capturing(self._device):
-            self._captured, self.stale = in_coarse, False
-        elif self._captured is not None and self._captured != in_coarse:
-            self._captured, self.stale = None, True
-        stacks = self._stacks
-        if stacks is None or stacks.source is not inverses:
-            stacks = self._stack(inverses)
-        self._staged = stacks
+            self._captured, self._stacks.pinned = in_coarse, True
+        stacks = self._staged = self._stacks.of(inverses)
         for batch, parts in zip(self._batches, stacks.batches, strict=True):
             self._precondition(batch, parts)
         if stacks.scales is not None:
@@ -272,36 +213,24 @@ class Update:
         """Write the update into `.grad`, and keep the inverses that it was made with."""
         assert self._staged is not None
         write_gradients(gathered.gradients, gathered.layout, self._directions, step, self._staged.usable)
-        self._keep(self._staged)
+        self._stacks.keep(self._staged)
         self._staged = None
 
     def adopt(self, inverses: Inverses | None) -> None:
         """Take over inverses from elsewhere, and forget what was found and has failed before."""
         self.skipped.zero_()
         if inverses is not None:
-            self._stacks = replace(self._stacks, failed=None) if self._stacks is not None else None
-            self._keep(self._stack(inverses))
+            self._stacks.adopt(inverses)
 
-    def _keep(self, stacks: _Stacks) -> None:
-        if stacks is self._stacks:
-            return
-        if self._captured is not None and self._stacks is not None:
-            # a CUDA graph goes on reading what was there when it was captured
-            before, after = self._stacks.tensors(), stacks.tensors()
-            if [t.shape for t in before] == [t.shape for t in after]:
-                for kept, new in zip(before, after, strict=True):
-                    kept.copy_(new)
-                stacks = replace(self._stacks, source=stacks.source, failed=stacks.failed)
-            else:
-                self._captured, self.stale = None, True
-        self._stacks = stacks
-        for batch, parts in zip(self._batches, stacks.batches, strict=True):
-            for name, stack in (parts or {}).items():
-                for i, part in zip(batch.members, stack.split(batch.sizes), strict=True):
-                    if self._layers[i] in stacks.source.fine:
-                        stacks.source.fine[self._layers[i]][name] = part  # the same numbers; so that they are kept once
+    def failures(self) -> list[Layer]:
+        """See `InverseStacks.failures`."""
+        return self._stacks.failures()
 
-    def _precondition(self, batch: _Batch, parts: Fields | None) -> None:
+    def replace(self, layer: Layer, fields: Fields | None) -> bool:
+        """See `InverseStacks.replace`."""
+        return self._stacks.replace(layer, fields)
+
+    def _precondition(self, batch: Batch, parts: Fields | None) -> None:
         """G⁻¹ ∇ A⁻¹ into the directions; with `'eigh'`, V_Gᵀ ∇ V_A."""
         gradients, work, directions = (batch.of(m) for m in (self._matrices, self._work, self._directions))
         if parts is None:
@@ -311,7 +240,7 @@ class Update:
         else:
             torch.bmm(torch.bmm(parts["G_vectors"].mT, gradients, out=work), parts["A_vectors"], out=directions)
 
-    def _rotate_back(self, batch: _Batch, parts: Fields | None) -> None:
+    def _rotate_back(self, batch: Batch, parts: Fields | None) -> None:
         """V_G [rotated and scaled] V_Aᵀ."""
         if parts is not None:
             work, directions = batch.of(self._work), batch.of(self._directions)
@@ -330,79 +259,6 @@ class Update:
             self._rate_index[places] = torch.tensor(places, device=self._device)
         factors = torch.stack([self._one, *(rate.reshape(()).double() for rate in on_device.values())])
         return host, factors[self._rate_index[places]]
-
-    # -- inverses -------------------------------------------------------------------------------------------
-
-    def _stack(self, inverses: Inverses) -> _Stacks:
-        """Put inverses where the step reads them; where one failed, unknown to the host, the last one stays."""
-        fine = [inverses.fine.get(layer) for layer in self._layers]
-        batches = [batch.stack([fine[i] for i in batch.members], self._dtype) for batch in self._batches]
-        usable = torch.ones(len(fine), dtype=torch.float64, device=self._device)
-        if None in fine:
-            usable = usable.new_tensor([fields is not None for fields in fine])
-        failed = None
-        if inverses.status is not None:
-            failed = self._failed(inverses.status)
-            batches = [self._sound(i, parts, failed) for i, parts in enumerate(batches)]
-            before = 0.0 if self._stacks is None else self._stacks.usable
-            usable = torch.where(failed > 0, before, usable)
-        coarse = None if inverses.coarse is None else inverses.coarse.double()
-        return _Stacks(inverses, batches, self._scales(batches, inverses.damping), usable, coarse, failed)
-
-    def _failed(self, status: Mapping[Layer, Tensor]) -> Tensor:
-        """From the status of blocks to 1 for each layer that has a block without an inverse."""
-        good = torch.zeros(len(self._layer_of_block), dtype=torch.int32, device=self._device)
-        in_order = [self._layers[i] for batch in self._batches for i in batch.members]
-        blocks = [status.get(layer, good[: layer.blocks]) for layer in in_order]
-        failed = good.new_zeros(len(in_order), dtype=torch.float64)
-        return failed.index_add_(0, self._layer_of_block, torch.cat(blocks).double()).clamp_(max=1)
-
-    def _sound(self, index: int, parts: Fields | None, failed: Tensor) -> Fields | None:
-        """Put the last inverses of a batch in place of those that failed, zeros where there is none."""
-        if parts is None:
-            return None
-        begin = sum(sum(batch.sizes) for batch in self._batches[:index])
-        blocks = failed[self._layer_of_block[begin : begin + sum(self._batches[index].sizes)]] > 0
-        before = None if self._stacks is None else self._stacks.batches[index]
-        result = {}
-        for name, stack in parts.items():
-            mask = blocks.reshape(-1, *[1] * (stack.dim() - 1))
-            result[name] = torch.where(mask, stack.new_zeros(()) if before is None else before[name], stack)
-        return result
-
-    def _scales(self, batches: Sequence[Fields | None], damping: float) -> Tensor | None:
-        """With `'eigh'`, 1 / (g aᵀ + λ) for every element."""
-        if not any(parts is not None and "A_values" in parts for parts in batches):
-            return None
-        scales = torch.zeros_like(self._matrices)
-        for batch, parts in zip(self._batches, batches, strict=True):
-            if parts is not None:
-                g, a = parts["G_values"].unsqueeze(-1), parts["A_values"].unsqueeze(-2)
-                batch.of(scales).copy_((g * a + damping).reciprocal_())
-        return scales
-
-    def failures(self) -> list[Layer]:
-        """Name the layers whose last inverse failed without the host's knowledge; reads them back."""
-        if self._stacks is None or self._stacks.failed is None:
-            return []
-        failed, self._stacks.failed = self._stacks.failed.tolist(), None
-        return [layer for layer, bad in zip(self._layers, failed, strict=True) if bad]
-
-    def replace(self, layer: Layer, fields: Fields | None) -> bool:
-        """Give a layer another inverse, in place; with None tell whether it has kept one at all."""
-        stacks, index = self._stacks, self._layers.index(layer)
-        assert stacks is not None
-        if fields is None:
-            return bool(stacks.usable[index])
-        for batch, parts in zip(self._batches, stacks.batches, strict=True):
-            if index in batch.members and parts is not None:
-                for name, value in fields.items():
-                    parts[name].split(batch.sizes)[batch.members.index(index)].copy_(value)
-        stacks.usable[index] = 1
-        scales = self._scales(stacks.batches, stacks.source.damping)
-        if stacks.scales is not None and scales is not None:
-            stacks.scales.copy_(scales)
-        return True
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -340,16 +340,16 @@ def test_a_graph_finds_new_inverses_where_it_looks_for_them(capture):
     iterate(model, opt, x)
     capture(lambda: iterate(model, opt, x))
     assert opt.preconditioner.iteration == 1  # what is captured has not run
-    stacks = opt.preconditioner._update._stacks
+    stacks = opt.preconditioner._update._stacks.kept
     seen = [tensor.clone() for tensor in stacks.tensors()]
     iterate(model, opt, x)
     iterate(model, opt, x)  # statistics and inverses
-    after = opt.preconditioner._update._stacks.tensors()
+    after = opt.preconditioner._update._stacks.kept.tensors()
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(after, stacks.tensors(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(after, seen, strict=True))
     saved = copy.deepcopy(opt.state_dict())
     opt.load_state_dict(saved)
-    after = opt.preconditioner._update._stacks.tensors()
+    after = opt.preconditioner._update._stacks.kept.tensors()
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(after, stacks.tensors(), strict=True))
     iterate(model, opt, x)
     assert opt.preconditioner._update._staged is None
