@@ -18,6 +18,7 @@ from networks import NETWORKS, torch_batch
 from torch import Tensor
 
 from kfac2 import ops
+from kfac2.statistics import MAP_NUMBERS
 
 
 def _resident(field: str) -> int:
@@ -78,10 +79,13 @@ def activations(net: str, batch: int, device: str = "cpu") -> int:
 
 
 def second_level(net: str, batch: int, device: str = "cpu") -> dict[str, Any]:
-    """Count the bytes of all maps and of the matrices that the second level keeps, beside the activations."""
+    """Count the bytes of maps that are alive at a time, and of the matrices that stay, beside the activations.
+
+    Maps of inputs and of gradients come one after the other, and of large batches a share of the samples at a time.
+    """
     layers = LayerSet(net, batch, device)
-    maps = ops.layer_maps(layers.inputs + layers.grads, layers.input_windows + layers.grad_windows)
-    map_bytes = sum(values.untyped_storage().nbytes() for values in maps)
+    maps = ops.layer_maps(layers.inputs, layers.input_windows)  # those of gradients are as large
+    map_bytes = min(sum(values.untyped_storage().nbytes() for values in maps), MAP_NUMBERS * maps[0].element_size())
     matrices = 2 * 2 + 1  # two matrices of raw sums, their averages, the coarse inverse
     kept = map_bytes + matrices * len(layers.shapes) ** 2 * maps[0].element_size()
     saved = activations(net, batch, device)

@@ -149,7 +149,7 @@ def other_targets(found: dict[str, Any]) -> Iterator[Target]:
     if "memory" in found:
         kept = found["memory"]
         title = f"{NETWORKS[kept['net']].title}, batch {kept['batch']}"
-        for what, share in (("at the peak of training", "peak_share"), ("all maps and sums at once", "share")):
+        for what, share in (("at the peak of training", "peak_share"), ("maps and sums alive at a time", "share")):
             yield Target(
                 f"{title}: second level's memory / activations, {what}", 0.02, False, Spread.of([kept[share]]), "share"
             )
@@ -231,7 +231,7 @@ def markdown(found: dict[str, Any], plan: Plan, how: str) -> str:
         lines += [
             "", "## Memory", "",
             f"{NETWORKS[kept['net']].title}, batch {kept['batch']}: activations {kept['activations'] / 1e6:.0f} MB, "
-            f"all maps and sums {kept['maps_and_sums'] / 1e6:.1f} MB. "
+            f"maps and sums alive at a time {kept['maps_and_sums'] / 1e6:.1f} MB. "
             f"Peak of training, MB, each in its own process: {words}",
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -254,7 +254,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--full", dest="how", action="store_const", const="full", help="all sets, all peers, more rounds: hours; default: 20 minutes"
+        "--full",
+        dest="how",
+        action="store_const",
+        const="full",
+        help="all sets, all peers, more rounds: hours; default: 20 minutes",
     )
     size.add_argument("--tiny", dest="how", action="store_const", const="tiny", help="one round of tiny sizes: it runs")
     parser.set_defaults(how="quick")

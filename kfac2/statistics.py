@@ -181,35 +181,43 @@ def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str,
         dtype = torch.float64 if passed[0].x.dtype == torch.float64 else torch.float32
         zeros = torch.zeros(blocks, blocks, dtype=dtype, device=passed[0].x.device)
         return zeros, zeros.clone()
-    index = [first[rows.layer] + q for rows in fitting for q in range(rows.layer.maps)]
-    # One after the other, so that the maps of only one kind are alive at a time.
+    # One kind after the other, and few samples at a time, so that not all maps are alive together.
+    numbers = sum(rows.layer.maps * rows.g.numel() // rows.g.shape[1] for rows in fitting)
+    share = max(1, samples * MAP_NUMBERS // max(numbers, 1))
     inputs = [(rows.layer.encoded("input map", rows.x.dim() - 2), rows.x) for rows in fitting]
     grads = [(rows.layer.encoded("grad map", rows.g.dim() - 2), rows.g) for rows in fitting]
-    return (
-        _sums_of_maps(inputs, samples, downsample, 1.0, index, blocks),
-        _sums_of_maps(grads, samples, downsample, scale**2, index, blocks),
+    sums = (
+        _sums_of_maps(inputs, samples, share, downsample, 1.0),
+        _sums_of_maps(grads, samples, share, downsample, scale**2),
     )
+    index = [first[rows.layer] + q for rows in fitting for q in range(rows.layer.maps)]
+    if len(index) == blocks:
+        return sums
+    places = torch.tensor(index, device=sums[0].device)
+    whole = (sums[0].new_zeros(blocks, blocks), sums[1].new_zeros(blocks, blocks))
+    for to, present in zip(whole, sums, strict=True):
+        to[places.unsqueeze(1), places] = present
+    return whole
+
+
+MAP_NUMBERS = 2**22  # of all maps that are alive at a time: 16 MB
 
 
 def _sums_of_maps(
-    sources: Sequence[tuple[list[int], Tensor]],
-    samples: int,
-    downsample: str,
-    factor: float,
-    index: Sequence[int],
-    blocks: int,
+    sources: Sequence[tuple[list[int], Tensor]], samples: int, share: int, downsample: str, factor: float
 ) -> Tensor:
-    """One (blocks, blocks) matrix of sums; `index` says which block each map is, the others are zero maps."""
+    """Add up one matrix of sums over all maps of one kind, `share` of the samples at a time."""
     numbers = [number for window, _ in sources for number in window]
-    maps = [_on_samples(m, samples) for m in encoded_layer_maps([tensor for _, tensor in sources], numbers)]
-    if len({m.dtype for m in maps}) > 1:  # layers of several precisions
-        maps = [m.double() for m in maps]
-    present = ops.cross_layer_sums(maps, downsample, scale=factor)
-    if len(index) == blocks:
-        return present
-    whole, places = present.new_zeros(blocks, blocks), torch.tensor(index, device=present.device)
-    whole[places.unsqueeze(1), places] = present
-    return whole
+    sums: Tensor | None = None
+    for begin in range(0, samples, share):
+        count = min(share, samples - begin)
+        parts = [tensor[begin * len(tensor) // samples :][: count * len(tensor) // samples] for _, tensor in sources]
+        maps = [_on_samples(m, count) for m in encoded_layer_maps(parts, numbers)]
+        if len({m.dtype for m in maps}) > 1:  # layers of several precisions
+            maps = [m.double() for m in maps]
+        sums = ops.cross_layer_sums(maps, downsample, previous=sums, kept=1.0, scale=factor)
+    assert sums is not None
+    return sums
 
 
 def _fits(rows: Rows, samples: int) -> bool:

@@ -1,5 +1,6 @@
 """Properties of the coarse Fisher over training."""
 
+import models
 import pytest
 import torch
 import torch.nn as nn
@@ -98,3 +99,21 @@ def test_coarse_step_matters():
         train(model, 5, levels=levels)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert error(ends[0], ends[1]) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["conv2d", "tokens", "grouped"])
+def test_few_samples_at_a_time_give_the_same_sums(name, monkeypatch):
+    import kfac2.statistics
+
+    sums = []
+    for numbers in (2**22, 1, 60):  # all samples at once, one by one, a few
+        monkeypatch.setattr(kfac2.statistics, "MAP_NUMBERS", numbers)
+        torch.manual_seed(0)
+        task = models.task(name, batch=7)
+        opt = KFAC(task.model, fisher="empirical")
+        task.loss(task.model(task.x)).backward()
+        opt.step()
+        sums.append(opt.coarse_sums())
+    for other in sums[1:]:
+        for ours, theirs in zip(other, sums[0], strict=True):
+            assert_equal(ours, theirs)

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kFewChannels = 40;  // as many as a place may have to be summed beside others
 constexpr int kPlacesAtOnce = 8;
+constexpr int64_t kLongPlane = 1024;  // places from which on several channels are added at once
 
 // Channels last: plane[p] = sum of one run of memory. Short runs side by side, so that no sum waits for the last.
 template <typename T>
@@ -32,8 +33,8 @@ KFAC2_INLINE void sum_places(const T* x, int64_t places, int64_t step, int64_t c
   }
 }
 
-// plane += kChannels channels. Several at once keep as many streams from memory going: one reaches three quarters of
-// its bandwidth, eight nearly all.
+// plane += kChannels channels. Several at once keep as many streams from memory going: of long planes, one reaches
+// three quarters of its bandwidth, eight nearly all; short planes are one stream already, and eight would halve it.
 template <int kChannels, typename T>
 KFAC2_INLINE void add_channels(const T* x, int64_t places, int64_t channel_stride, SumType<T>* plane) {
 #pragma omp simd
@@ -51,7 +52,8 @@ KFAC2_INLINE void sum_run(const T* x, int64_t places, int64_t step, int64_t chan
   if (channel_stride == 1) return sum_places(x, places, step, channels, plane);
   std::fill_n(plane, places, SumType<T>(0));
   int64_t c = 0;
-  for (; step == 1 && c + 8 <= channels; c += 8) add_channels<8>(x + c * channel_stride, places, channel_stride, plane);
+  for (; step == 1 && places >= kLongPlane && c + 8 <= channels; c += 8)
+    add_channels<8>(x + c * channel_stride, places, channel_stride, plane);
   for (; step == 1 && c < channels; ++c) add_channels<1>(x + c * channel_stride, places, channel_stride, plane);
   for (; c < channels; ++c)
     for (int64_t p = 0; p < places; ++p) plane[p] += to_sum_type(x[c * channel_stride + p * step]);
@@ -115,6 +117,20 @@ void sum_channels(const RowSource& source, const T* x, int64_t samples, SumType<
       }
 }
 
+// to[i] += from[i * step], the innermost loop of the filter.
+template <typename Sum>
+KFAC2_INLINE void add_every(Sum* to, const Sum* from, int64_t count, int64_t step) {
+  if (step == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i * step];
+  }
+}
+
+KFAC2_CLONES void add(float* to, const float* from, int64_t count, int64_t step) { add_every(to, from, count, step); }
+KFAC2_CLONES void add(double* to, const double* from, int64_t count, int64_t step) { add_every(to, from, count, step); }
+
 // One axis of the box filter: [outer, extent, inner] -> [outer, grid, inner]; the sum over a patch of a
 // channel sum is separable, and places outside the map (the zero padding) add nothing.
 template <typename Sum>
@@ -127,12 +143,15 @@ void filter_axis(const Sum* in, Sum* out, int64_t outer, int64_t extent, int64_t
       const int64_t shift = offset * window.dilation[axis] - window.pad_low[axis];
       const int64_t first = shift >= 0 ? 0 : (-shift + stride - 1) / stride;
       const int64_t last = extent - 1 - shift < 0 ? -1 : (extent - 1 - shift) / stride;
-      for (int64_t t = first; t <= std::min(last, grid - 1); ++t) {
-        const Sum* from = in + (o * extent + t * stride + shift) * inner;
-        Sum* to = out + (o * grid + t) * inner;
-#pragma omp simd
-        for (int64_t i = 0; i < inner; ++i) to[i] += from[i];
+      const int64_t places = std::min(last, grid - 1) - first + 1;
+      if (places <= 0) continue;
+      const Sum* from = in + (o * extent + first * stride + shift) * inner;
+      Sum* to = out + (o * grid + first) * inner;
+      if (inner == 1 || stride == 1) {  // one run of memory in both
+        add(to, from, places * inner, inner == 1 ? stride : 1);
+        continue;
       }
+      for (int64_t t = 0; t < places; ++t) add(to + t * inner, from + t * stride * inner, inner, 1);
     }
   }
 }
@@ -187,7 +206,7 @@ void layer_share(const RowSource& source, void* maps, int64_t sample_begin, int6
         std::copy_n(filtered_plane<T>(source, x + n * source.batch_stride, plane, scratch), places, map + n * places);
       }
     }
-    for (int64_t p = 0; p < samples * places; ++p) map[p] += ones;
+    for (int64_t p = 0; ones != 0 && p < samples * places; ++p) map[p] += ones;
   }
 }
 
