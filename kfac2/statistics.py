@@ -208,10 +208,13 @@ def _sums_of_maps(
 ) -> Tensor:
     """Add up one matrix of sums over all maps of one kind, `share` of the samples at a time."""
     numbers = [number for window, _ in sources for number in window]
+    tensors = [tensor for _, tensor in sources]
     sums: Tensor | None = None
     for begin in range(0, samples, share):
         count = min(share, samples - begin)
-        parts = [tensor[begin * len(tensor) // samples :][: count * len(tensor) // samples] for _, tensor in sources]
+        parts = tensors
+        if count < samples:
+            parts = [x[begin * len(x) // samples : (begin + count) * len(x) // samples] for x in tensors]
         maps = [_on_samples(m, count) for m in encoded_layer_maps(parts, numbers)]
         if len({m.dtype for m in maps}) > 1:  # layers of several precisions
             maps = [m.double() for m in maps]
