@@ -55,7 +55,7 @@ def find_torch() -> None:
         found = [place for place in places if (Path(place) / "torch").is_dir()]
         if not found:
             sys.exit(NO_TORCH.format(places="\n  ".join(places)))
-        sys.path.append(found[0])
+        sys.path += places  # all: what torch itself needs may lie in another of them
 
 
 def find_toolkit() -> Path | None:
