@@ -307,7 +307,7 @@ class Kill:
 ], ids=lambda settings: f"{settings.optimizer}-{settings.problem}")  # fmt: skip
 def test_a_run_that_is_stopped_anywhere_ends_the_same(settings, tmp_path, monkeypatch):
     """Stopped once in each step, and before and after each file is put in its place."""
-    folder = mnist_folder(tmp_path) if settings.problem == "resnet" else None
+    folder = mnist_folder(tmp_path, 96) if settings.problem == "resnet" else None
     runs.run(settings, folder, tmp_path, *NOTHING)
     expected = numbers(tmp_path, settings)
     for moment in range(1, 100):
