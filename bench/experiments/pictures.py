@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles beside them for print.
 _STYLES: dict[tuple[str, str | None], tuple[str, Any]] = {
@@ -43,12 +44,15 @@ _NAMES = {
     "all_ones": "share of hidden weights along all-ones",
     "logits": "logit scale (root mean square)",
 }
+_SHARES = ("train_accuracy", "test_accuracy", "all_ones")
 
 
 def losses(records: Sequence[Record], path: Path) -> None:
     """Figure 1: training loss of each network, by epoch above and by time below."""
     columns = networks(records)
-    figure, axes = plt.subplots(2, len(columns), figsize=(5.5 * len(columns), 8), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(columns), figsize=(max(8, 5.5 * len(columns)), 8), squeeze=False, layout="constrained"
+    )
     for j, (title, some) in enumerate(columns.items()):
         for i, by_time in enumerate((False, True)):
             _curves(axes[i, j], by_settings(some), "train_loss", by_time)
@@ -70,17 +74,18 @@ def accuracies(records: Sequence[Record], path: Path) -> None:
 def windows(records: Sequence[Record], path: Path) -> None:
     """Draw the coarse step taken in windows: what it leads to, how large it is, and what it does to the weights."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    groups = by_settings(records)
+    groups, metrics = by_settings(records), ("coarse_to_fine", "all_ones", "logits")
     for group, style in zip(groups, _IN_ORDER * len(groups), strict=False):
         label = group[0].settings.window
         _line(axes[0, 0], _epochs(group), [record.values("train_loss") for record in group], style, label)
-        for axis, metric in zip(axes.flat[1:], ("coarse_to_fine", "all_ones", "logits"), strict=True):
+        for axis, metric in zip(axes.flat[1:], metrics, strict=True):
             steps = [row["step"] + 1 for row in _steps(group[0])]
             samples = [[np.nan if row[metric] is None else row[metric] for row in _steps(record)] for record in group]
             _line(axis, steps, samples, style, label)
-            axis.set(xlabel="step (the first is 1)", ylabel=_NAMES[metric], xscale="log", yscale="log")
-    axes[0, 0].set(xlabel="epoch", ylabel=_NAMES["train_loss"], yscale="log")
-    axes[1, 0].set_yscale("linear")
+    for axis, metric in zip(axes.flat[1:], metrics, strict=True):
+        _name(axis, "step (the first is 1)", metric)
+        axis.set_xscale("log")
+    _name(axes[0, 0], "epoch", "train_loss")
     figure.suptitle("Where the gain comes from: the coarse step taken in windows of steps")
     _finish(figure, axes, path)
 
@@ -103,9 +108,7 @@ def _curves(axis: Axes, groups: Sequence[Group], metric: str, by_time: bool) -> 
         used[key] += 1
         seconds = np.mean([record.values("seconds") for record in group], axis=0)
         _line(axis, seconds if by_time else _epochs(group), [record.values(metric) for record in group], style, label)
-    axis.set(xlabel="seconds of training" if by_time else "epoch", ylabel=_NAMES[metric])
-    if metric == "train_loss":
-        axis.set_yscale("log")
+    _name(axis, "seconds of training" if by_time else "epoch", metric)
 
 
 def _line(
@@ -115,6 +118,22 @@ def _line(
     colour, dashes = style
     axis.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.8, label=label)
     axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
+
+
+def _name(axis: Axes, x: str, metric: str) -> None:
+    """Label the axes; shares go from 0 to 1 at most, all else is drawn by its logarithm, around the means."""
+    axis.set(xlabel=x, ylabel=_NAMES[metric])
+    if x == "epoch":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if metric in _SHARES:
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, 0), min(high, 1))
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+        return
+    means = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
+    means = means[np.isfinite(means) & (means > 0)]
+    if len(means):
+        axis.set(yscale="log", ylim=(means.min() / 2, means.max() * 2))
 
 
 def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
