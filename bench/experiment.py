@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def plot(out: Path) -> list[Path]:
     """Draw every figure that there are records for; return their paths."""
     drawn = {}
     for ending in ("", "-tuned"):
-        linear, resnet = (finished(out / (problem + ending)) for problem in command_line.PROBLEMS)
+        linear, resnet = (finished(out / (problem + ending)) for problem in command_line.TITLES)
         if linear or resnet:
             drawn[f"figure1{ending}"] = partial(pictures.losses, linear + resnet)
         for number, records in ((2, linear), (3, resnet)):
@@ -54,8 +55,8 @@ def report(out: Path, metric: str) -> str:
     """Write every table that there are records for."""
     parts = []
     for ending, what in (("", ""), ("-tuned", ", tuned")):
-        parts += [tables.comparison(finished(out / (name + ending)), what) for name in command_line.PROBLEMS]
-    parts += [tables.winners(finished(out / f"grid-{name}"), metric) for name in command_line.PROBLEMS]
+        parts += [tables.comparison(finished(out / (name + ending)), what) for name in command_line.TITLES]
+    parts += [tables.winners(finished(out / f"grid-{name}"), metric) for name in command_line.TITLES]
     coarse = finished(out / "coarse")
     return "\n\n".join(part for part in [*parts, tables.windows(coarse) if coarse else ""] if part)
 
@@ -69,8 +70,10 @@ def main() -> None:
             train(options)
         drawn = [] if options.command == "report" else plot(options.out)
         text = "" if options.command == "plot" else report(options.out, getattr(options, "by", "train_loss"))
-    except (DataError, PlanError, RecordError, CheckpointError) as error:
+    except (DataError, PlanError, RecordError, CheckpointError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last whole epoch")
     if options.command in ("plot", "report") and not (drawn or text):
         parser.error(f"argument --out: {options.out} must hold finished records of runs, and there are none")
     if text:

@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -374,12 +375,18 @@ def test_a_finished_run_is_left_alone(tmp_path):
 def test_a_run_of_another_process_comes_last(tmp_path):
     first, second = tiny("sgd"), tiny("sgd", seed=1)
     started = []
+    thread = threading.Thread(
+        target=runs.run_all, args=([first, second], None, tmp_path, started.append, *NOTHING), daemon=True
+    )
     with runs._locked(tmp_path / f"{first.name}.lock", False) as got:
         assert got
-        with runs._locked(tmp_path / f"{first.name}.lock", False) as again:
-            assert not again
-    runs.run_all([first, second], None, tmp_path, started.append, *NOTHING)
-    assert started == [first, second] and not list(tmp_path.glob("*.lock"))
+        thread.start()
+        while not (tmp_path / f"{second.name}.jsonl").exists():
+            time.sleep(0.01)
+        assert started == [second]
+    thread.join(60)
+    assert started == [second, first] and not list(tmp_path.glob("*.lock"))
+    assert numbers(tmp_path, first) and numbers(tmp_path, second)
 
 
 def test_rates_fall_at_milestones():
@@ -578,13 +585,12 @@ def test_coarse_and_plot_and_report(tmp_path, monkeypatch, capsys):
     (("grid",), "the following arguments are required: PROBLEM"),
     (("grid", "deep-linear", "--momenta", "1"), "must be a number from 0 to below 1, got '1'"),
     (("coarse", "--coarse-from", "x"), "must be a whole number of at least 1, got 'x'"),
+    (("deep-linear", "--out", "/dev/null/x"), "Not a directory: '/dev/null/x"),
     (("plot",), "must hold finished records of runs, and there are none"),
     (("report",), "must hold finished records of runs, and there are none"),
 ])  # fmt: skip
 def test_bad_options_are_refused(arguments, message, monkeypatch, capsys, tmp_path):
-    out = ("--out", str(tmp_path)) if len(arguments) else ()
-    if arguments == ("grid",):
-        out = ()
+    out = () if arguments in ((), ("grid",)) or "--out" in arguments else ("--out", str(tmp_path))
     with pytest.raises(SystemExit) as refused:
         call(monkeypatch, capsys, *arguments, *out)
     assert refused.value.code == 2 and message in capsys.readouterr().err

@@ -14,7 +14,7 @@ from experiments.records import METRICS
 from experiments.settings import INVERSES, OPTIMIZERS, SHORTCUTS
 
 RESULTS = Path(__file__).parent.parent / "results"
-PROBLEMS = ("deep-linear", "resnet")
+TITLES = {"deep-linear": "figure 2: the deep linear network", "resnet": "figure 3: a ResNet on images"}
 
 
 def whole(text: str) -> int:
@@ -93,37 +93,27 @@ def parser() -> argparse.ArgumentParser:
         "stopped or killed goes on when it is given again; two processes with the same command share its runs."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    titles = {"deep-linear": "figure 2: the deep linear network", "resnet": "figure 3: a ResNet on images"}
-    for problem, title in titles.items():
+    for problem, title in TITLES.items():
         command = commands.add_parser(problem, help=title, description=title)
+        command.set_defaults(problem=problem)
         _add_runs(command, seeds=5)
         _add_problem(command, problem)
-        command.add_argument(
-            "--tuned", action="store_true", help="take each optimizer's numbers from its grid's winner"
-        )
-        _add_metric(command)
-        command.set_defaults(problem=problem)
+        _add_comparison(command)
     command = commands.add_parser("grid", help="the grid search of section 4, for every optimizer alike")
-    inner = command.add_subparsers(dest="problem", required=True, metavar="PROBLEM")
-    for problem, title in titles.items():
-        command = inner.add_parser(problem, help=title, description=f"The grid search of {title}")
+    problems = command.add_subparsers(dest="problem", required=True, metavar="PROBLEM")
+    for problem, title in TITLES.items():
+        command = problems.add_parser(problem, help=title, description=f"The grid search of {title}")
         _add_runs(command, seeds=1)
         _add_problem(command, problem)
         _add_grid(command)
-        _add_metric(command)
     command = commands.add_parser("coarse", help="where the gain comes from: the coarse step in a window of steps")
-    _add_runs(command, seeds=5)
-    _add_layers(command, "deep-linear")
-    command.add_argument("--batch", type=positive, help="samples of a step (default: the paper's)")
-    command.add_argument(
-        "--coarse-from", type=whole, metavar="STEP", help="first step of the window; with neither, four windows are run"
-    )
-    command.add_argument("--coarse-until", type=whole, metavar="STEP", help="step after the window (default: none)")
     command.set_defaults(problem="deep-linear")
+    _add_runs(command, seeds=5)
+    _add_coarse(command)
     for name, title in (("plot", "draw all figures from the records"), ("report", "print all tables from the records")):
         command = commands.add_parser(name, help=title, description=title)
         _add_out(command)
-        _add_metric(command)
+    _add_metric(command)
     return top
 
 
@@ -165,9 +155,6 @@ def _add_problem(command: argparse.ArgumentParser, problem: str) -> None:
     command.add_argument(
         "--inverses", type=some_of(INVERSES), default=inverses, help=f"of K-FAC (default: {', '.join(inverses)})"
     )
-    command.add_argument(
-        "--rates", type=rates, default={}, help="learning rates other than the paper's: sgd=0.1,adam=1e-3"
-    )
     command.add_argument("--milestones", type=milestones, help="epochs after which the rate is divided by 10, or none")
     command.add_argument("--batch", type=positive, help="samples of a step, for all (default: the paper's)")
     command.add_argument("--cov-every", type=positive, metavar="STEPS", help="steps between statistics")
@@ -182,7 +169,26 @@ def _add_problem(command: argparse.ArgumentParser, problem: str) -> None:
         command.add_argument("--no-augment", action="store_true", help="neither crop nor flip")
 
 
+def _add_comparison(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rates", type=rates, default={}, help="learning rates other than the paper's: sgd=0.1,adam=1e-3"
+    )
+    command.add_argument("--tuned", action="store_true", help="take each optimizer's numbers from its grid's winner")
+    _add_metric(command)
+
+
+def _add_coarse(command: argparse.ArgumentParser) -> None:
+    _add_layers(command, "deep-linear")
+    command.add_argument("--batch", type=positive, help="samples of a step (default: the paper's)")
+    command.add_argument(
+        "--coarse-from", type=whole, metavar="STEP", help="first step of the window; with neither, four windows are run"
+    )
+    command.add_argument("--coarse-until", type=whole, metavar="STEP", help="step after the window (default: none)")
+
+
 def _add_grid(command: argparse.ArgumentParser) -> None:
+    _add_metric(command)
+
     def add(name: str, read: Callable[[str], float], usual: Sequence[float], what: str) -> None:
         shown = ",".join(f"{value:g}" for value in usual)
         command.add_argument(name, type=list_of(read), default=usual, help=f"{what} (default: {shown})")

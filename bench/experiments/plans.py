@@ -67,7 +67,7 @@ def _bases(options: argparse.Namespace) -> list[Settings]:
                 base = recipes.deep_linear(optimizer, inverse)
             else:
                 base = recipes.resnet(optimizer, inverse)
-            bases.append(replace(base, lr=options.rates.get(optimizer, base.lr)))
+            bases.append(replace(base, lr=getattr(options, "rates", {}).get(optimizer, base.lr)))
     return bases
 
 
