@@ -381,7 +381,7 @@ def test_a_run_of_another_process_comes_last(tmp_path):
     with runs._locked(tmp_path / f"{first.name}.lock", False) as got:
         assert got
         thread.start()
-        while not (tmp_path / f"{second.name}.jsonl").exists():
+        while thread.is_alive() and not (tmp_path / f"{second.name}.jsonl").exists():
             time.sleep(0.01)
         assert started == [second]
     thread.join(60)
