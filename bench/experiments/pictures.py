@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,7 +144,7 @@ def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes that share runs end together
     figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
     part.replace(path)
