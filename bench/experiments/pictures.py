@@ -122,17 +122,26 @@ def _line(
 
 
 def _name(axis: Axes, x: str, metric: str) -> None:
-    """Label the axes; shares go from 0 to 1 at most, all else is drawn by its logarithm, around the means."""
+    """Label the axes, and choose their range.
+
+    Accuracies are shown around where training settles: what lies far below, in the first epochs mostly, runs off
+    the picture. Other shares go from 0 to 1 at most; all else is drawn by its logarithm, around the means.
+    """
     axis.set(xlabel=x, ylabel=_NAMES[metric])
     if x == "epoch":
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves = [np.asarray(line.get_ydata(), dtype=float) for line in axis.lines]
+    curves = [curve[np.isfinite(curve)] for curve in curves if np.isfinite(curve).any()]
     if metric in _SHARES:
         low, high = axis.get_ylim()
+        if metric != "all_ones" and curves:
+            settled, best = min(np.median(curve) for curve in curves), max(curve.max() for curve in curves)
+            low, high = settled - 2 * (best - settled) - 0.01, best + (best - settled) / 4 + 0.01
         axis.set_ylim(max(low, 0), min(high, 1))
         axis.yaxis.set_major_formatter(PercentFormatter(1))
         return
-    means = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
-    means = means[np.isfinite(means) & (means > 0)]
+    means = np.concatenate([np.zeros(0), *curves])
+    means = means[means > 0]
     if len(means):
         axis.set(yscale="log", ylim=(means.min() / 2, means.max() * 2))
 
