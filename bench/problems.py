@@ -34,7 +34,8 @@ class Problem:
     correct: Callable[[Tensor, Tensor], Tensor]
 
 
-def _kaiming(model: nn.Module, generator: torch.Generator) -> nn.Module:
+def initialised(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Draw weights by Kaiming's rule, uniformly; biases are 0."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu", generator=generator)
@@ -62,26 +63,42 @@ class DeepLinear(nn.Module):
         return self.head(self.hidden(x)).squeeze(-1)
 
 
-def deep_linear(seed: int, train: int = 25_000, test: int = 2_500) -> Problem:
+def deep_linear(
+    seed: int, train: int = 25_000, test: int = 2_500, model: DeepLinear | None = None, batch: int = 512
+) -> Problem:
     """The paper's deep linear network (Appendix B.1): labels 1[wᵀx > 0] of Gaussian x, batch 512."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(train + test, 10, generator=generator)
-    y = (x @ torch.randn(10, generator=generator) > 0).float()
+    model = DeepLinear() if model is None else model
+    width = model.head.in_features
+    x = torch.randn(train + test, width, generator=generator)
+    y = (x @ torch.randn(width, generator=generator) > 0).float()
     return Problem(
-        _kaiming(DeepLinear(), generator),
+        initialised(model, generator),
         (x[:train], y[:train]),
         (x[train:], y[train:]),
-        512,
+        batch,
         F.binary_cross_entropy_with_logits,
         lambda out: Bernoulli(logits=out),
         lambda out, y: (out > 0) == (y > 0.5),
     )
 
 
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with BatchNorm, and a 1×1-convolution shortcut where the shape changes."""
+class PaddingShortcut(nn.Module):
+    """Every `stride`-th pixel, with zeros for the channels that are new; no parameters."""
 
     def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.new = stride, out_channels - channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (N, out_channels, H / stride, W / stride)."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with BatchNorm, and a shortcut: where the shape changes a 1×1 convolution, or padding."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int, pads: bool = False) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False),
@@ -91,7 +108,11 @@ class BasicBlock(nn.Module):
             nn.BatchNorm2d(out_channels),
         )
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != out_channels:
+        if stride == 1 and channels == out_channels:
+            return
+        if pads:
+            self.shortcut = PaddingShortcut(channels, out_channels, stride)
+        else:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
@@ -109,9 +130,10 @@ class ResNet(nn.Module):
         channels: channels of the images.
         width: channels of the first stage.
         classes: outputs.
+        pads: whether shortcuts that change shape pad with zeros rather than convolve.
     """
 
-    def __init__(self, n: int, channels: int = 3, width: int = 16, classes: int = 10) -> None:
+    def __init__(self, n: int, channels: int = 3, width: int = 16, classes: int = 10, pads: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = [
             nn.Conv2d(channels, width, 3, 1, 1, bias=False),
@@ -122,7 +144,7 @@ class ResNet(nn.Module):
         for stage in range(3):
             for block in range(n):
                 after = width * 2**stage
-                layers.append(BasicBlock(before, after, 2 if stage and not block else 1))
+                layers.append(BasicBlock(before, after, 2 if stage and not block else 1, pads))
                 before = after
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(before, classes)
@@ -143,7 +165,7 @@ def digits(seed: int) -> Problem:
     y = torch.as_tensor(data.target)[order]
     split = len(x) * 4 // 5
     return Problem(
-        _kaiming(ResNet(1, channels=1), generator),
+        initialised(ResNet(1, channels=1), generator),
         (x[:split], y[:split]),
         (x[split:], y[split:]),
         64,

@@ -1,0 +1,159 @@
+"""The paper's figures, drawn from records alone: means over seeds with 95 % confidence intervals."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from experiments.intervals import mean_and_half
+from experiments.records import Group, Record, by_settings, labels, networks
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+# Okabe and Ito's colours, told apart by colour-blind readers; line styles beside them for print.
+_STYLES: dict[tuple[str, str | None], tuple[str, Any]] = {
+    ("sgd", None): ("#999999", ":"),
+    ("adam", None): ("#E69F00", "-."),
+    ("kfac1", "eigh"): ("#56B4E9", "--"),
+    ("kfac1", "cholesky"): ("#0072B2", (0, (5, 1))),
+    ("kfac2", "eigh"): ("#D55E00", "-"),
+    ("kfac2", "cholesky"): ("#CC79A7", (0, (8, 1, 1, 1))),
+}
+_IN_ORDER = [
+    ("#D55E00", "-"),
+    ("#56B4E9", "--"),
+    ("#009E73", "-."),
+    ("#000000", ":"),
+    ("#E69F00", "-"),
+    ("#CC79A7", "--"),
+]
+_NAMES = {
+    "train_loss": "training loss",
+    "train_accuracy": "training accuracy",
+    "test_accuracy": "test accuracy",
+    "coarse_to_fine": "|coarse step| / |fine step|",
+    "all_ones": "share of hidden weights along all-ones",
+    "logits": "logit scale (root mean square)",
+}
+_SHARES = ("train_accuracy", "test_accuracy", "all_ones")
+
+
+def losses(records: Sequence[Record], path: Path) -> None:
+    """Figure 1: training loss of each network, by epoch above and by time below."""
+    columns = networks(records)
+    figure, axes = plt.subplots(
+        2, len(columns), figsize=(max(8, 5.5 * len(columns)), 8), squeeze=False, layout="constrained"
+    )
+    for j, (title, some) in enumerate(columns.items()):
+        for i, by_time in enumerate((False, True)):
+            _curves(axes[i, j], by_settings(some), "train_loss", by_time)
+        axes[0, j].set_title(title)
+    _finish(figure, axes, path)
+
+
+def accuracies(records: Sequence[Record], path: Path) -> None:
+    """Figures 2 and 3: training and test accuracy of one network, by epoch above and by time below."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    groups = by_settings(records)
+    for j, metric in enumerate(("train_accuracy", "test_accuracy")):
+        for i, by_time in enumerate((False, True)):
+            _curves(axes[i, j], groups, metric, by_time)
+    figure.suptitle(records[0].settings.network)
+    _finish(figure, axes, path)
+
+
+def windows(records: Sequence[Record], path: Path) -> None:
+    """Draw the coarse step taken in windows: what it leads to, how large it is, and what it does to the weights."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    groups, metrics = by_settings(records), ("coarse_to_fine", "all_ones", "logits")
+    for group, style in zip(groups, _IN_ORDER * len(groups), strict=False):
+        label = group[0].settings.window
+        _line(axes[0, 0], _epochs(group), [record.values("train_loss") for record in group], style, label)
+        for axis, metric in zip(axes.flat[1:], metrics, strict=True):
+            steps = [row["step"] + 1 for row in _steps(group[0])]
+            samples = [[np.nan if row[metric] is None else row[metric] for row in _steps(record)] for record in group]
+            _line(axis, steps, samples, style, label)
+    for axis, metric in zip(axes.flat[1:], metrics, strict=True):
+        _name(axis, "step (the first is 1)", metric)
+        axis.set_xscale("log")
+    _name(axes[0, 0], "epoch", "train_loss")
+    figure.suptitle("Where the gain comes from: the coarse step taken in windows of steps")
+    _finish(figure, axes, path)
+
+
+def _steps(record: Record) -> list[dict[str, Any]]:
+    return [step for row in record.epochs for step in row["steps"]]
+
+
+def _epochs(group: Group) -> list[int]:
+    return [row["epoch"] for row in group[0].epochs]
+
+
+def _curves(axis: Axes, groups: Sequence[Group], metric: str, by_time: bool) -> None:
+    """Draw a curve for each group, against epochs or against the mean of their seconds."""
+    used: Counter[Any] = Counter()
+    for group, label in zip(groups, labels(groups), strict=True):
+        settings = group[0].settings
+        key = settings.optimizer, settings.inverse
+        style = _STYLES[key] if not used[key] else _IN_ORDER[used[key] % len(_IN_ORDER)]
+        used[key] += 1
+        seconds = np.mean([record.values("seconds") for record in group], axis=0)
+        _line(axis, seconds if by_time else _epochs(group), [record.values(metric) for record in group], style, label)
+    _name(axis, "seconds of training" if by_time else "epoch", metric)
+
+
+def _line(
+    axis: Axes, x: Sequence[float] | np.ndarray, samples: Sequence[Sequence[float]], style: tuple[str, Any], label: str
+) -> None:
+    mean, half = mean_and_half(samples)
+    colour, dashes = style
+    axis.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.8, label=label)
+    axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
+
+
+def _name(axis: Axes, x: str, metric: str) -> None:
+    """Label the axes, and choose their range.
+
+    Accuracies are shown around where training settles: what lies far below, in the first epochs mostly, runs off
+    the picture. Other shares go from 0 to 1 at most; all else is drawn by its logarithm, around the means.
+    """
+    axis.set(xlabel=x, ylabel=_NAMES[metric])
+    if x == "epoch":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves = [np.asarray(line.get_ydata(), dtype=float) for line in axis.lines]
+    curves = [curve[np.isfinite(curve)] for curve in curves if np.isfinite(curve).any()]
+    if metric in _SHARES:
+        low, high = axis.get_ylim()
+        if metric != "all_ones" and curves:
+            settled, best = min(np.median(curve) for curve in curves), max(curve.max() for curve in curves)
+            low, high = settled - 2 * (best - settled) - 0.01, best + (best - settled) / 4 + 0.01
+        axis.set_ylim(max(low, 0), min(high, 1))
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+        return
+    means = np.concatenate([np.zeros(0), *curves])
+    means = means[means > 0]
+    if len(means):
+        axis.set(yscale="log", ylim=(means.min() / 2, means.max() * 2))
+
+
+def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes that share runs end together
+    figure.savefig(part, dpi=120, format="png")
+    plt.close(figure)
+    part.replace(path)
