@@ -344,7 +344,7 @@ def inverses_by_torch(A_list: Sequence[Tensor], G_list: Sequence[Tensor]) -> lis
     pi, root = torch.sqrt(means(A_list) / means(G_list)), math.sqrt(DAMPING)
 
     def invert(factors: Tensor, shift: Tensor) -> Tensor:
-        return torch.cholesky_inverse(torch.linalg.cholesky(damped(factors, shift)))
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped(factors, shift))[0])
 
     return by_size(invert, A_list, (pi * root).unbind()) + by_size(invert, G_list, (root / pi).unbind())
 

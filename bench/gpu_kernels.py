@@ -6,14 +6,17 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from cases import CONVOLUTIONS, covariance_by_paper
 from problems import ResNet
 from torch import Tensor, nn
 
 from kfac2 import ops
 from kfac2.layers import find_layers
+from kfac2.ops import Window
 from kfac2.statistics import RawSums, Rows
 
 RESNET_110 = [32] * 37 + [16] * 37 + [8] * 38  # maps of its 112 layers, square
@@ -77,12 +80,6 @@ class Timer:
         return begin.elapsed_time(end) * 1e3
 
 
-def unfold_and_multiply(x: Tensor) -> Tensor:
-    """Form the patches of a 3×3 convolution with padding 1, and multiply."""
-    rows = F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 9 * x.shape[1])
-    return rows.T @ rows
-
-
 def measure_sums(timer: Timer, device: torch.device, batch: int) -> list[Measured]:
     """Bandwidth of channel_sums against a copy on the same device."""
     x = torch.randn(batch, 64, 128, 128, device=device)
@@ -112,10 +109,12 @@ def measure_cross_layer_sums(timer: Timer, device: torch.device, batch: int) -> 
 def measure_covariances(timer: Timer, device: torch.device, batch: int) -> list[Measured]:
     """Three stages of a ResNet against unfold and one product."""
     result = []
-    for channels, extent in ((16, 32), (32, 16), (64, 8)):
+    window = Window.of(2, 3, padding=1)
+    for channels, extent in CONVOLUTIONS.values():
         x = torch.randn(batch, channels, extent, extent, device=device)
-        torch.testing.assert_close(ops.input_covariance(x, 3, padding=1), unfold_and_multiply(x), rtol=1e-3, atol=1e-1)
-        ours, theirs = timer(lambda x=x: ops.input_covariance(x, 3, padding=1), lambda x=x: unfold_and_multiply(x))  # type: ignore[misc]
+        calls = partial(ops.input_covariance, x, 3, padding=1), partial(covariance_by_paper, x, window)
+        torch.testing.assert_close(calls[0](), calls[1](), rtol=1e-3, atol=1e-1)
+        ours, theirs = timer(*calls)
         name = f"input_covariance, 3x3, {channels}x{extent}x{extent}, batch {batch}"
         versus = ("unfold, one product", theirs)
         result.append(Measured(name, ours, versus, "3 times faster", f"{theirs / ours:.1f} times faster"))

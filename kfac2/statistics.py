@@ -15,6 +15,8 @@ from kfac2.ops.covariances import encoded_covariances
 from kfac2.ops.gather_gradients import first_not_finite
 from kfac2.ops.layer_maps import encoded_layer_maps
 
+MAP_NUMBERS = 2**22  # of all maps that are alive at a time: 16 MB
+
 
 @dataclass
 class Rows:
@@ -198,9 +200,6 @@ def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str,
     for to, present in zip(whole, sums, strict=True):
         to[places.unsqueeze(1), places] = present
     return whole
-
-
-MAP_NUMBERS = 2**22  # of all maps that are alive at a time: 16 MB
 
 
 def _sums_of_maps(

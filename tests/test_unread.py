@@ -376,7 +376,7 @@ def test_a_graph_that_no_longer_holds_is_not_to_be_replayed(capture, how):
     assert opt.ordinary
 
 
-def test_layouts_are_not_kept(capture):
+def test_layouts_are_not_kept():
     model, x = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6))), torch.randn(6, 3)
     opt = KFAC(model, cov_every=1000, inv_every=1000)
     iterate(model, opt, x)
