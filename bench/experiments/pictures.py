@@ -109,7 +109,8 @@ def _curves(axis: Axes, groups: Sequence[Group], metric: str, by_time: bool) -> 
         used[key] += 1
         seconds = np.mean([record.values("seconds") for record in group], axis=0)
         _line(axis, seconds if by_time else _epochs(group), [record.values(metric) for record in group], style, label)
-    _name(axis, "seconds of training" if by_time else "epoch", metric)
+    clock = groups[0][0].machine["clock"] if groups else ""
+    _name(axis, f"seconds of training ({clock})" if by_time else "epoch", metric)
 
 
 def _line(

@@ -25,8 +25,8 @@ class Record:
     Attributes:
         settings: what was run.
         machine: what it ran on.
-        epochs: a row for each epoch: `METRICS`, `epoch`, `lr`, `seconds` of training, maybe `steps`. A number
-            that is not finite is None.
+        epochs: a row for each epoch: `METRICS`, `epoch`, `lr`, `seconds` of training by the clock that `machine`
+            names, `wall_seconds`, maybe `steps`. A number that is not finite is None.
     """
 
     settings: Settings
@@ -73,7 +73,7 @@ def load(path: Path) -> Record:
         if any(row["epoch"] != i for i, row in enumerate(rows, start=1)):
             raise ValueError("its epochs are not 1, 2, ...")
         for row in rows:
-            for metric in (*METRICS, "seconds"):
+            for metric in (*METRICS, "seconds", "wall_seconds"):
                 row[metric]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path} is no record of a run: {type(error).__name__}: {error}") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine
+from measure import Clock, machine
 
 import kfac2
 from experiments import records
@@ -42,9 +42,11 @@ class Training:
         self.optimizer = optimizer_of(settings, self.model)
         self.rows: list[Row] = []
         self._step = 0
-        torch.manual_seed(settings.seed)  # the labels that K-FAC draws, on any device
-        self._order = torch.Generator().manual_seed(settings.seed)
-        self._augment = torch.Generator(settings.device).manual_seed(settings.seed + 1)
+        # Streams of their own: the weights' generator, and the drawn data's, started from the seed itself.
+        torch.manual_seed(settings.seed + 1000)  # the labels that K-FAC draws, on any device
+        self._order = torch.Generator().manual_seed(settings.seed + 2000)
+        self._augment = torch.Generator(settings.device).manual_seed(settings.seed + 3000)
+        self._clock = Clock(settings.device, settings.threads)
         self._follower: Follower | None = None
         if settings.follow:
             assert isinstance(self.optimizer, kfac2.KFAC)
@@ -86,14 +88,14 @@ class Training:
             group["lr"] = rate
         x, y = self.task.problem.train
         losses, right = [], []
-        start = time.perf_counter()
+        start, wall_start = self._clock(), time.perf_counter()
         for batch in torch.randperm(len(x), generator=self._order).to(x.device).split(self.settings.batch):
             loss, hits = self._take_step(x[batch], y[batch])
             losses.append(loss * len(batch))
             right.append(hits)
             on_step()
         train_loss, train_accuracy = (torch.stack(parts).sum().item() / len(x) for parts in (losses, right))
-        seconds = time.perf_counter() - start  # .item() has waited for the device
+        seconds, wall_seconds = self._clock() - start, time.perf_counter() - wall_start
         test_loss, test_accuracy = self._test()
         row: Row = {
             "epoch": number,
@@ -103,6 +105,7 @@ class Training:
             "test_loss": finite(test_loss),
             "test_accuracy": test_accuracy,
             "seconds": seconds + (self.rows[-1]["seconds"] if self.rows else 0.0),
+            "wall_seconds": wall_seconds + (self.rows[-1]["wall_seconds"] if self.rows else 0.0),
         }
         if self._follower:
             row["steps"], self._follower.rows = self._follower.rows, []
