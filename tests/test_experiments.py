@@ -528,8 +528,25 @@ def test_deep_linear_and_grid_and_tuned(tmp_path, monkeypatch, capsys):
     text = call(monkeypatch, capsys, "grid", "deep-linear", *options, "--etas", "1e-2,1e-3", "--dampings", "1e-2")
     assert "### Grid: deep linear network, 4 hidden layers (96 samples), by train loss" in text
     assert len(list((tmp_path / "grid-deep-linear").glob("*.jsonl"))) == 4 + 4 + 8 + 8
-    text = call(monkeypatch, capsys, "deep-linear", *options, "--seeds", 2, "--tuned")
+    text = call(monkeypatch, capsys, "deep-linear", *options, "--seeds", 2, "--tuned", "--first-seed", 3)
     assert "(96 samples), tuned" in text and (tmp_path / "figure2-tuned.png").exists()
+    tuned = records.load_all(tmp_path / "deep-linear-tuned")
+    assert {record.settings.seed for record in tuned} == {3, 4}
+    won = grid.winners(records.load_all(tmp_path / "grid-deep-linear"), "train_loss")
+    assert {record.settings.of_seed(0) for record in tuned} == {*won}
+
+
+def test_tuned_runs_take_the_grid_of_their_own_network(tmp_path, monkeypatch, capsys):
+    options = (*SMALL, "--optimizers", "sgd", "--out", tmp_path)
+    for layers, rate in ((3, "1e-3"), (4, "1e-2")):
+        call(monkeypatch, capsys, "grid", "deep-linear", *options, "--layers", layers, "--etas", rate)
+    for layers, rate in ((3, 1e-3), (4, 1e-2)):
+        call(monkeypatch, capsys, "deep-linear", *options, "--layers", layers, "--tuned", "--seeds", 1)
+        newest, *_ = (r for r in records.load_all(tmp_path / "deep-linear-tuned") if r.settings.layers == layers)
+        assert newest.settings.lr == rate
+    with pytest.raises(SystemExit):
+        call(monkeypatch, capsys, "deep-linear", *options, "--layers", 5, "--tuned", "--seeds", 1)
+    assert "--tuned needs one grid, or one of deep linear network, 5 hidden layers" in capsys.readouterr().err
 
 
 @fashion_mnist

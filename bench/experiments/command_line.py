@@ -130,6 +130,9 @@ def _add_metric(command: argparse.ArgumentParser) -> None:
 def _add_runs(command: argparse.ArgumentParser, seeds: int) -> None:
     _add_out(command)
     command.add_argument("--seeds", type=positive, default=seeds, help=f"runs of each kind (default: {seeds})")
+    command.add_argument(
+        "--first-seed", type=whole, default=0, metavar="N", help="so that tuned runs see none of their grid's seeds"
+    )
     command.add_argument("--epochs", type=positive, help="epochs of each run (default: the paper's)")
     command.add_argument("--train", type=positive, metavar="N", help="training samples (default: all)")
     command.add_argument("--test", type=positive, metavar="N", help="test samples (default: all)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments import recipes
 from experiments.data import FASHION_MNIST
 from experiments.grid import Grid, winners
-from experiments.records import load_all
+from experiments.records import load_all, networks
 from experiments.settings import Settings
 
 # Options that replace an entry of the recipe where they are given.
@@ -54,7 +54,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
         name += "-tuned"
         bases = _tuned(bases, options)
     images = _folder(bases[0], options) if options.problem == "resnet" else None
-    return Plan([base.of_seed(seed) for seed in range(options.seeds) for base in bases], images, options.out / name)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    return Plan([base.of_seed(seed) for seed in seeds for base in bases], images, options.out / name)
 
 
 def _bases(options: argparse.Namespace) -> list[Settings]:
@@ -86,9 +87,14 @@ def _changed(base: Settings, options: argparse.Namespace) -> Settings:
 
 
 def _tuned(bases: Sequence[Settings], options: argparse.Namespace) -> list[Settings]:
-    """Give each optimizer the numbers of its grid's winner."""
+    """Give each optimizer the numbers of its grid's winner: of the same network's grid, or of the only one."""
     folder = options.out / f"grid-{options.problem}"
-    won = {(s.optimizer, s.inverse): s for s in winners(load_all(folder), options.by)}
+    grids = networks(load_all(folder))
+    if len(grids) > 1 and bases[0].network not in grids:
+        found = "; ".join(grids)
+        raise PlanError(f"--tuned needs one grid, or one of {bases[0].network}; in {folder} there are: {found}")
+    records = grids[bases[0].network] if len(grids) > 1 else [record for some in grids.values() for record in some]
+    won = {(s.optimizer, s.inverse): s for s in winners(records, options.by)}
     missing = [base.label for base in bases if (base.optimizer, base.inverse) not in won]
     if missing:
         raise PlanError(f"--tuned needs finished grids in {folder}, and there is none of {', '.join(missing)}")
