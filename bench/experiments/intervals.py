@@ -14,7 +14,7 @@ _QUANTILES = (
 _NORMAL = 1.960
 
 
-def mean_and_half(samples: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_half(samples: Sequence[Sequence[float]] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the means of the columns, and half the width of their intervals; NaN for a single sample.
 
     Args:

@@ -73,7 +73,10 @@ def accuracies(records: Sequence[Record], path: Path) -> None:
 
 
 def windows(records: Sequence[Record], path: Path) -> None:
-    """Draw the coarse step taken in windows: what it leads to, how large it is, and what it does to the weights."""
+    """Draw the coarse step taken in windows: what it leads to, how large it is, and what it does to the weights.
+
+    Ratios and scales are averaged by their logarithms: an interval around a plain mean would reach below 0.
+    """
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     groups, metrics = by_settings(records), ("coarse_to_fine", "all_ones", "logits")
     for group, style in zip(groups, _IN_ORDER * len(groups), strict=False):
@@ -82,7 +85,7 @@ def windows(records: Sequence[Record], path: Path) -> None:
         for axis, metric in zip(axes.flat[1:], metrics, strict=True):
             steps = [row["step"] + 1 for row in _steps(group[0])]
             samples = [[np.nan if row[metric] is None else row[metric] for row in _steps(record)] for record in group]
-            _line(axis, steps, samples, style, label)
+            _line(axis, steps, samples, style, label, by_logarithm=metric not in _SHARES)
     for axis, metric in zip(axes.flat[1:], metrics, strict=True):
         _name(axis, "step (the first is 1)", metric)
         axis.set_xscale("log")
@@ -114,12 +117,23 @@ def _curves(axis: Axes, groups: Sequence[Group], metric: str, by_time: bool) -> 
 
 
 def _line(
-    axis: Axes, x: Sequence[float] | np.ndarray, samples: Sequence[Sequence[float]], style: tuple[str, Any], label: str
+    axis: Axes,
+    x: Sequence[float] | np.ndarray,
+    samples: Sequence[Sequence[float]],
+    style: tuple[str, Any],
+    label: str,
+    by_logarithm: bool = False,
 ) -> None:
-    mean, half = mean_and_half(samples)
+    """Draw means and their intervals; `by_logarithm` of positive numbers, so that they are geometric means."""
+    if by_logarithm:
+        mean, half = mean_and_half(np.log(samples))
+        mean, low, high = np.exp(mean), np.exp(mean - half), np.exp(mean + half)
+    else:
+        mean, half = mean_and_half(samples)
+        low, high = mean - half, mean + half
     colour, dashes = style
     axis.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.8, label=label)
-    axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
+    axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def _name(axis: Axes, x: str, metric: str) -> None:
