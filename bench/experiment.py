@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,11 @@ def finished(folder: Path) -> list[Record]:
     return [record for record in load_all(folder) if record.is_done]
 
 
+def slug(title: str) -> str:
+    """Make a title part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower().replace(",", "")).strip("-")
+
+
 def plot(out: Path) -> list[Path]:
     """Draw every figure that there are records for; return their paths."""
     drawn = {}
@@ -38,13 +44,10 @@ def plot(out: Path) -> list[Path]:
         if linear or resnet:
             drawn[f"figure1{ending}"] = partial(pictures.losses, linear + resnet)
         for number, records in ((2, linear), (3, resnet)):
-            sorts = networks(records)
-            for place, some in enumerate(sorts.values(), start=1):
-                which = f"-{place}" if len(sorts) > 1 else ""
-                drawn[f"figure{number}{ending}{which}"] = partial(pictures.accuracies, some)
-    coarse = finished(out / "coarse")
-    if coarse:
-        drawn["coarse"] = partial(pictures.windows, coarse)
+            for title, some in networks(records).items():
+                drawn[f"figure{number}{ending}-{slug(title)}"] = partial(pictures.accuracies, some)
+    for title, some in networks(finished(out / "coarse")).items():
+        drawn[f"coarse-{slug(title)}"] = partial(pictures.windows, some)
     paths = [out / f"{name}.png" for name in drawn]
     for path, draw in zip(paths, drawn.values(), strict=True):
         draw(path)
@@ -75,7 +78,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last whole epoch")
     if options.command in ("plot", "report") and not (drawn or text):
-        parser.error(f"argument --out: {options.out} must hold finished records of runs, and there are none")
+        what = "runs, grids left out," if options.command == "plot" else "runs"
+        parser.error(f"argument --out: {options.out} must hold finished records of {what} and there are none")
     if text:
         print(text)
     for path in drawn:

@@ -78,7 +78,7 @@ def deep_linear(
         (x[train:], y[train:]),
         batch,
         F.binary_cross_entropy_with_logits,
-        lambda out: Bernoulli(logits=out),
+        lambda out: Bernoulli(logits=out, validate_args=False),
         lambda out, y: (out > 0) == (y > 0.5),
     )
 
@@ -170,6 +170,6 @@ def digits(seed: int) -> Problem:
         (x[split:], y[split:]),
         64,
         F.cross_entropy,
-        lambda out: Categorical(logits=out),
+        lambda out: Categorical(logits=out, validate_args=False),
         lambda out, y: out.argmax(-1) == y,
     )

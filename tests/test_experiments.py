@@ -1,6 +1,7 @@
 """The experiments run, at tiny sizes; a run that is killed ends as one that never was; bad data is refused by name."""
 
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -18,9 +19,11 @@ import experiment
 import numpy as np
 import pytest
 import torch
-from experiments import data, grid, images, intervals, pickles, recipes, records, runs, tasks
+from experiments import data, grid, images, intervals, pickles, pictures, recipes, records, runs, tasks
 from experiments.coarse import Follower
-from problems import ResNet
+from problems import ResNet, initialised
+
+import kfac2
 
 ROOT = Path(__file__).parent.parent
 NOTHING = (lambda: None, lambda epochs: None)
@@ -117,6 +120,11 @@ def cifar_folder(folder, binary, count=6):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(data, "CIFAR_BATCH", 6)
+
+
 def test_both_archives_of_cifar10_hold_the_same(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "p" / "cifar-10-batches-py").mkdir(parents=True)
@@ -148,6 +156,7 @@ def test_bad_batches_of_cifar10_are_named(tmp_path, binary):
     bad = [
         (b"\x0a" + bytes(3072), "must hold labels from 0 to 9"),
         (path.read_bytes()[:-5], "must hold records of 3073 bytes, got 18433 bytes"),
+        (path.read_bytes()[:-3073], "must hold 6 images, got 5"),
         (b"", "must hold records of 3073 bytes, got 0 bytes"),
     ]
     if not binary:
@@ -155,6 +164,7 @@ def test_bad_batches_of_cifar10_are_named(tmp_path, binary):
             (python_batch(x, [1, 10]), "must hold labels from 0 to 9"),
             (python_batch(x, [1, 10**40]), "must hold labels from 0 to 9"),
             (python_batch(x, [1]), "must hold data in uint8 of shape (1, 3072), a row for each label, got uint8 of"),
+            (python_batch(x, [1, 2]), "must hold 6 images, got 2"),
             (python_batch(x[:, 1:], [1, 2]), "got uint8 of shape (2, 3071)"),
             (python_batch(x.tolist(), [1, 2]), "must hold a dict with an array 'data'"),
             (pickle.dumps([1], 2), "must hold a dict with an array 'data'"),
@@ -203,7 +213,19 @@ def test_no_pickle_runs_anything(tmp_path, protocol):
         assert not trace.exists()
 
 
-@pytest.mark.parametrize("state", [None, (1,), (1, (2, 2), 0, False, b"1234"), (1, (2, 3), "u1", False, b"1234")])
+def test_a_pickle_changes_nothing_of_the_readers():
+    before = pickles._latin1.__defaults__
+    state = b"N}\x8c\x0c__defaults__\x8c\x01x\x8c\x06latin1\x86s\x86"  # (None, {"__defaults__": ("x", "latin1")})
+    pickles.loads(b"\x80\x04c_codecs\nencode\n" + state + b"b.")
+    assert pickles._latin1.__defaults__ == before
+
+
+@pytest.mark.parametrize("state", [
+    None,
+    (1,),
+    (1, (2, 2), 0, False, b"1234"),
+    (1, (2, 3), pickles._Dtype("u1"), False, b"1234"),
+])  # fmt: skip
 def test_arrays_that_do_not_fit_are_refused(state):
     array = pickles._Array()
     with pytest.raises((pickles.RefusedError, TypeError, ValueError)):
@@ -258,6 +280,21 @@ def test_both_shortcuts(pads):
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convolutions) == (13 if pads else 15)
     assert network(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+
+
+def test_a_task_is_what_its_settings_say(tmp_path):
+    folder = mnist_folder(tmp_path, 96)
+    made = [
+        tasks.task_of(settings, folder).problem.model
+        for settings in (tiny("sgd", "resnet"), tiny("sgd", "resnet", shortcut="pad"), tiny("sgd", "resnet", seed=1))
+    ]
+    assert [sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) for model in made] == [9, 7, 9]
+    assert not torch.equal(made[0].head.weight, made[2].head.weight)
+    one, other = (tasks.task_of(tiny("sgd", seed=seed), None).problem for seed in (0, 1))
+    assert not torch.equal(one.train[0], other.train[0])
+    assert not torch.equal(one.model.head.weight, other.model.head.weight)
+    with pytest.raises(data.DataError, match=re.escape(f"{tmp_path} holds 96 images where 97 are asked for")):
+        tasks.task_of(tiny("sgd", "resnet", train=97), folder)
 
 
 # -- runs -----------------------------------------------------------------------------------------------------
@@ -389,17 +426,88 @@ def test_a_run_of_another_process_comes_last(tmp_path):
     assert numbers(tmp_path, first) and numbers(tmp_path, second)
 
 
+def by_hand(settings, folder):
+    """The run again, written out; return its rows."""
+    found = data.read_mnist(folder)
+    (x, y), (test_x, test_y) = (
+        (torch.nn.functional.pad(part.x[:count], (2, 2, 2, 2)), part.y[:count])
+        for part, count in ((found.train, settings.train), (found.test, settings.test))
+    )
+    mean, deviation = (x / 255).mean(), (x / 255).std(correction=0)
+    model = ResNet(1, 1, settings.width)
+    torch.nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
+    initialised(model, torch.Generator().manual_seed(settings.seed))
+    common = {"lr": settings.lr, "weight_decay": 1e-3}
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.8, **common)
+    elif settings.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), betas=(0.8, 0.999), **common)
+    else:
+        optimizer = kfac2.KFAC(
+            model, levels=int(settings.optimizer[-1]), momentum=0.8, damping=1e-3, kl_clip=1e-2, cov_every=2,
+            inv_every=4, **common,
+        )  # fmt: skip
+    torch.manual_seed(settings.seed + 1000)
+    order = torch.Generator().manual_seed(settings.seed + 2000)
+    generator = torch.Generator().manual_seed(settings.seed + 3000)
+    rows = []
+    for epoch in range(settings.epochs):
+        optimizer.param_groups[0]["lr"] = settings.lr * 0.1**epoch  # milestones 1 and 2
+        total = right = 0
+        for batch in torch.randperm(len(x), generator=order).split(settings.batch):
+            optimizer.zero_grad()
+            out = model((images.augmented(x[batch], generator) / 255 - mean) / deviation)
+            loss = torch.nn.functional.cross_entropy(out, y[batch])
+            if settings.is_kfac:
+                optimizer.accumulate_fisher(torch.distributions.Categorical(logits=out))
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+            right += (out.argmax(1) == y[batch]).sum().item()
+        model.eval()
+        with torch.no_grad():
+            out = model((test_x / 255 - mean) / deviation)
+        model.train()
+        test_loss = torch.nn.functional.cross_entropy(out, test_y).item()
+        rows.append([total / len(x), right / len(x), test_loss, (out.argmax(1) == test_y).float().mean().item()])
+    return rows
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "kfac1", "kfac2"])
+def test_a_run_is_what_a_loop_by_hand_does(optimizer, tmp_path):
+    """The last batch is smaller; rates fall after each epoch."""
+    settings = tiny(optimizer, "resnet", train=75, momentum=0.8, milestones=(1, 2), lr=1e-2)
+    folder = mnist_folder(tmp_path, 80)
+    runs.run(settings, folder, tmp_path, *NOTHING)
+    found = [[row[metric] for metric in records.METRICS] for row in numbers(tmp_path, settings)]
+    assert np.array(found) == pytest.approx(np.array(by_hand(settings, folder)), rel=1e-4)
+
+
+def test_seconds_add_up_and_arithmetic_is_exact(tmp_path):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    settings = tiny("sgd")
+    runs.run(settings, None, tmp_path, *NOTHING)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    rows = records.load(tmp_path / f"{settings.name}.jsonl").epochs
+    for clock in ("seconds", "wall_seconds"):
+        times = [0.0, *(row[clock] for row in rows)]
+        taken = [after - before for before, after in itertools.pairwise(times)]
+        assert min(taken) > 0 and times[-1] > 1.5 * max(taken)
+
+
 def test_rates_fall_at_milestones():
     settings = replace(recipes.resnet("sgd"), milestones=(40, 80))
     assert [settings.rate(epoch) for epoch in (1, 40, 41, 80, 81)] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4])
 
 
-def test_a_diverged_run_is_recorded(tmp_path):
-    settings = tiny("sgd", "resnet", lr=1e30)
-    runs.run(settings, mnist_folder(tmp_path), tmp_path, *NOTHING)
+@pytest.mark.parametrize("settings", [
+    tiny("sgd", "resnet", lr=1e30), tiny("kfac2", "resnet", lr=1e20), tiny("kfac2", lr=1e6, epochs=6)
+], ids=lambda settings: f"{settings.optimizer}-{settings.problem}")  # fmt: skip
+def test_a_diverged_run_is_recorded(settings, tmp_path):
+    runs.run(settings, mnist_folder(tmp_path, 96), tmp_path, *NOTHING)
     assert numbers(tmp_path, settings)[-1]["train_loss"] is None
     record = records.load(tmp_path / f"{settings.name}.jsonl")
-    assert "diverged" in experiment.tables.comparison([record])
+    assert "(1 of 1 diverged)" in experiment.tables.comparison([record])
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"settings": {}, "machine": {}}', "not json"])
@@ -475,8 +583,9 @@ def record(loss, accuracy=0.5, **changes):
         "test_accuracy": 0.5,
     }
     settings = replace(recipes.deep_linear(changes.pop("optimizer", "sgd")), epochs=1, **changes)
-    machine = {"cpu": "a CPU", "device": "cpu", "threads": 1, "torch": "2"}
-    return records.Record(settings, machine, [row | {"seconds": 1.0, "wall_seconds": 1.0}])
+    clock = "CPU time" if settings.threads == 1 else "wall time"
+    machine = {"cpu": "a CPU", "device": "cpu", "threads": settings.threads, "torch": "2", "clock": clock}
+    return records.Record(settings, machine, [row | {"seconds": 1.0, "wall_seconds": 2.0}])
 
 
 def test_the_grid_is_the_papers():
@@ -496,8 +605,60 @@ def test_the_winner_is_the_best_mean():
     best = grid.winners(tried, "train_loss")
     assert [(s.optimizer, s.lr) for s in best] == [("sgd", 1e-3), ("kfac2", 1e-3)]
     assert grid.winners(tried[:4], "train_accuracy")[0].lr == 1e-2
+    diverged = [record(None, 0.9, lr=1e-4), record(0.9, 0.1, lr=1e-3)]
+    assert grid.winners(diverged, "train_accuracy")[0].lr == 1e-3
+    more_seeds = [record(0.5, lr=1e-2), record(0.9, lr=1e-2, seed=1), record(0.6, lr=1e-3)]
+    assert grid.winners(more_seeds, "train_loss")[0].lr == 1e-2
     text = experiment.tables.winners(tried, "train_loss")
-    assert re.search(r"\| SGD +\| 3 +\| 0.001 \| 0.9 \| none +\|", text)
+    assert re.search(r"\| SGD, 2 seeds +\| 3 +\| 0.001 \| 0.9 \| none +\|", text)
+
+
+def test_grids_of_other_settings_are_others():
+    tried = [record(0.5, lr=0.1), record(0.1, lr=0.01, batch=64), record(0.2, lr=0.03, batch=64)]
+    assert [s.lr for s in grid.winners(tried, "train_loss")] == [0.1, 0.01]
+    text = experiment.tables.winners(tried, "train_loss")
+    assert re.search(r"\| SGD, batch 512, η 0.1 +\| 1 ", text) and re.search(r"\| SGD, batch 64, η 0.01 +\| 2 ", text)
+
+
+def test_names_tell_what_differs():
+    groups = [
+        [record(0.5), record(None, seed=1)],
+        [record(0.5, batch=64)],
+        [record(0.5, optimizer="adam", damping=1e-2), record(0.4, optimizer="adam", damping=1e-2, seed=1)],
+    ]
+    names = ["SGD, batch 512, 2 seeds (1 of 2 diverged)", "SGD, batch 64, 1 seed", "Adam, 2 seeds"]
+    assert records.labels(groups) == names
+    assert records.labels(groups[2:]) == ["Adam"]
+    windows = [[record(0.5, coarse_until=0)], [record(0.5, coarse_until=0, layers=9)]]
+    found = records.labels(windows, lambda settings: settings.window)
+    assert found == ["never (one level), layers 64", "never (one level), layers 9"]
+
+
+def test_curves_are_means_with_intervals(tmp_path):
+    def run_of(seed, losses, **changes):
+        rows = [
+            {**record(loss).epochs[0], "epoch": i, "seconds": 3.0 * i, "wall_seconds": 5.0 * i}
+            for i, loss in enumerate(losses, start=1)
+        ]
+        first = record(0.1, seed=seed, **changes)
+        return records.Record(replace(first.settings, epochs=len(rows)), first.machine, rows)
+
+    group = [run_of(0, [1.0, 2.0, 3.0]), run_of(1, [3.0, 2.0, 1.0]), run_of(2, [1.0, None, None])]
+    figure, (by_epoch, by_time, mixed) = pictures.plt.subplots(1, 3)
+    pictures._curves(by_epoch, [group], "train_loss", False)
+    pictures._curves(by_time, [group], "train_loss", True)
+    pictures._curves(mixed, [group, [run_of(0, [1.0, 1.0, 1.0], threads=2)]], "train_loss", True)
+    (curve,) = by_epoch.lines
+    assert curve.get_xdata().tolist() == [1, 2, 3] and curve.get_ydata().tolist() == [2, 2, 2]
+    assert curve.get_label() == "SGD (1 of 3 diverged)"
+    (band,) = by_epoch.collections
+    low, high = band.get_paths()[0].get_extents().intervaly
+    assert high - 2 == pytest.approx(12.706) and 2 - low == pytest.approx(12.706)
+    assert by_time.lines[0].get_xdata().tolist() == [3, 6, 9] and "(CPU time)" in by_time.get_xlabel()
+    assert mixed.lines[0].get_xdata().tolist() == [5, 10, 15] and "(wall time)" in mixed.get_xlabel()
+    styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in mixed.lines]
+    assert len({*styles}) == 2
+    pictures.plt.close(figure)
 
 
 def test_intervals_are_students():
@@ -521,15 +682,16 @@ SMALL = ("--train", 96, "--test", 40, "--batch", 32, "--epochs", 2)
 
 def test_deep_linear_and_grid_and_tuned(tmp_path, monkeypatch, capsys):
     options = (*SMALL, "--layers", 4, "--inverses", "eigh", "--out", tmp_path)
-    text = call(monkeypatch, capsys, "deep-linear", *options, "--seeds", 2, "--rates", "sgd=0.1")
+    text = call(monkeypatch, capsys, "deep-linear", *options, "--seeds", 2, "--rates", "sgd=0.1,kfac2=0.02")
     assert "K-FAC, two levels (eigendecomposition)" in text and re.search(r"SGD +\| 0.1 ", text)
-    for name in ("figure1.png", "figure2.png"):
+    assert re.search(r"two levels \(eigendecomposition\) +\| 0.02 ", text)
+    for name in ("figure1.png", "figure2-deep-linear-network-4-hidden-layers-96-samples.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     text = call(monkeypatch, capsys, "grid", "deep-linear", *options, "--etas", "1e-2,1e-3", "--dampings", "1e-2")
     assert "### Grid: deep linear network, 4 hidden layers (96 samples), by train loss" in text
     assert len(list((tmp_path / "grid-deep-linear").glob("*.jsonl"))) == 4 + 4 + 8 + 8
     text = call(monkeypatch, capsys, "deep-linear", *options, "--seeds", 2, "--tuned", "--first-seed", 3)
-    assert "(96 samples), tuned" in text and (tmp_path / "figure2-tuned.png").exists()
+    assert "(96 samples), tuned" in text and any(tmp_path.glob("figure2-tuned-*.png"))
     tuned = records.load_all(tmp_path / "deep-linear-tuned")
     assert {record.settings.seed for record in tuned} == {3, 4}
     won = grid.winners(records.load_all(tmp_path / "grid-deep-linear"), "train_loss")
@@ -546,7 +708,12 @@ def test_tuned_runs_take_the_grid_of_their_own_network(tmp_path, monkeypatch, ca
         assert newest.settings.lr == rate
     with pytest.raises(SystemExit):
         call(monkeypatch, capsys, "deep-linear", *options, "--layers", 5, "--tuned", "--seeds", 1)
-    assert "--tuned needs one grid, or one of deep linear network, 5 hidden layers" in capsys.readouterr().err
+    assert "a single one with other options; there are 2" in capsys.readouterr().err
+    path = next((tmp_path / "grid-deep-linear").glob("*.jsonl"))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SystemExit):
+        call(monkeypatch, capsys, "deep-linear", *options, "--layers", 3, "--tuned", "--seeds", 1)
+    assert "holds runs that are not: go on with them first" in capsys.readouterr().err
 
 
 @fashion_mnist
@@ -557,9 +724,8 @@ def test_resnet_on_real_images(tmp_path, monkeypatch, capsys):
     call(monkeypatch, capsys, "resnet", *options, "--seeds", 1, "--optimizers", "kfac2", "--shortcut", "pad")
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "figure1.png",
-        "figure3.png",
-        "figure3-1.png",
-        "figure3-2.png",
+        "figure3-resnet-8-width-4-on-fashion-mnist-96-samples.png",
+        "figure3-resnet-8-width-4-with-padding-shortcuts-on-fashion-mnist-96-samples.png",
     }
     call(monkeypatch, capsys, "grid", "resnet", *options, "--optimizers", "sgd", "--momenta", "0.9")
     assert len(list((tmp_path / "grid-resnet").glob("*.jsonl"))) == 3
@@ -581,8 +747,9 @@ def test_coarse_and_plot_and_report(tmp_path, monkeypatch, capsys):
     call(monkeypatch, capsys, "coarse", *options, "--seeds", 1, "--coarse-from", 2, "--coarse-until", 4)
     head, *rows = (json.loads(line) for line in next((tmp_path / "coarse").glob("*.jsonl")).read_text().splitlines())
     assert head["settings"]["follow"] and [len(row["steps"]) for row in rows] == [3, 3]
-    (tmp_path / "coarse.png").unlink()
-    assert call(monkeypatch, capsys, "plot", "--out", tmp_path).split() == [str(tmp_path / "coarse.png")]
+    picture = tmp_path / "coarse-deep-linear-network-4-hidden-layers-96-samples.png"
+    picture.unlink()
+    assert call(monkeypatch, capsys, "plot", "--out", tmp_path).split() == [str(picture)]
     assert "steps 2 to 3" in call(monkeypatch, capsys, "report", "--out", tmp_path)
 
 
@@ -593,7 +760,10 @@ def test_coarse_and_plot_and_report(tmp_path, monkeypatch, capsys):
     (("deep-linear", "--rates", "sgd=0"), "must be a number above 0, got '0'"),
     (("deep-linear", "--epochs", "0"), "must be a whole number of at least 1"),
     (("deep-linear", "--device", "tpu"), "must be cpu or cuda, got 'tpu'"),
-    (("deep-linear", "--tuned"), "--tuned needs finished grids in"),
+    (("deep-linear", "--first-seed", str(2**32)), "must be below 2**32"),
+    (("deep-linear", "--train", "33", "--batch", "32"), "--train 33 with --batch 32 leaves one sample for the last step"),
+    (("deep-linear", "--tuned"), "a single one with other options; there are 0"),
+    (("deep-linear", "--tuned", "--rates", "sgd=1"), "--rates and --tuned both choose learning rates"),
     (("resnet", "--layers", "9"), "must be 6n + 2 (8, 14, 20, ... 110), got '9'"),
     (("resnet", "--data", "cifar10"), "--data cifar10 needs --folder"),
     (("resnet", "--data", "mnist", "--folder", "/nowhere"), "/nowhere lacks train-images-idx3-ubyte"),
@@ -602,9 +772,10 @@ def test_coarse_and_plot_and_report(tmp_path, monkeypatch, capsys):
     (("grid",), "the following arguments are required: PROBLEM"),
     (("grid", "deep-linear", "--momenta", "1"), "must be a number from 0 to below 1, got '1'"),
     (("coarse", "--coarse-from", "x"), "must be a whole number of at least 1, got 'x'"),
+    (("coarse", "--coarse-from", "5", "--coarse-until", "3"), "--coarse-until must be above --coarse-from, 5, or both 0"),
     (("deep-linear", "--out", "/dev/null/x"), "Not a directory: '/dev/null/x"),
-    (("plot",), "must hold finished records of runs, and there are none"),
-    (("report",), "must hold finished records of runs, and there are none"),
+    (("plot",), "must hold finished records of runs, grids left out, and there are none"),
+    (("report",), "must hold finished records of runs and there are none"),
 ])  # fmt: skip
 def test_bad_options_are_refused(arguments, message, monkeypatch, capsys, tmp_path):
     out = () if arguments in ((), ("grid",)) or "--out" in arguments else ("--out", str(tmp_path))

@@ -22,6 +22,14 @@ def whole(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
+def seed(text: str) -> int:
+    """Read a number of at least 0 that a generator can start from."""
+    value = whole(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2**32, got {text!r}")
+    return value
+
+
 def number(text: str) -> float:
     """Read a finite number of at least 0."""
     try:
@@ -131,7 +139,7 @@ def _add_runs(command: argparse.ArgumentParser, seeds: int) -> None:
     _add_out(command)
     command.add_argument("--seeds", type=positive, default=seeds, help=f"runs of each kind (default: {seeds})")
     command.add_argument(
-        "--first-seed", type=whole, default=0, metavar="N", help="so that tuned runs see none of their grid's seeds"
+        "--first-seed", type=seed, default=0, metavar="N", help="so that tuned runs see none of their grid's seeds"
     )
     command.add_argument("--epochs", type=positive, help="epochs of each run (default: the paper's)")
     command.add_argument("--train", type=positive, metavar="N", help="training samples (default: all)")

@@ -24,6 +24,7 @@ CLASSES = 10
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _IMAGES, _LABELS = 0x0803, 0x0801  # unsigned bytes, in three dimensions and in one
 _CIFAR_SHAPE = (3, 32, 32)
+CIFAR_BATCH = 10_000  # images in a file
 _CIFAR_TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
 _CIFAR_TEST = ["test_batch"]
 
@@ -107,6 +108,8 @@ def _mnist_part(folder: Path, part: str) -> Images:
     x, y = read_idx(path, _IMAGES), read_idx(label_path, _LABELS)
     if x.shape[1:] != (28, 28):
         raise DataError(f"{path} must hold images of 28 by 28 pixels, got {x.shape[1]} by {x.shape[2]}")
+    if not len(x):
+        raise DataError(f"{path} must hold images, got none")
     if len(x) != len(y):
         raise DataError(f"{label_path} must hold a label for each of {len(x)} images, got {len(y)}")
     return _images(x[:, None], y, label_path)
@@ -138,6 +141,9 @@ def read_cifar10(folder: Path) -> ImageSet:
 def _cifar_part(folder: Path, names: Sequence[str], binary: bool) -> Images:
     paths = [_existing(folder, [folder / (name + ".bin" * binary)]) for name in names]
     batches = [(_binary_batch if binary else _python_batch)(path) for path in paths]
+    for path, batch in zip(paths, batches, strict=True):
+        if len(batch.y) != CIFAR_BATCH:
+            raise DataError(f"{path} must hold {CIFAR_BATCH} images, got {len(batch.y)}")
     return Images(torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches]))
 
 

@@ -31,32 +31,44 @@ class Grid:
         ]
 
 
+def base_of(settings: Settings) -> Settings:
+    """Return what all points of a grid have in common."""
+    return replace(settings, seed=0, lr=0.0, momentum=0.0, damping=None, kl_clip=None)
+
+
 def mean_at_end(records: Group, metric: str) -> float:
     """Return the mean of the last epoch's number over seeds; NaN if one is not finite."""
     return sum(record.values(metric)[-1] for record in records) / len(records)
 
 
-def ranked(records: Iterable[Record], metric: str) -> dict[str, list[Group]]:
-    """Group finished records by optimizer, and order the points of each grid, the best first.
+def ranked(records: Iterable[Record], metric: str) -> dict[Settings, list[Group]]:
+    """Sort finished records into grids, by what their points have in common, and order the points, the best first.
 
-    A point one of whose seeds diverged comes last.
+    Points are compared over the seeds that all of their grid have; one of whose seeds diverged comes last.
 
     Args:
         records: of any grids.
         metric: what decides; losses should be small, accuracies large.
     """
+    grids: dict[Settings, list[Group]] = {}
+    for group in by_settings(records):
+        grids.setdefault(base_of(group[0].settings), []).append(group)
+    return {base: _ordered(groups, metric) for base, groups in grids.items()}
+
+
+def _ordered(groups: Sequence[Group], metric: str) -> list[Group]:
     sign = -1 if metric.endswith("accuracy") else 1
+    seeds = set.intersection(*({record.settings.seed for record in group} for group in groups))
 
     def key(group: Group) -> float:
-        value = sign * mean_at_end(group, metric)
+        if any(record.has_diverged for record in group):
+            return math.inf
+        value = sign * mean_at_end([record for record in group if record.settings.seed in seeds] or group, metric)
         return math.inf if math.isnan(value) else value
 
-    result: dict[str, list[Group]] = {}
-    for group in by_settings(records):
-        result.setdefault(group[0].settings.label, []).append(group)
-    return {label: sorted(groups, key=key) for label, groups in result.items()}
+    return sorted(groups, key=key)
 
 
 def winners(records: Iterable[Record], metric: str) -> list[Settings]:
-    """Return the best point of each optimizer's grid."""
+    """Return the best point of each grid."""
     return [groups[0][0].settings for groups in ranked(records, metric).values()]

@@ -61,7 +61,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("numpy", "dtype"):
             return lambda *arguments: _Dtype(*arguments)
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            return _latin1
+            return lambda *arguments: _latin1(*arguments)
         raise RefusedError(f"it asks for {module}.{name}, and only arrays, bytes, str, dict and list are allowed")
 
     def persistent_load(self, pid: Any) -> Any:

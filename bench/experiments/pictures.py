@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 
 from experiments.intervals import mean_and_half
-from experiments.records import Group, Record, by_settings, labels, networks
+from experiments.records import Group, Record, by_settings, clock_of, labels, networks, survivors
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,7 +29,7 @@ _STYLES: dict[tuple[str, str | None], tuple[str, Any]] = {
     ("kfac2", "eigh"): ("#D55E00", "-"),
     ("kfac2", "cholesky"): ("#CC79A7", (0, (8, 1, 1, 1))),
 }
-_IN_ORDER = [
+_IN_ORDER: list[tuple[str, Any]] = [
     ("#D55E00", "-"),
     ("#56B4E9", "--"),
     ("#009E73", "-."),
@@ -37,6 +37,7 @@ _IN_ORDER = [
     ("#E69F00", "-"),
     ("#CC79A7", "--"),
 ]
+_MARKERS = ("", "o", "s", "^", "D", "v", "x", "+")  # tell apart what has the same colour and line
 _NAMES = {
     "train_loss": "training loss",
     "train_accuracy": "training accuracy",
@@ -79,23 +80,21 @@ def windows(records: Sequence[Record], path: Path) -> None:
     """
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     groups, metrics = by_settings(records), ("coarse_to_fine", "all_ones", "logits")
-    for group, style in zip(groups, _IN_ORDER * len(groups), strict=False):
-        label = group[0].settings.window
-        _line(axes[0, 0], _epochs(group), [record.values("train_loss") for record in group], style, label)
+    names = labels(groups, lambda settings: settings.window)
+    for i, (group, label) in enumerate(zip(groups, names, strict=True)):
+        style = *_IN_ORDER[i % len(_IN_ORDER)], _MARKERS[i // len(_IN_ORDER) % len(_MARKERS)]
+        some = survivors(group)
+        _line(axes[0, 0], _epochs(group), [record.values("train_loss") for record in some], style, label)
+        steps = [step["step"] + 1 for step in group[0].steps]
         for axis, metric in zip(axes.flat[1:], metrics, strict=True):
-            steps = [row["step"] + 1 for row in _steps(group[0])]
-            samples = [[np.nan if row[metric] is None else row[metric] for row in _steps(record)] for record in group]
+            samples = [record.step_values(metric) for record in some]
             _line(axis, steps, samples, style, label, by_logarithm=metric not in _SHARES)
     for axis, metric in zip(axes.flat[1:], metrics, strict=True):
         _name(axis, "step (the first is 1)", metric)
         axis.set_xscale("log")
     _name(axes[0, 0], "epoch", "train_loss")
-    figure.suptitle("Where the gain comes from: the coarse step taken in windows of steps")
+    figure.suptitle(f"The coarse step taken in windows of steps: {records[0].settings.network}")
     _finish(figure, axes, path)
-
-
-def _steps(record: Record) -> list[dict[str, Any]]:
-    return [step for row in record.epochs for step in row["steps"]]
 
 
 def _epochs(group: Group) -> list[int]:
@@ -105,14 +104,14 @@ def _epochs(group: Group) -> list[int]:
 def _curves(axis: Axes, groups: Sequence[Group], metric: str, by_time: bool) -> None:
     """Draw a curve for each group, against epochs or against the mean of their seconds."""
     used: Counter[Any] = Counter()
+    seconds, clock = clock_of(groups)
     for group, label in zip(groups, labels(groups), strict=True):
         settings = group[0].settings
         key = settings.optimizer, settings.inverse
-        style = _STYLES[key] if not used[key] else _IN_ORDER[used[key] % len(_IN_ORDER)]
+        style = *_STYLES[key], _MARKERS[used[key] % len(_MARKERS)]
         used[key] += 1
-        seconds = np.mean([record.values("seconds") for record in group], axis=0)
-        _line(axis, seconds if by_time else _epochs(group), [record.values(metric) for record in group], style, label)
-    clock = groups[0][0].machine["clock"] if groups else ""
+        x = np.mean([record.values(seconds) for record in group], axis=0) if by_time else _epochs(group)
+        _line(axis, x, [record.values(metric) for record in survivors(group)], style, label)
     _name(axis, f"seconds of training ({clock})" if by_time else "epoch", metric)
 
 
@@ -120,19 +119,25 @@ def _line(
     axis: Axes,
     x: Sequence[float] | np.ndarray,
     samples: Sequence[Sequence[float]],
-    style: tuple[str, Any],
+    style: tuple[str, Any, str],
     label: str,
     by_logarithm: bool = False,
 ) -> None:
     """Draw means and their intervals; `by_logarithm` of positive numbers, so that they are geometric means."""
+    colour, dashes, marker = style
+    if not samples:  # all diverged: the legend alone says so
+        axis.plot([], [], color=colour, linestyle=dashes, marker=marker, label=label)
+        return
     if by_logarithm:
         mean, half = mean_and_half(np.log(samples))
         mean, low, high = np.exp(mean), np.exp(mean - half), np.exp(mean + half)
     else:
         mean, half = mean_and_half(samples)
         low, high = mean - half, mean + half
-    colour, dashes = style
-    axis.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.8, label=label)
+    if np.isfinite(mean).sum() == 1:
+        marker = marker or "."  # no line is drawn through one point
+    spacing = max(1, len(mean) // 10)
+    axis.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.8, marker=marker, markevery=spacing, label=label)
     axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
@@ -167,7 +172,8 @@ def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
     handles = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
+    columns = 2 if max(map(len, handles), default=0) * 2 < figure.get_figwidth() * 13 else 1
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes that share runs end together
     figure.savefig(part, dpi=120, format="png")
     plt.close(figure)

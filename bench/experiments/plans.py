@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments import recipes
 from experiments.data import FASHION_MNIST
-from experiments.grid import Grid, winners
-from experiments.records import load_all, networks
-from experiments.settings import Settings
+from experiments.grid import Grid, base_of, winners
+from experiments.records import load_all
+from experiments.settings import DRAWN_SAMPLES, Settings
 
 # Options that replace an entry of the recipe where they are given.
 _ENTRIES = ("epochs", "train", "test", "layers", "width", "batch", "milestones", "data", "shortcut")
@@ -44,13 +44,15 @@ def plan_of(options: argparse.Namespace) -> Plan:
         PlanError: if options do not go together.
         RecordError: if a record of the grid cannot be read.
     """
-    bases = [_changed(base, options) for base in _bases(options)]
+    bases = [_checked(_changed(base, options)) for base in _bases(options)]
     name = options.command
     if options.command == "grid":
         name = f"grid-{options.problem}"
         grid = Grid(options.etas, options.momenta, options.dampings, options.clips)
         bases = [point for base in bases for point in grid.of(base)]
     elif options.command != "coarse" and options.tuned:
+        if options.rates:
+            raise PlanError("--rates and --tuned both choose learning rates: give one of them")
         name += "-tuned"
         bases = _tuned(bases, options)
     images = _folder(bases[0], options) if options.problem == "resnet" else None
@@ -75,7 +77,10 @@ def _bases(options: argparse.Namespace) -> list[Settings]:
 def _windows(options: argparse.Namespace) -> Sequence[tuple[int, int | None]]:
     if options.coarse_from is None and options.coarse_until is None:
         return recipes.WINDOWS
-    return [(options.coarse_from or 0, options.coarse_until)]
+    first, last = options.coarse_from or 0, options.coarse_until
+    if last is not None and last <= first and (first, last) != (0, 0):
+        raise PlanError(f"--coarse-until must be above --coarse-from, {first}, or both 0 for never; got {last}")
+    return [(first, last)]
 
 
 def _changed(base: Settings, options: argparse.Namespace) -> Settings:
@@ -86,24 +91,42 @@ def _changed(base: Settings, options: argparse.Namespace) -> Settings:
     return replace(changed, augment=False) if getattr(options, "no_augment", False) else changed
 
 
+def _checked(settings: Settings) -> Settings:
+    samples = settings.train or DRAWN_SAMPLES[0]
+    if settings.problem == "deep-linear" and samples % settings.batch == 1:
+        raise PlanError(
+            f"--train {samples} with --batch {settings.batch} leaves one sample for the last step, of which batch "
+            "normalisation can take no variance"
+        )
+    return settings
+
+
 def _tuned(bases: Sequence[Settings], options: argparse.Namespace) -> list[Settings]:
-    """Give each optimizer the numbers of its grid's winner: of the same network's grid, or of the only one."""
+    """Give each optimizer the numbers of its grid's winner."""
     folder = options.out / f"grid-{options.problem}"
-    grids = networks(load_all(folder))
-    if len(grids) > 1 and bases[0].network not in grids:
-        found = "; ".join(grids)
-        raise PlanError(f"--tuned needs one grid, or one of {bases[0].network}; in {folder} there are: {found}")
-    records = grids[bases[0].network] if len(grids) > 1 else [record for some in grids.values() for record in some]
-    won = {(s.optimizer, s.inverse): s for s in winners(records, options.by)}
-    missing = [base.label for base in bases if (base.optimizer, base.inverse) not in won]
-    if missing:
-        raise PlanError(f"--tuned needs finished grids in {folder}, and there is none of {', '.join(missing)}")
+    records = load_all(folder)
+    if not all(record.is_done for record in records):
+        raise PlanError(f"--tuned needs finished grids, and {folder} holds runs that are not: go on with them first")
+    best = {base_of(settings): settings for settings in winners(records, options.by)}
     tuned = []
     for base in bases:
-        best = won[base.optimizer, base.inverse]
-        numbers = {name: getattr(best, name) for name in ("lr", "momentum", "damping", "kl_clip")}
+        winner = _winner_for(base, best, folder)
+        numbers = {name: getattr(winner, name) for name in ("lr", "momentum", "damping", "kl_clip")}
         tuned.append(replace(base, **numbers))
     return tuned
+
+
+def _winner_for(base: Settings, best: Mapping[Settings, Settings], folder: Path) -> Settings:
+    """Take the grid that has all else in common with a run, or the only one of its optimizer."""
+    if base_of(base) in best:
+        return best[base_of(base)]
+    found = [winner for winner in best.values() if winner.label == base.label]
+    if len(found) != 1:
+        raise PlanError(
+            f"--tuned needs in {folder} a grid of {base.label} with the same options but for the tuned ones, or a "
+            f"single one with other options; there are {len(found)}"
+        )
+    return found[0]
 
 
 def _folder(base: Settings, options: argparse.Namespace) -> Path:

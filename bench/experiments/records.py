@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from measure import write
 from experiments.settings import INVERSES, OPTIMIZERS, Settings
 
 Row = dict[str, Any]
+_SYMBOLS = {"lr": "η", "momentum": "μ", "damping": "λ", "kl_clip": "κ"}
 METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
@@ -25,8 +25,10 @@ class Record:
     Attributes:
         settings: what was run.
         machine: what it ran on.
-        epochs: a row for each epoch: `METRICS`, `epoch`, `lr`, `seconds` of training by the clock that `machine`
-            names, `wall_seconds`, maybe `steps`. A number that is not finite is None.
+        epochs: a row for each epoch: `METRICS`, `epoch`, `lr`, `seconds` of training so far by the clock that
+            `machine` names, `wall_seconds`, maybe `steps`. `train_` is the mean over the epoch's steps, before each of
+            them and in training mode; `test_` is taken after the epoch, in evaluation mode. A number that is not
+            finite is None.
     """
 
     settings: Settings
@@ -38,9 +40,23 @@ class Record:
         """Whether all epochs are there."""
         return len(self.epochs) >= self.settings.epochs
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the training loss of any epoch was not finite."""
+        return any(row["train_loss"] is None for row in self.epochs)
+
     def values(self, metric: str) -> list[float]:
         """Return a number of each epoch, NaN for what was not finite."""
-        return [math.nan if row[metric] is None else row[metric] for row in self.epochs]
+        return _numbers(self.epochs, metric)
+
+    @property
+    def steps(self) -> list[Row]:
+        """The steps that were measured, of all epochs."""
+        return [step for row in self.epochs for step in row["steps"]]
+
+    def step_values(self, metric: str) -> list[float]:
+        """Return a number of each measured step, NaN for what was not finite."""
+        return _numbers(self.steps, metric)
 
 
 Group = Sequence[Record]  # records that differ in the seed only
@@ -48,6 +64,10 @@ Group = Sequence[Record]  # records that differ in the seed only
 
 class RecordError(ValueError):
     """A file is no record of a run."""
+
+
+def _numbers(rows: Iterable[Row], metric: str) -> list[float]:
+    return [math.nan if row[metric] is None else row[metric] for row in rows]
 
 
 def finite(number: float) -> float | None:
@@ -109,15 +129,38 @@ def networks(records: Sequence[Record]) -> dict[str, list[Record]]:
     return result
 
 
-def labels(groups: Sequence[Group]) -> list[str]:
-    """Name curves: by optimizer, and by what tells two of one optimizer apart."""
+def labels(groups: Sequence[Group], name: Callable[[Settings], str] = lambda settings: settings.label) -> list[str]:
+    """Name curves: by `name`, by all that tells two of one name apart, and by what became of the seeds."""
     settings = [group[0].settings for group in groups]
-    counts = Counter(s.label for s in settings)
-    return [s.label + (f", {_numbers(s)}" if counts[s.label] > 1 else "") for s in settings]
+    same_seeds = len({len(group) for group in groups}) == 1
+    result = []
+    for group, one in zip(groups, settings, strict=True):
+        alike = [other for other in settings if name(other) == name(one)]
+        parts = [name(one), *_differences(one, alike)]
+        if not same_seeds:
+            parts.append(f"{len(group)} seed" + "s" * (len(group) > 1))
+        diverged = sum(record.has_diverged for record in group)
+        result.append(", ".join(parts) + (f" ({diverged} of {len(group)} diverged)" if diverged else ""))
+    return result
 
 
-def _numbers(settings: Settings) -> str:
-    parts = [f"η {settings.lr:g}", f"μ {settings.momentum:g}"]
-    if settings.is_kfac:
-        parts += [f"λ {settings.damping:g}", f"κ {settings.kl_clip:g}"]
-    return ", ".join([*parts, f"batch {settings.batch}", f"{settings.epochs} epochs"])
+def _differences(one: Settings, alike: Sequence[Settings]) -> list[str]:
+    """Write those numbers of `one` that not all of `alike` have."""
+    parts = []
+    for field in fields(Settings):
+        value = getattr(one, field.name)
+        if field.name != "seed" and any(getattr(other, field.name) != value for other in alike):
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(f"{_SYMBOLS.get(field.name, field.name.replace('_', ' '))} {shown}")
+    return parts
+
+
+def survivors(group: Group) -> list[Record]:
+    """Return the records that did not diverge: means are theirs, and labels say that others did."""
+    return [record for record in group if not record.has_diverged]
+
+
+def clock_of(groups: Iterable[Group]) -> tuple[str, str]:
+    """Return which seconds of some groups can be compared, and what they are: wall time where clocks differ."""
+    clocks = {record.machine["clock"] for group in groups for record in group}
+    return ("seconds", clocks.pop()) if len(clocks) == 1 else ("wall_seconds", "wall time")

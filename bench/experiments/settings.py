@@ -11,6 +11,7 @@ from typing import Any
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "kfac1": "K-FAC, one level", "kfac2": "K-FAC, two levels"}
 INVERSES = {"eigh": "eigendecomposition", "cholesky": "factored Tikhonov"}
 SHORTCUTS = ("conv", "pad")
+DRAWN_SAMPLES = (25_000, 2_500)  # of the deep linear network, for training and for testing (Appendix B.1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class Settings:
     def network(self) -> str:
         """The network and its data, for people."""
         if self.problem == "deep-linear":
-            name = f"deep linear network, {self.layers} hidden layers"
+            name = f"deep linear network, {self.layers} hidden layers" + (
+                f" of {self.width}" if self.width != 10 else ""
+            )
         else:
             name = f"ResNet-{self.layers}" + (f", width {self.width}," if self.width != 16 else "")
             name += (" with padding shortcuts" if self.shortcut == "pad" else "") + f" on {self.data}"

@@ -9,7 +9,7 @@ from measure import table
 
 from experiments.grid import ranked
 from experiments.intervals import mean_and_half
-from experiments.records import Group, Record, by_settings, labels, networks
+from experiments.records import Group, Record, by_settings, clock_of, labels, networks, survivors
 from experiments.settings import Settings
 
 _ENDS = (
@@ -17,7 +17,6 @@ _ENDS = (
     ("train_accuracy", "train acc.", ".2%"),
     ("test_loss", "test loss", ".4f"),
     ("test_accuracy", "test acc.", ".2%"),
-    ("seconds", "seconds", ".1f"),
 )
 
 
@@ -35,16 +34,18 @@ def comparison(records: Sequence[Record], what: str = "") -> str:
 
 
 def _section(title: str, groups: Sequence[Group]) -> str:
-    ends = [_curve(group, "train_loss")[-1] for group in groups if group[0].settings.optimizer == "kfac1"]
-    goal = min((end for end in ends if np.isfinite(end)), default=None)
-    header = ["optimizer", "η", "seeds", "epochs", *(name for _, name, _ in _ENDS)]
+    alive = [group for group in groups if survivors(group)]
+    ends = [_curve(group, "train_loss")[-1] for group in alive if group[0].settings.optimizer == "kfac1"]
+    goal = min(ends, default=None)
+    seconds, clock = clock_of(groups)
+    header = ["optimizer", "η", "seeds", "epochs", *(name for _, name, _ in _ENDS), f"seconds ({clock})"]
     header += [f"to {goal:.4f}: epoch / s"] if goal is not None else []
     rows = []
     for group, label in zip(groups, labels(groups), strict=True):
         settings = group[0].settings
         row = [label, f"{settings.lr:g}", str(len(group)), str(settings.epochs)]
-        row += [_end(group, metric, spec) for metric, _, spec in _ENDS]
-        rows.append(row + ([_reached(group, goal)] if goal is not None else []))
+        row += [_end(group, metric, spec) for metric, _, spec in (*_ENDS, (seconds, clock, ".1f"))]
+        rows.append(row + ([_reached(group, goal, seconds)] if goal is not None else []))
     where = ", ".join(dict.fromkeys(_where(record) for group in groups for record in group))
     return f"### {title[0].upper()}{title[1:]}\n\n{table(header, rows)}\n\nOn {where}."
 
@@ -56,19 +57,24 @@ def _where(record: Record) -> str:
 
 
 def _curve(group: Group, metric: str) -> np.ndarray:
-    return mean_and_half([record.values(metric) for record in group])[0]
+    return mean_and_half([record.values(metric) for record in survivors(group)])[0]
 
 
 def _end(group: Group, metric: str, spec: str) -> str:
-    means, halves = mean_and_half([record.values(metric)[-1:] for record in group])
-    if not np.isfinite(means[0]):
+    """Write the last epoch's mean over the seeds that did not diverge, with its interval."""
+    some = survivors(group)
+    if not some:
         return "diverged"
+    means, halves = mean_and_half([record.values(metric)[-1:] for record in some])
+    spec = spec if abs(means[0]) < 1e4 else ".2e"
     return f"{means[0]:{spec}}" + (f" ± {halves[0]:{spec}}" if np.isfinite(halves[0]) else "")
 
 
-def _reached(group: Group, goal: float) -> str:
+def _reached(group: Group, goal: float, seconds: str) -> str:
+    if not survivors(group):
+        return "never"
     there = np.flatnonzero(_curve(group, "train_loss") <= goal)
-    return f"{there[0] + 1} / {_curve(group, 'seconds')[there[0]]:.1f}" if len(there) else "never"
+    return f"{there[0] + 1} / {_curve(group, seconds)[there[0]]:.1f}" if len(there) else "never"
 
 
 def winners(records: Sequence[Record], metric: str) -> str:
@@ -77,7 +83,8 @@ def winners(records: Sequence[Record], metric: str) -> str:
     sections = []
     for title, some in networks(records).items():
         rows = []
-        for label, groups in ranked(some, metric).items():
+        grids = [*ranked(some, metric).values()]
+        for label, groups in zip(labels([groups[0] for groups in grids]), grids, strict=True):
             numbers = _numbers(groups[0][0].settings)
             second = ", ".join(_numbers(groups[1][0].settings)) if len(groups) > 1 else "none"
             ends = [_end(groups[0], name, spec) for name, _, spec in _ENDS]
@@ -93,7 +100,7 @@ def _numbers(settings: Settings) -> list[str]:
 
 def windows(records: Sequence[Record]) -> str:
     """Write what each window of the coarse step leads to, and what the first step and the last epoch look like."""
-    header = ["coarse step taken", "seeds", *(name for _, name, _ in _ENDS[:-1])]
+    header = ["coarse step taken", "seeds", *(name for _, name, _ in _ENDS)]
     header += [
         "coarse / fine, first step",
         "in step 100",
@@ -101,18 +108,23 @@ def windows(records: Sequence[Record]) -> str:
         "at the end",
         "logits at the end",
     ]
-    rows = []
-    for group in by_settings(records):
-        steps = [[step for row in record.epochs for step in row["steps"]] for record in group]
-        row = [group[0].settings.window, str(len(group))]
-        row += [_end(group, metric, spec) for metric, _, spec in _ENDS[:-1]]
+    return "\n\n".join(
+        f"### Where the gain of the second level comes from: {title}\n\n{table(header, _window_rows(some))}"
+        for title, some in networks(records).items()
+    )
+
+
+def _window_rows(records: Sequence[Record]) -> list[list[str]]:
+    groups, rows = by_settings(records), []
+    for group, label in zip(groups, labels(groups, lambda settings: settings.window), strict=True):
+        row = [label, str(len(group))]
+        row += [_end(group, metric, spec) for metric, _, spec in _ENDS]
         places = (("coarse_to_fine", 0), ("coarse_to_fine", 99), ("all_ones", 0), ("all_ones", -1), ("logits", -1))
-        rows.append(row + [_of_steps(steps, metric, place) for metric, place in places])
-    return f"### Where the gain of the second level comes from\n\n{table(header, rows)}"
+        rows.append(row + [_of_steps(survivors(group), metric, place) for metric, place in places])
+    return rows
 
 
-def _of_steps(steps: Sequence[Sequence[dict[str, float | None]]], metric: str, place: int) -> str:
+def _of_steps(records: Sequence[Record], metric: str, place: int) -> str:
     """Mean over seeds of a number of one step; a run that is too short gives its last."""
-    values = [[row[min(place, len(row) - 1)][metric]] for row in steps]
-    mean = mean_and_half([[np.nan if value is None else value for value in row] for row in values])[0][0]
-    return f"{mean:.3g}"
+    values = [record.step_values(metric) for record in records]
+    return f"{np.mean([some[min(place, len(some) - 1)] for some in values]):.3g}" if values else "diverged"

@@ -15,11 +15,9 @@ from torch.distributions import Categorical
 from torch.optim import SGD, Adam, Optimizer
 
 import kfac2
-from experiments.data import CLASSES, READERS, ImageSet
+from experiments.data import CLASSES, READERS, DataError, Images, ImageSet
 from experiments.images import Normalisation, augmented, padded
-from experiments.settings import Settings
-
-_DRAWN_SAMPLES = (25_000, 2_500)  # of the deep linear network, for training and for testing (Appendix B.1)
+from experiments.settings import DRAWN_SAMPLES, Settings
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def task_of(settings: Settings, folder: Path | None) -> Task:
     Raises:
         DataError: if a file of data is missing or wrong.
     """
-    task = _deep_linear(settings) if folder is None else _resnet(settings, folder)
+    task = _deep_linear(settings) if settings.problem == "deep-linear" else _resnet(settings, folder)
     problem = task.problem
     problem.model.to(settings.device)
     problem.train, problem.test = (
@@ -62,15 +60,15 @@ def steps_of_epoch(settings: Settings, folder: Path | None) -> int:
     Raises:
         DataError: if a file of data is missing or wrong.
     """
-    if settings.data is None or folder is None:
-        samples = settings.train or _DRAWN_SAMPLES[0]
+    if settings.problem == "deep-linear":
+        samples = settings.train or DRAWN_SAMPLES[0]
     else:
-        samples = len(_image_set(settings.data, folder).train.first(settings.train).y)
+        samples = len(_parts(settings, folder)[0].y)
     return -(-samples // settings.batch)
 
 
 def _deep_linear(settings: Settings) -> Task:
-    train, test = (given or usual for given, usual in zip((settings.train, settings.test), _DRAWN_SAMPLES, strict=True))
+    train, test = (given or usual for given, usual in zip((settings.train, settings.test), DRAWN_SAMPLES, strict=True))
     problem = deep_linear(settings.seed, train, test, DeepLinear(settings.layers, settings.width), settings.batch)
     return Task(problem)
 
@@ -81,10 +79,18 @@ def _image_set(name: str, folder: Path) -> ImageSet:
     return ImageSet(padded(images.train), padded(images.test))
 
 
-def _resnet(settings: Settings, folder: Path) -> Task:
-    assert settings.data is not None and settings.shortcut is not None
+def _parts(settings: Settings, folder: Path | None) -> tuple[Images, Images]:
+    """Read the images to train on and to test on."""
+    assert settings.data is not None and folder is not None
     images = _image_set(settings.data, folder)
-    train, test = images.train.first(settings.train), images.test.first(settings.test)
+    for part, count in ((images.train, settings.train), (images.test, settings.test)):
+        if count is not None and count > len(part.y):
+            raise DataError(f"{folder} holds {len(part.y)} images where {count} are asked for")
+    return images.train.first(settings.train), images.test.first(settings.test)
+
+
+def _resnet(settings: Settings, folder: Path | None) -> Task:
+    train, test = _parts(settings, folder)
     network = ResNet(
         (settings.layers - 2) // 6, train.x.shape[1], settings.width, CLASSES, pads=settings.shortcut == "pad"
     )
@@ -96,7 +102,7 @@ def _resnet(settings: Settings, folder: Path) -> Task:
         (test.x, test.y),
         settings.batch,
         F.cross_entropy,
-        lambda out: Categorical(logits=out),
+        lambda out: Categorical(logits=out, validate_args=False),
         lambda out, y: out.argmax(-1) == y,
     )
     normalise = Normalisation.of(train).to(settings.device)
