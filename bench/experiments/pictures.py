@@ -137,7 +137,8 @@ def _line(
     if np.isfinite(mean).sum() == 1:
         marker = marker or "."  # no line is drawn through one point
     spacing = max(1, len(mean) // 10)
-    axis.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.8, marker=marker, markevery=spacing, label=label)
+    (line,) = axis.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.8, label=label)
+    line.set(marker=marker, markersize=4, markevery=spacing)
     axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 

@@ -109,7 +109,7 @@ def _order(settings: Settings) -> tuple[Any, ...]:
     until = math.inf if settings.coarse_until is None else settings.coarse_until
     optimizer, inverse = list(OPTIMIZERS).index(settings.optimizer), [None, *INVERSES].index(settings.inverse)
     window = settings.coarse_from, until
-    return settings.layers, optimizer, inverse, window, -settings.lr, settings.of_seed(0).name, settings.seed
+    return settings.layers, optimizer, inverse, window, settings.lr, settings.of_seed(0).name, settings.seed
 
 
 def by_settings(records: Iterable[Record]) -> list[Group]:
