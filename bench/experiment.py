@@ -15,6 +15,7 @@ from experiments.progress import Bars
 from experiments.records import Record, RecordError, load_all, networks
 from experiments.runs import CheckpointError, run_all
 from experiments.tasks import steps_of_epoch
+from measure import into_place
 from rich.console import Console
 
 
@@ -65,7 +66,7 @@ def report(out: Path, metric: str) -> str:
 
 
 def main() -> None:
-    """Run a command; one that trains also draws and prints what there is then."""
+    """Run a command; one that trains also draws, prints and writes down what there is then."""
     parser = command_line.parser()
     options = parser.parse_args()
     try:
@@ -73,6 +74,9 @@ def main() -> None:
             train(options)
         drawn = [] if options.command == "report" else plot(options.out)
         text = "" if options.command == "plot" else report(options.out, getattr(options, "by", "train_loss"))
+        if text:
+            with into_place(options.out / "experiments.md") as part:
+                part.write_text(f"# The experiments, from their records\n\n{text}\n")
     except (DataError, PlanError, RecordError, CheckpointError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -8,7 +8,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,14 @@ def write(path: Path, text: str) -> None:
     """Write a file beside its place, then move it there."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
+    os.replace(part, path)
+
+
+@contextmanager
+def into_place(path: Path) -> Iterator[Path]:
+    """Yield a path of this process's own to write to; what is there then takes the place of `path`."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    yield part
     os.replace(part, path)
 
 

@@ -750,7 +750,8 @@ def test_coarse_and_plot_and_report(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "coarse-deep-linear-network-4-hidden-layers-96-samples.png"
     picture.unlink()
     assert call(monkeypatch, capsys, "plot", "--out", tmp_path).split() == [str(picture)]
-    assert "steps 2 to 3" in call(monkeypatch, capsys, "report", "--out", tmp_path)
+    text = call(monkeypatch, capsys, "report", "--out", tmp_path)
+    assert "steps 2 to 3" in text and text in (tmp_path / "experiments.md").read_text()
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from measure import into_place
 
 from experiments.intervals import mean_and_half
 from experiments.records import Group, Record, by_settings, clock_of, labels, networks, survivors
@@ -175,7 +175,6 @@ def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
     }
     columns = 2 if max(map(len, handles), default=0) * 2 < figure.get_figwidth() * 13 else 1
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes that share runs end together
-    figure.savefig(part, dpi=120, format="png")
+    with into_place(path) as part:  # processes that share runs end together
+        figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
-    part.replace(path)
