@@ -656,7 +656,9 @@ def test_curves_are_means_with_intervals(tmp_path):
     assert high - 2 == pytest.approx(12.706) and 2 - low == pytest.approx(12.706)
     assert by_time.lines[0].get_xdata().tolist() == [3, 6, 9] and "(CPU time)" in by_time.get_xlabel()
     assert mixed.lines[0].get_xdata().tolist() == [5, 10, 15] and "(wall time)" in mixed.get_xlabel()
-    styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in mixed.lines]
+    pictures._curves(mixed, [[run_of(0, [1.0])]], "train_loss", False)
+    assert mixed.lines[-1].get_marker() == "."
+    styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in mixed.lines[:2]]
     assert len({*styles}) == 2
     pictures.plt.close(figure)
 

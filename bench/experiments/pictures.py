@@ -134,9 +134,9 @@ def _line(
     else:
         mean, half = mean_and_half(samples)
         low, high = mean - half, mean + half
-    if np.isfinite(mean).sum() == 1:
-        marker = marker or "."  # no line is drawn through one point
     spacing = max(1, len(mean) // 10)
+    if np.isfinite(mean).sum() == 1:  # no line is drawn through one point
+        marker, spacing = marker or ".", 1
     (line,) = axis.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.8, label=label)
     line.set(marker=marker, markersize=4, markevery=spacing)
     axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
