@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Collector:
         Raises:
             ValueError: if the distribution carries no graph, or none that holds a captured output.
         """
+        if any(value.isnan().any() for _, value in _parameters(distribution)):
+            # Not drawn from: on a CUDA device that fails an assertion, after which the process can use it no more.
+            self.poisoned = self._not_finite_source(distribution)
+            return
         try:
             with torch.no_grad():
                 labels = distribution.sample()
@@ -127,11 +131,16 @@ class Collector:
         for record in self.captures.records:
             if not record.x.isfinite().all():
                 return f"the input of {record.layer.name}"
-        for name, value in vars(distribution).items():
-            if isinstance(value, Distribution):
-                inner = self._not_finite_source(value)
-                if inner is not None:
-                    return inner
-            elif isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+        for name, value in _parameters(distribution):
+            if not value.isfinite().all():
                 return f"{name.lstrip('_')} of the distribution"
         return None
+
+
+def _parameters(distribution: Distribution) -> Iterator[tuple[str, Tensor]]:
+    """Find the tensors of a distribution, and of those that it is made of."""
+    for name, value in vars(distribution).items():
+        if isinstance(value, Distribution):
+            yield from _parameters(value)
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            yield name, value

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
 from test_state import flatten
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Independent
 
 from kfac2 import KFAC, Preconditioner, reference
 from kfac2.inverses import invert
@@ -69,6 +69,33 @@ def test_the_step_is_skipped_and_only_the_iteration_count_moves(where, value):
     model.train()
     iterate(model, opt, x)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+class NeverDrawn(Categorical):
+    def sample(self, sample_shape=()):
+        pytest.fail("drawn from NaNs, which on a CUDA device ends the process")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_nothing_is_drawn_from_nans(wrapped):
+    model = net()
+    opt = KFAC(model)
+    logits = model(torch.randn(4, 3)).unflatten(0, (2, 2)) * torch.tensor([1.0, float("nan")])
+    distribution = NeverDrawn(logits=logits, validate_args=False)
+    opt.accumulate_fisher(Independent(distribution, 1, validate_args=False) if wrapped else distribution)
+    logits.sum().backward()
+    with pytest.warns(RuntimeWarning, match="a NaN or an infinity in logits of the distribution at iteration 0"):
+        opt.step()
+
+
+def test_a_class_that_is_masked_is_no_fault():
+    model = net()
+    opt = KFAC(model)
+    out = model(torch.randn(6, 3))
+    opt.accumulate_fisher(Categorical(logits=torch.cat([out, torch.full((6, 1), -torch.inf)], 1)))
+    out.square().mean().backward()
+    opt.step()
+    assert opt.factors("3")[1].isfinite().all()
 
 
 def test_a_bad_first_step_leaves_a_sound_optimizer():
