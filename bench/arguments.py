@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -20,15 +21,24 @@ def positive(text: str) -> int:
     return number
 
 
-def seconds(text: str) -> float:
-    """Read a number above 0."""
+def above_zero(text: str) -> float:
+    """Read a finite number above 0."""
+    return _number(text, lambda value: 0 < value < math.inf, "above 0")
+
+
+def below_one(text: str) -> float:
+    """Read a number in [0, 1)."""
+    return _number(text, lambda value: 0 <= value < 1, "from 0 to below 1")
+
+
+def _number(text: str, is_allowed: Callable[[float], bool], what: str) -> float:
     try:
-        number = float(text)
+        value = float(text)
     except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return number
+        value = math.nan
+    if not is_allowed(value):
+        raise argparse.ArgumentTypeError(f"must be a number {what}, got {text!r}")
+    return value
 
 
 def device_name(text: str) -> str:

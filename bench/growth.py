@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from arguments import add_where, positive, seconds, some_of, writable
+from arguments import above_zero, add_where, positive, some_of, writable
 from layer_sets import LayerSet
 from measure import Clock, Spread, digits, interleaved, machine, table, write_json
 from torch import Tensor
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=128, help="samples of the ResNets (default: 128)")
     parser.add_argument("--largest", type=positive, default=256, help="leave out sizes above (default: 256)")
     parser.add_argument("--rounds", type=positive, default=25, help="at most (default: 25)")
-    parser.add_argument("--seconds", type=seconds, default=30.0, help="for each series (default: 30)")
+    parser.add_argument("--seconds", type=above_zero, default=30.0, help="for each series (default: 30)")
     parser.add_argument("--out", type=writable, default=Path("growth.png"), help="the picture (default: growth.png)")
     parser.add_argument("--json", type=writable, metavar="PATH", help="also write the numbers there")
     add_where(parser)

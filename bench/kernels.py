@@ -15,7 +15,7 @@ from typing import Any
 
 import cases
 import torch
-from arguments import add_where, positive, seconds, some_of, writable
+from arguments import above_zero, add_where, positive, some_of, writable
 from cases import CONVOLUTIONS, GROUPS, Case
 from layer_sets import LayerSet
 from measure import Clock, Spread, digits, interleaved, machine, ratios, table, write_json
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=128, help="samples (default: 128)")
     parser.add_argument("--rounds", type=positive, default=25, help="of each case, at most (default: 25)")
     parser.add_argument(
-        "--seconds", type=seconds, default=5.0, help="for each case, then no further round (default: 5)"
+        "--seconds", type=above_zero, default=5.0, help="for each case, then no further round (default: 5)"
     )
     parser.add_argument("--json", type=writable, metavar="PATH", help="also write the numbers there")
     add_where(parser)

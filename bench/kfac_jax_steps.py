@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from arguments import positive, seconds
+from arguments import above_zero, positive
 
 # One CPU thread, as for torch; read when jax is imported.
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--net", required=True, choices=["deep-linear", "resnet-8", "resnet-20", "resnet-56"])
     parser.add_argument("--batch", type=positive, required=True)
     parser.add_argument("--rounds", type=positive, required=True, help="at most")
-    parser.add_argument("--seconds", type=seconds, default=300.0, help="then no further round starts (default: 300)")
+    parser.add_argument("--seconds", type=above_zero, default=300.0, help="then no further round starts (default: 300)")
     args = parser.parse_args()
     try:
         import kfac_jax  # noqa: F401

@@ -60,7 +60,7 @@ class Collector:
         Raises:
             ValueError: if the distribution carries no graph, or none that holds a captured output.
         """
-        if any(value.isnan().any() for _, value in _parameters(distribution)):
+        if any(_has_nan(value) for _, value in _parameters(distribution)):
             # Not drawn from: on a CUDA device that fails an assertion, after which the process can use it no more.
             self.poisoned = self._not_finite_source(distribution)
             return
@@ -144,3 +144,8 @@ def _parameters(distribution: Distribution) -> Iterator[tuple[str, Tensor]]:
             yield from _parameters(value)
         elif isinstance(value, Tensor) and value.is_floating_point():
             yield name, value
+
+
+def _has_nan(values: Tensor) -> bool:
+    """Tell by the greatest number, which is NaN if any is: no mask as large as a language model's logits."""
+    return bool(values.numel()) and bool(values.detach().amax().isnan())

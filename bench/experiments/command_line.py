@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from arguments import device_name, positive, some_of
+from arguments import above_zero, below_one, device_name, positive, some_of
 
 from experiments.data import FASHION_MNIST, READERS
 from experiments.grid import Grid
@@ -27,33 +27,6 @@ def seed(text: str) -> int:
     value = whole(text)
     if value >= 2**32:
         raise argparse.ArgumentTypeError(f"must be below 2**32, got {text!r}")
-    return value
-
-
-def number(text: str) -> float:
-    """Read a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """Read a finite number above 0."""
-    value = number(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
-def below_one(text: str) -> float:
-    """Read a number in [0, 1)."""
-    value = number(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}")
     return value
 
 

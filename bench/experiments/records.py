@@ -113,11 +113,10 @@ def _order(settings: Settings) -> tuple[Any, ...]:
 
 
 def by_settings(records: Iterable[Record]) -> list[Group]:
-    """Group records that differ in nothing but the seed (and are finished), in the order in which they come."""
+    """Group finished records that differ in nothing but the seed, in the order in which they come."""
     groups: dict[Settings, list[Record]] = {}
     for record in records:
-        if record.is_done:
-            groups.setdefault(record.settings.of_seed(0), []).append(record)
+        groups.setdefault(record.settings.of_seed(0), []).append(record)
     return [*groups.values()]
 
 
