@@ -124,7 +124,7 @@ def extensions(cuda: bool) -> list[Extension]:
     info = Extension(
         "kfac2._C",
         [build_info],
-        include_dirs=[pybind11.get_include()],
+        include_dirs=[pybind11.get_include(), str(ROOT / "csrc/include")],
         extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", *known],
         language="c++",
     )

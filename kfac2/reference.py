@@ -169,6 +169,17 @@ def coarse_fisher(
     return fisher
 
 
+def average_coarse_sums(
+    raw: Tensor, scales: Tensor | None = None, previous: Tensor | None = None, kept: float = 0.0
+) -> Tensor:
+    """Average the sums of one kind: ε X + (1 - ε) diag(s) raw diag(s), one entry after the other (Algorithm 1)."""
+    averages = torch.zeros_like(raw)
+    for q, r in product(range(len(raw)), repeat=2):
+        new = raw[q, r] if scales is None else scales[q] * scales[r] * raw[q, r]
+        averages[q, r] = new if previous is None else kept * previous[q, r] + (1 - kept) * new
+    return averages
+
+
 def _pi(A: Tensor, G: Tensor) -> Tensor:
     trace_a, trace_g = A.trace() / A.shape[0], G.trace() / G.shape[0]
     return (trace_a / trace_g).sqrt() if trace_a > 0 and trace_g > 0 else trace_a.new_ones(())

@@ -85,32 +85,6 @@ def test_eigendecompose_and_precondition(drawn):
         assert_equal(ours, theirs, tolerance)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_native_eigendecomposition_follows_lapack(dtype):
-    """Sizes that the front leaves to torch on a CPU among them."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 1), (1, 3), (0, 4), (3, 16), (1, 33), (1, 96)]
-    stacks = [torch.randn(q, d, d, dtype=torch.float64, generator=generator) for q, d in shapes]
-    stacks = [(stack + stack.mT).to(dtype) for stack in stacks]
-    values, vectors, status = torch.ops.kfac2.eigendecompose(stacks)
-    assert status.tolist() == [0] * 8 and status.dtype == torch.int32
-    for stack, w, V in zip(stacks, values, vectors, strict=True):
-        exact = torch.linalg.eigvalsh(stack.double())
-        assert_equal(w, exact.clamp(min=0), 1e-5 if dtype == torch.float32 else 1e-13)
-        assert_equal(
-            V.double() @ torch.diag_embed(exact) @ V.double().mT, stack, 1e-5 if dtype == torch.float32 else 1e-13
-        )
-
-
-def test_native_eigendecomposition_reads_the_lower_triangle_of_any_strides():
-    stack = torch.stack([spd(3), spd(3)])
-    noisy = (stack + torch.full_like(stack, 9.0).triu(1)).mT.contiguous().mT
-    for ours, theirs in zip(
-        torch.ops.kfac2.eigendecompose([noisy]), torch.ops.kfac2.eigendecompose([stack]), strict=True
-    ):
-        assert torch.equal(ours[0], theirs[0])
-
-
 @pytest.mark.parametrize("size", [3, 30])
 def test_floored_eigh(size):
     good, broken = spd(size), spd(size)

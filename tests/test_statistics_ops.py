@@ -119,6 +119,35 @@ def test_coarse_fisher(blocks, grouped):
     sums = torch.stack([torch.stack([p.sum() for p in row]) for row in pairs])
     expected = reference.coarse_fisher(pairs, pairs, layer_of_block)
     assert_equal(ops.coarse_fisher(sums, sums, layer_of_block), expected)
+    assert_equal(ops.coarse_fisher(sums, sums, layer_of_block if grouped else None), expected)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.float32,) * 2, (torch.float32, torch.float64)])
+@pytest.mark.parametrize("given", [(), ("input_scales",), ("previous",), ("input_scales", "grad_scales", "previous")])
+@pytest.mark.parametrize("layer_of_block", [None, [0, 1, 1, 0, 2, 2, 2]])
+def test_average_coarse_sums(layer_of_block, given, dtypes):
+    raw = [torch.randn(7, 7, dtype=torch.float64) for _ in range(4)]
+    raw = [(m + m.T).to(dtypes[i // 2]) for i, m in enumerate(raw)]
+    scales = [torch.rand(7, dtype=torch.float64) if name in given else None for name in ("input_scales", "grad_scales")]
+    previous = tuple(raw[2:]) if "previous" in given else None
+    got = ops.average_coarse_sums(
+        *raw[:2],
+        input_scales=scales[0],
+        grad_scales=scales[1],
+        previous=previous,
+        kept=0.9,
+        layer_of_block=layer_of_block,
+    )
+    expected = [
+        reference.average_coarse_sums(raw[i].double(), scales[i], previous and previous[i].double(), 0.9)
+        for i in range(2)
+    ]
+    ones = [[[entry.reshape(1, 1) for entry in row] for row in sums] for sums in expected]
+    expected.append(reference.coarse_fisher(*ones, layer_of_block or list(range(7))))
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == (dtypes[1] if previous else dtypes[0])
+        assert torch.equal(ours, ours.T)
+        assert_equal(ours.double(), theirs, 1e-12 if dtypes[0] == torch.float64 else 1e-6)
 
 
 def test_splitting_work_among_threads_changes_nothing():

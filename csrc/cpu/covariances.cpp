@@ -29,24 +29,22 @@ constexpr int64_t kSplitWorth = 1 << 10;    // multiply-adds for each number of 
 struct Plan {
   RowSource source;
   void* covariances;
-  std::vector<AxisPiece> axes[kSpatialRank];
   std::vector<Piece> pieces;
   int64_t splits;  // tasks that the samples are shared among
 
-  Plan(const RowSource& row_source, void* out) : source(row_source), covariances(out) {
-    for (int axis = 0; axis < kSpatialRank; ++axis) axes[axis] = axis_pieces(source, axis);
-    pieces = combine(axes);
-    const int64_t numbers = source.row_length() * source.row_length();
-    splits = std::min({products() / kTaskProducts, products() / std::max<int64_t>(1, kSplitWorth * numbers), kMaxSplits,
-                       source.batch});
+  Plan(const RowSource& row_source, void* out) : source(row_source), covariances(out), pieces(pieces_of(row_source)) {
+    splits = std::min({products() / kTaskProducts, products() / std::max<int64_t>(1, kSplitWorth * numbers()),
+                       kMaxSplits, source.batch});
     splits = std::max<int64_t>(1, splits);
   }
 
   int64_t products() const {  // multiply-adds of one group
     int64_t places = 0;
-    for (const Piece& piece : pieces) places += piece.axes[0]->count * piece.axes[1]->count * piece.axes[2]->count;
+    for (const Piece& piece : pieces) places += piece.positions();
     return places * source.batch * source.channels_per_group() * source.channels_per_group();
   }
+
+  int64_t numbers() const { return source.row_length() * source.row_length(); }  // of one covariance
 };
 
 // x of a block of samples as [sample, place, channel], channels padded with zeros to whole vectors.
@@ -96,7 +94,8 @@ class Accumulator {
         pitch_(padded_ % kAliasNumbers == 0 ? padded_ + kVectorBytes / int64_t{sizeof(Sum)} : padded_),
         x_(static_cast<const T*>(source_.data) + group * channels_ * source_.channel_stride),
         products_(plan.pieces.size() * padded_ * padded_, Sum(0)),
-        bias_(source_.window.bias != 0 ? source_.window.offsets() * padded_ : 0, Sum(0)) {}
+        with_ones_(source_.window.bias != 0),
+        ones_(with_ones_ ? plan.pieces.size() * padded_ : 0, Sum(0)) {}
 
   void add(int64_t sample_begin, int64_t sample_end) {
     const int64_t step = source_.places() * pitch_;
@@ -119,37 +118,18 @@ class Accumulator {
 
   // Adds what was summed to a [d, d] matrix; channel slowest, kernel offsets faster, bias last.
   void scatter(int64_t samples, Sum* covariance) const {
-    const int64_t offsets = source_.window.offsets(), d = source_.row_length();
+    const int64_t d = source_.row_length();
     for (size_t index = 0; index < plan_.pieces.size(); ++index) {
-      const Piece& piece = plan_.pieces[index];
-      const Sum* products = products_.data() + index * padded_ * padded_;
-      for (const auto& [o1, o2] : offset_pairs(piece)) {
-        // In tiles, since one of the two elements written for each product lies a row of the result further.
-        for (int64_t first1 = 0; first1 < channels_; first1 += kScatterTile) {
-          for (int64_t first2 = piece.symmetric ? first1 : 0; first2 < channels_; first2 += kScatterTile) {
-            for (int64_t c1 = first1; c1 < std::min(channels_, first1 + kScatterTile); ++c1) {
-              const int64_t begin = piece.symmetric ? std::max(c1, first2) : first2;
-              for (int64_t c2 = begin; c2 < std::min(channels_, first2 + kScatterTile); ++c2) {
-                const Sum sum = products[c1 * padded_ + c2];
-                const int64_t row = c1 * offsets + o1, column = c2 * offsets + o2;
-                covariance[row * d + column] += sum;
-                if (row != column) covariance[column * d + row] += sum;
-              }
-            }
-          }
-        }
-      }
+      const AxisPiece &z = plan_.pieces[index].axes[0], &y = plan_.pieces[index].axes[1],
+                      &x = plan_.pieces[index].axes[2];
+      for (int i = 0; i < z.offset_count; ++i)
+        for (int j = 0; j < y.offset_count; ++j)
+          for (int k = 0; k < x.offset_count; ++k)
+            scatter(index, covariance,
+                    flat(z.offset_first + i * z.offset_step, y.offset_first + j * y.offset_step,
+                         x.offset_first + k * x.offset_step));
     }
-    if (bias_.empty()) return;
-    const Sum ones = static_cast<Sum>(source_.window.bias);
-    for (int64_t c = 0; c < channels_; ++c) {
-      for (int64_t o = 0; o < offsets; ++o) {
-        const Sum sum = ones * bias_[o * padded_ + c];
-        covariance[(c * offsets + o) * d + d - 1] += sum;
-        covariance[(d - 1) * d + c * offsets + o] += sum;
-      }
-    }
-    covariance[d * d - 1] += ones * ones * static_cast<Sum>(samples * source_.grid_places());
+    if (with_ones_) covariance[d * d - 1] += static_cast<Sum>(samples * source_.grid_places());
   }
 
  private:
@@ -180,60 +160,69 @@ class Accumulator {
     int64_t samples, sample_step, pitch;  // pitch: from place to place
   };
 
-  void add_positions(const Positions& at) {
-    for (size_t piece = 0; piece < plan_.pieces.size(); ++piece) add_piece(at, piece);
-    if (!bias_.empty()) add_bias(at);
+  int64_t flat(int64_t z, int64_t y, int64_t x) const {  // number of a kernel offset
+    return (z * source_.window.kernel[1] + y) * source_.window.kernel[2] + x;
   }
 
-  std::vector<std::pair<int64_t, int64_t>> offset_pairs(const Piece& piece) const {
-    std::vector<std::pair<int64_t, int64_t>> pairs;
-    const int64_t* kernel = source_.window.kernel;
-    const auto flat = [&](int64_t z, int64_t y, int64_t x) { return (z * kernel[1] + y) * kernel[2] + x; };
-    for (const int64_t z : piece.axes[0]->offsets)
-      for (const int64_t y : piece.axes[1]->offsets)
-        for (const int64_t x : piece.axes[2]->offsets)
-          pairs.emplace_back(flat(z, y, x), flat(z + piece.axes[0]->difference, y + piece.axes[1]->difference,
-                                                 x + piece.axes[2]->difference));
-    return pairs;
+  // One piece at the pair (o1, o1 + difference), and with a bias the sums of x at o1.
+  void scatter(size_t index, Sum* covariance, int64_t o1) const {
+    const Piece& piece = plan_.pieces[index];
+    const Sum* products = products_.data() + index * padded_ * padded_;
+    const int64_t offsets = source_.window.offsets(), d = source_.row_length();
+    const int64_t o2 = o1 + flat(piece.axes[0].difference, piece.axes[1].difference, piece.axes[2].difference);
+    // In tiles, since one of the two elements written for each product lies a row of the result further.
+    for (int64_t first1 = 0; first1 < channels_; first1 += kScatterTile) {
+      for (int64_t first2 = piece.symmetric ? first1 : 0; first2 < channels_; first2 += kScatterTile) {
+        for (int64_t c1 = first1; c1 < std::min(channels_, first1 + kScatterTile); ++c1) {
+          const int64_t begin = piece.symmetric ? std::max(c1, first2) : first2;
+          for (int64_t c2 = begin; c2 < std::min(channels_, first2 + kScatterTile); ++c2) {
+            const Sum sum = products[c1 * padded_ + c2];
+            const int64_t row = c1 * offsets + o1, column = c2 * offsets + o2;
+            covariance[row * d + column] += sum;
+            if (row != column) covariance[column * d + row] += sum;
+          }
+        }
+      }
+    }
+    for (int64_t c = 0; piece.symmetric && with_ones_ && c < channels_; ++c) {
+      const Sum sum = ones_[index * padded_ + c];
+      covariance[(c * offsets + o1) * d + d - 1] += sum;
+      covariance[(d - 1) * d + c * offsets + o1] += sum;
+    }
+  }
+
+  void add_positions(const Positions& at) {
+    for (size_t piece = 0; piece < plan_.pieces.size(); ++piece) add_piece(at, piece);
   }
 
   void add_piece(const Positions& at, size_t index) {
     const Piece& piece = plan_.pieces[index];
-    const int64_t height = source_.extent[1], width = source_.extent[2];
-    const AxisPiece &z = *piece.axes[0], &y = *piece.axes[1], &x = *piece.axes[2];
+    const int64_t width = source_.extent[2], plane = source_.extent[1] * width;
+    const AxisPiece &z = piece.axes[0], &y = piece.axes[1], &x = piece.axes[2];
     OuterProducts<Sum> run;
-    run.left = at.x + ((z.first * height + y.first) * width + x.first) * at.pitch;
-    run.right = run.left + ((z.shift * height + y.shift) * width + x.shift) * at.pitch;
+    run.left = at.x + (z.first * plane + y.first * width + x.first) * at.pitch;
+    run.right = run.left + (z.shift * plane + y.shift * width + x.shift) * at.pitch;
     run.sums = products_.data() + index * padded_ * padded_;
     run.rows = run.columns = run.sums_step = padded_;
     run.upper_only = piece.symmetric;
     const int64_t counts[4] = {at.samples, z.count, y.count, x.count};
-    const int64_t steps[4] = {at.sample_step, z.step * height * width * at.pitch, y.step * width * at.pitch,
-                              x.step * at.pitch};
+    const int64_t steps[4] = {at.sample_step, z.step * plane * at.pitch, y.step * width * at.pitch, x.step * at.pitch};
     std::copy_n(counts, 4, run.count);
     std::copy_n(steps, 4, run.step);
     add_outer_products(run);
+    if (piece.symmetric && with_ones_) add_ones(run, ones_.data() + index * padded_);
   }
 
-  // bias_[o] += sum of x at offset o of every place.
-  void add_bias(const Positions& at) {
-    const int64_t* kernel = source_.window.kernel;
-    for (int64_t o = 0; o < source_.window.offsets(); ++o) {
-      const OffsetRange z = offset_range(source_, 0, o / (kernel[1] * kernel[2]));
-      const OffsetRange y = offset_range(source_, 1, o / kernel[2] % kernel[1]);
-      const OffsetRange x = offset_range(source_, 2, o % kernel[2]);
-      Sum* sums = bias_.data() + o * padded_;
-      for (int64_t n = 0; n < at.samples; ++n)
-        for (int64_t i = 0; i < z.count; ++i)
-          for (int64_t j = 0; j < y.count; ++j)
-            for (int64_t k = 0; k < x.count; ++k) {
-              const int64_t line = (z.first + i * z.step) * source_.extent[1] + y.first + j * y.step;
-              const int64_t place = line * source_.extent[2] + x.first + k * x.step;
-              const Sum* from = at.x + n * at.sample_step + place * at.pitch;
+  // sums += the piece's x: its products with the ones of the bias.
+  void add_ones(const OuterProducts<Sum>& run, Sum* sums) const {
+    for (int64_t i = 0; i < run.count[0]; ++i)
+      for (int64_t j = 0; j < run.count[1]; ++j)
+        for (int64_t k = 0; k < run.count[2]; ++k)
+          for (int64_t l = 0; l < run.count[3]; ++l) {
+            const Sum* x = run.left + i * run.step[0] + j * run.step[1] + k * run.step[2] + l * run.step[3];
 #pragma omp simd
-              for (int64_t c = 0; c < padded_; ++c) sums[c] += from[c];
-            }
-    }
+            for (int64_t c = 0; c < padded_; ++c) sums[c] += x[c];
+          }
   }
 
   const Plan& plan_;
@@ -242,8 +231,9 @@ class Accumulator {
   int64_t pitch_;  // from place to place in the block
   const T* x_;
   std::vector<Sum> products_;  // [pieces, padded, padded]
-  std::vector<Sum> bias_;      // [offsets, padded]
-  std::vector<Sum> block_;     // [samples, places, pitch]
+  bool with_ones_;
+  std::vector<Sum> ones_;   // [pieces, padded], with a bias
+  std::vector<Sum> block_;  // [samples, places, pitch]
 };
 
 struct Task {
@@ -253,17 +243,44 @@ struct Task {
   std::vector<char> sums;  // [d, d] of a split layer; an unsplit one writes its result at once
 };
 
-}  // namespace
+class Covariances : public Work {
+ public:
+  explicit Covariances(const CovariancesParams& params) {
+    for (int64_t i = 0; i < params.layers; ++i) {
+      plans_.push_back(std::make_unique<Plan>(params.sources[i], params.covariances[i]));
+      const Plan& plan = *plans_.back();
+      for (int64_t group = 0; group < plan.source.window.groups; ++group)
+        for (int64_t split = 0; split < plan.splits; ++split)
+          tasks_.push_back({&plan, group, split, plan.products() / plan.splits, {}});
+    }
+    // The largest first, so that no thread is left with one at the end.
+    std::stable_sort(tasks_.begin(), tasks_.end(),
+                     [](const Task& a, const Task& b) { return a.products > b.products; });
+    for (const Task& task : tasks_)
+      if (task.plan->splits > 1 && task.split == 0) split_layers_.push_back(&task);
+  }
 
-struct Covariances::State {
-  std::vector<std::unique_ptr<Plan>> plans;
-  std::vector<Task> tasks;
+  int64_t tasks() const override { return static_cast<int64_t>(tasks_.size()); }
 
+  void run_task(int64_t index) override {
+    Task& task = tasks_[index];
+    const RowSource& source = task.plan->source;
+    with_type(source.element_type, source.data, [&](const auto* x) { run<ElementOf<decltype(x)>>(task); });
+  }
+
+  int64_t merges() const override { return static_cast<int64_t>(split_layers_.size()); }
+
+  void run_merge(int64_t index) override {
+    const Task& first = *split_layers_[index];
+    first.plan->source.element_type == ElementType::kFloat64 ? merge<double>(first) : merge<float>(first);
+  }
+
+ private:
   template <typename T>
-  void run(Task& task) {
-    const Plan& plan = *task.plan;
-    const int64_t numbers = plan.source.row_length() * plan.source.row_length();
+  void run(Task& task) const {
     using Sum = SumType<T>;
+    const Plan& plan = *task.plan;
+    const int64_t numbers = plan.numbers();
     Sum* sums = static_cast<Sum*>(plan.covariances) + task.group * numbers;
     if (plan.splits > 1) {
       task.sums.resize(numbers * sizeof(Sum));
@@ -278,12 +295,12 @@ struct Covariances::State {
   }
 
   template <typename Sum>
-  void merge(const Task& first) {
-    const int64_t numbers = first.plan->source.row_length() * first.plan->source.row_length();
+  void merge(const Task& first) const {
+    const int64_t numbers = first.plan->numbers();
     Sum* out = static_cast<Sum*>(first.plan->covariances) + first.group * numbers;
     std::fill_n(out, numbers, Sum(0));
     for (int64_t split = 0; split < first.plan->splits; ++split) {
-      for (Task& task : tasks) {
+      for (const Task& task : tasks_) {
         if (task.plan != first.plan || task.group != first.group || task.split != split) continue;
         const Sum* sums = reinterpret_cast<const Sum*>(task.sums.data());
         for (int64_t i = 0; i < numbers; ++i) out[i] += sums[i];
@@ -291,47 +308,13 @@ struct Covariances::State {
     }
   }
 
-  std::vector<const Task*> split_layers;  // the first task of each layer and group that needs a merge
+  std::vector<std::unique_ptr<Plan>> plans_;
+  std::vector<Task> tasks_;
+  std::vector<const Task*> split_layers_;  // the first task of each layer and group that needs a merge
 };
 
-Covariances::Covariances(const CovariancesParams& params) : state_(new State) {
-  for (int64_t i = 0; i < params.layers; ++i) {
-    state_->plans.push_back(std::make_unique<Plan>(params.sources[i], params.covariances[i]));
-    const Plan& plan = *state_->plans.back();
-    for (int64_t group = 0; group < plan.source.window.groups; ++group)
-      for (int64_t split = 0; split < plan.splits; ++split)
-        state_->tasks.push_back({&plan, group, split, plan.products() / plan.splits, {}});
-  }
-  // The largest first, so that no thread is left with one at the end.
-  std::stable_sort(state_->tasks.begin(), state_->tasks.end(),
-                   [](const Task& a, const Task& b) { return a.products > b.products; });
-  for (const Task& task : state_->tasks)
-    if (task.plan->splits > 1 && task.split == 0) state_->split_layers.push_back(&task);
-}
+}  // namespace
 
-Covariances::~Covariances() { delete state_; }
-
-int64_t Covariances::tasks() const { return static_cast<int64_t>(state_->tasks.size()); }
-
-void Covariances::run_task(int64_t index) {
-  Task& task = state_->tasks[index];
-  switch (task.plan->source.element_type) {
-    case ElementType::kFloat32: state_->run<float>(task); break;
-    case ElementType::kFloat64: state_->run<double>(task); break;
-    case ElementType::kFloat16: state_->run<Half>(task); break;
-    case ElementType::kBFloat16: state_->run<BFloat16>(task); break;
-  }
-}
-
-int64_t Covariances::merges() const { return static_cast<int64_t>(state_->split_layers.size()); }
-
-void Covariances::run_merge(int64_t index) {
-  const Task& first = *state_->split_layers[index];
-  if (first.plan->source.element_type == ElementType::kFloat64) {
-    state_->merge<double>(first);
-  } else {
-    state_->merge<float>(first);
-  }
-}
+std::unique_ptr<Work> covariances(const CovariancesParams& params) { return std::make_unique<Covariances>(params); }
 
 }  // namespace kfac2::cpu

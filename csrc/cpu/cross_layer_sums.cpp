@@ -23,7 +23,8 @@ struct ClassPair {
   int64_t places;
 };
 
-// sums[i][j] = rows_i . cols_j over `length` numbers, for a tile of up to kRowTile x kRowTile.
+// sums[i][j] = rows_i . cols_j over `length` numbers, for a tile of kRowTile x kRowTile. Sixteen names, since the
+// compiler keeps scalars in registers, and an array of them in memory.
 template <typename T>
 KFAC2_INLINE void dot_tile_of(const T* const* rows, const T* const* cols, int64_t length,
                               T (&sums)[kRowTile][kRowTile]) {
@@ -119,93 +120,82 @@ class BlockRows {
   std::vector<T> copy_;
 };
 
-}  // namespace
+class CrossLayerSums : public Work {
+ public:
+  explicit CrossLayerSums(const CrossLayerSumsParams& params)
+      : params_(params),
+        classes_(grid_classes(params.count, [&](int64_t i) -> const Grid& { return params.maps[i].grid; })) {
+    int64_t products = 0;
+    for (size_t p = 0; p < classes_.size(); ++p) {
+      for (size_t q = p; q < classes_.size(); ++q) {
+        const GridClass &first = classes_[p], &second = classes_[q];
+        const Meeting meeting = meet(first.grid, second.grid);
+        const int64_t places = meeting.grid.places();
+        if (places == 0 || first.grid.places() == 0 || second.grid.places() == 0) continue;  // an empty grid: no rows
+        pairs_.push_back({static_cast<int64_t>(p), static_cast<int64_t>(q), meeting, places});
+        products += params.batch * places * static_cast<int64_t>(first.members.size() * second.members.size());
+      }
+    }
+    tasks_ = std::max<int64_t>(1, std::min({products / kTaskProducts, kMaxTasks, params.batch}));
+    partial_.assign(tasks_ * params.count * params.count, 0.0);
+  }
 
-struct CrossLayerSums::State {
-  CrossLayerSumsParams params;
-  std::vector<GridClass> classes;
-  std::vector<ClassPair> pairs;
-  int64_t tasks = 1;
-  std::vector<double> partial;  // [tasks, count, count]
+  int64_t tasks() const override { return tasks_; }
+
+  void run_task(int64_t task) override {
+    const int64_t begin = params_.batch * task / tasks_, end = params_.batch * (task + 1) / tasks_;
+    params_.is_double ? add_samples<double>(task, begin, end) : add_samples<float>(task, begin, end);
+  }
+
+  int64_t merges() const override { return 1; }
+
+  void run_merge(int64_t) override { params_.is_double ? merge<double>() : merge<float>(); }
+
+ private:
+  template <typename T>
+  void add_samples(int64_t task, int64_t begin, int64_t end) {
+    double* sums = partial_.data() + task * params_.count * params_.count;
+    BlockRows<T> first_rows, second_rows;
+    for (const ClassPair& pair : pairs_) {
+      const GridClass &first = classes_[pair.first], &second = classes_[pair.second];
+      const int64_t block = std::max<int64_t>(1, kBlockPlaces / pair.places);
+      for (int64_t n = begin; n < end; n += block) {
+        const int64_t samples = std::min(block, end - n);
+        const auto& rows = first_rows.at(params_, first, pair, n, samples);
+        const bool same = pair.first == pair.second;
+        const auto& cols = same ? rows : second_rows.at(params_, second, pair, n, samples);
+        add_products<T>(rows, first.members, cols, second.members, same, samples * pair.places, sums, params_.count);
+      }
+    }
+  }
 
   template <typename T>
-  void add_samples(int64_t task, int64_t begin, int64_t end);
-  template <typename T>
-  void merge() const;
+  void merge() const {
+    const int64_t count = params_.count;
+    const T* previous = static_cast<const T*>(params_.previous);
+    T* sums = static_cast<T*>(params_.sums);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = i; j < count; ++j) {
+        double sum = 0;
+        for (int64_t task = 0; task < tasks_; ++task) sum += partial_[(task * count + i) * count + j];
+        sum *= params_.scale;
+        if (previous != nullptr) sum += params_.kept * static_cast<double>(previous[i * count + j]);
+        sums[i * count + j] = sums[j * count + i] = static_cast<T>(sum);
+      }
+    }
+  }
+
+  CrossLayerSumsParams params_;
+  std::vector<GridClass> classes_;
+  std::vector<ClassPair> pairs_;
+  int64_t tasks_ = 1;
+  std::vector<double> partial_;  // [tasks, count, count]
 };
 
-CrossLayerSums::CrossLayerSums(const CrossLayerSumsParams& params) : state_(new State) {
-  State& state = *state_;
-  state.params = params;
-  state.classes = grid_classes(params.count, [&](int64_t i) -> const Grid& { return params.maps[i].grid; });
-  int64_t products = 0;
-  for (size_t p = 0; p < state.classes.size(); ++p) {
-    for (size_t q = p; q < state.classes.size(); ++q) {
-      const GridClass &first = state.classes[p], &second = state.classes[q];
-      const Meeting meeting = meet(first.grid, second.grid);
-      const int64_t places = meeting.grid.places();
-      if (places == 0 || first.grid.places() == 0 || second.grid.places() == 0) continue;  // an empty grid has no rows
-      state.pairs.push_back({static_cast<int64_t>(p), static_cast<int64_t>(q), meeting, places});
-      products += params.batch * places * static_cast<int64_t>(first.members.size() * second.members.size());
-    }
-  }
-  state.tasks = std::max<int64_t>(1, std::min({products / kTaskProducts, kMaxTasks, params.batch}));
-  state.partial.assign(state.tasks * params.count * params.count, 0.0);
-}
+}  // namespace
 
-CrossLayerSums::~CrossLayerSums() { delete state_; }
-
-int64_t CrossLayerSums::tasks() const { return state_->tasks; }
-
-template <typename T>
-void CrossLayerSums::State::add_samples(int64_t task, int64_t begin, int64_t end) {
-  double* sums = partial.data() + task * params.count * params.count;
-  BlockRows<T> first_rows, second_rows;
-  for (const ClassPair& pair : pairs) {
-    const GridClass &first = classes[pair.first], &second = classes[pair.second];
-    const int64_t block = std::max<int64_t>(1, kBlockPlaces / pair.places);
-    for (int64_t n = begin; n < end; n += block) {
-      const int64_t samples = std::min(block, end - n);
-      const auto& rows = first_rows.at(params, first, pair, n, samples);
-      const bool same = pair.first == pair.second;
-      const auto& cols = same ? rows : second_rows.at(params, second, pair, n, samples);
-      add_products<T>(rows, first.members, cols, second.members, same, samples * pair.places, sums, params.count);
-    }
-  }
-}
-
-void CrossLayerSums::run_task(int64_t task) {
-  const int64_t begin = state_->params.batch * task / state_->tasks;
-  const int64_t end = state_->params.batch * (task + 1) / state_->tasks;
-  if (state_->params.is_double) {
-    state_->add_samples<double>(task, begin, end);
-  } else {
-    state_->add_samples<float>(task, begin, end);
-  }
-}
-
-template <typename T>
-void CrossLayerSums::State::merge() const {
-  const int64_t count = params.count;
-  const T* previous = static_cast<const T*>(params.previous);
-  T* sums = static_cast<T*>(params.sums);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = i; j < count; ++j) {
-      double sum = 0;
-      for (int64_t task = 0; task < tasks; ++task) sum += partial[(task * count + i) * count + j];
-      sum *= params.scale;
-      if (previous != nullptr) sum += params.kept * static_cast<double>(previous[i * count + j]);
-      sums[i * count + j] = sums[j * count + i] = static_cast<T>(sum);
-    }
-  }
-}
-
-void CrossLayerSums::merge() {
-  if (state_->params.is_double) {
-    state_->merge<double>();
-  } else {
-    state_->merge<float>();
-  }
+std::unique_ptr<Work> cross_layer_sums(const CrossLayerSumsParams& params) {
+  return std::make_unique<CrossLayerSums>(params);
 }
 
 }  // namespace kfac2::cpu

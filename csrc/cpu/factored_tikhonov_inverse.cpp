@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <vector>
 
 #include "integers.h"
 #include "outer_products.h"
@@ -186,27 +187,44 @@ bool invert(const FactorPair& pair, bool is_A, double damping) {
   return sweeps.invert(static_cast<const T*>(pair.G), static_cast<T>(shifts.G), static_cast<T*>(pair.G_inv));
 }
 
+// One task for each factor, the largest first.
+class FactoredTikhonovInverse : public Work {
+ public:
+  explicit FactoredTikhonovInverse(const FactoredTikhonovInverseParams& params)
+      : params_(params), order_(2 * params.count), failed_(2 * params.count) {
+    std::iota(order_.begin(), order_.end(), 0);
+    const auto size = [&](int64_t factor) {
+      const FactorPair& pair = params.pairs[factor / 2];
+      return factor % 2 == 0 ? pair.d_in : pair.d_out;
+    };
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return size(a) > size(b); });
+  }
+
+  int64_t tasks() const override { return 2 * params_.count; }
+
+  void run_task(int64_t task) override {
+    const int64_t factor = order_[task];
+    const auto invert_as = params_.is_double ? invert<double> : invert<float>;
+    failed_[factor] = !invert_as(params_.pairs[factor / 2], factor % 2 == 0, params_.damping);
+  }
+
+  int64_t merges() const override { return 1; }
+
+  void run_merge(int64_t) override {
+    for (int64_t pair = 0; pair < params_.count; ++pair)
+      params_.status[pair] = failed_[2 * pair] != 0 || failed_[2 * pair + 1] != 0;
+  }
+
+ private:
+  FactoredTikhonovInverseParams params_;
+  std::vector<int64_t> order_;   // factors: 2 * pair for A, 2 * pair + 1 for G
+  std::vector<int32_t> failed_;  // by factor
+};
+
 }  // namespace
 
-FactoredTikhonovInverse::FactoredTikhonovInverse(const FactoredTikhonovInverseParams& params)
-    : params_(params), order_(2 * params.count), failed_(2 * params.count) {
-  std::iota(order_.begin(), order_.end(), 0);
-  const auto size = [&](int64_t factor) {
-    const FactorPair& pair = params.pairs[factor / 2];
-    return factor % 2 == 0 ? pair.d_in : pair.d_out;
-  };
-  std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return size(a) > size(b); });
-}
-
-void FactoredTikhonovInverse::run_task(int64_t task) {
-  const int64_t factor = order_[task];
-  const auto invert_as = params_.is_double ? invert<double> : invert<float>;
-  failed_[factor] = !invert_as(params_.pairs[factor / 2], factor % 2 == 0, params_.damping);
-}
-
-void FactoredTikhonovInverse::merge() {
-  for (int64_t pair = 0; pair < params_.count; ++pair)
-    params_.status[pair] = failed_[2 * pair] != 0 || failed_[2 * pair + 1] != 0;
+std::unique_ptr<Work> factored_tikhonov_inverse(const FactoredTikhonovInverseParams& params) {
+  return std::make_unique<FactoredTikhonovInverse>(params);
 }
 
 }  // namespace kfac2::cpu

@@ -48,27 +48,43 @@ bool gather(const GradientPart& part, const T* data, Sum* matrices) {
   return finite;
 }
 
+class GatherGradients : public Work {
+ public:
+  explicit GatherGradients(const GatherGradientsParams& params)
+      : params_(params),
+        first_part_(shares(params.count, [&](int64_t i) { return params.parts[i].elements(); })),
+        first_bad_(first_part_.size() - 1, params.none_bad) {}
+
+  int64_t tasks() const override { return static_cast<int64_t>(first_bad_.size()); }
+
+  void run_task(int64_t task) override {
+    for (int64_t i = first_part_[task]; i < first_part_[task + 1]; ++i) {
+      const GradientPart& part = params_.parts[i];
+      with_type(part.element_type, part.data, [&](const auto* data) {
+        const bool finite = params_.is_double ? gather(part, data, static_cast<double*>(params_.matrices))
+                                              : gather(part, data, static_cast<float*>(params_.matrices));
+        if (!finite) first_bad_[task] = std::min(first_bad_[task], part.number);
+      });
+    }
+  }
+
+  int64_t merges() const override { return 1; }
+
+  void run_merge(int64_t) override {
+    *params_.first_bad = static_cast<int32_t>(
+        first_bad_.empty() ? params_.none_bad : *std::min_element(first_bad_.begin(), first_bad_.end()));
+  }
+
+ private:
+  GatherGradientsParams params_;
+  std::vector<int64_t> first_part_;  // of each task, and their number
+  std::vector<int64_t> first_bad_;   // by task
+};
+
 }  // namespace
 
-GatherGradients::GatherGradients(const GatherGradientsParams& params)
-    : params_(params),
-      first_part_(shares(params.count, [&](int64_t i) { return params.parts[i].elements(); })),
-      first_bad_(first_part_.size() - 1, params.none_bad) {}
-
-void GatherGradients::run_task(int64_t task) {
-  for (int64_t i = first_part_[task]; i < first_part_[task + 1]; ++i) {
-    const GradientPart& part = params_.parts[i];
-    with_type(part.element_type, part.data, [&](const auto* data) {
-      const bool finite = params_.is_double ? gather(part, data, static_cast<double*>(params_.matrices))
-                                            : gather(part, data, static_cast<float*>(params_.matrices));
-      if (!finite) first_bad_[task] = std::min(first_bad_[task], part.number);
-    });
-  }
-}
-
-void GatherGradients::merge() {
-  *params_.first_bad = static_cast<int32_t>(
-      first_bad_.empty() ? params_.none_bad : *std::min_element(first_bad_.begin(), first_bad_.end()));
+std::unique_ptr<Work> gather_gradients(const GatherGradientsParams& params) {
+  return std::make_unique<GatherGradients>(params);
 }
 
 }  // namespace kfac2::cpu

@@ -5,15 +5,18 @@
 #include <algorithm>
 #include <vector>
 
+#include "integers.h"
 #include "scalar.h"
 #include "simd.h"
 
 namespace kfac2::cpu {
 namespace {
 
-constexpr int64_t kFewChannels = 40;  // as many as a place may have to be summed beside others
+constexpr int64_t kFewChannels = 40;  // at most, where several places are summed side by side
 constexpr int kPlacesAtOnce = 8;
-constexpr int64_t kLongPlane = 1024;  // places from which on several channels are added at once
+constexpr int64_t kLongPlane = 1024;        // places from which on several channels are added at once
+constexpr int64_t kTaskElements = 1 << 18;  // worth a task of their own
+constexpr int64_t kMaxTasks = 64;
 
 // Channels last: plane[p] = sum of one run of memory. Short runs side by side, so that no sum waits for the last.
 template <typename T>
@@ -104,7 +107,7 @@ Runs merged_runs(const RowSource& source, int64_t samples) {
   return runs;
 }
 
-// plane[n, p] = sum over the group's channels of x[n, c, p]; p runs over D, H, W, W fastest.
+// plane[n, p] = sum over channels of x[n, c, p]; p runs over D, H, W, W fastest.
 template <typename T>
 void sum_channels(const RowSource& source, const T* x, int64_t samples, SumType<T>* plane) {
   const Runs runs = merged_runs(source, samples);
@@ -112,7 +115,7 @@ void sum_channels(const RowSource& source, const T* x, int64_t samples, SumType<
     for (int64_t j = 0; j < runs.count[1]; ++j)
       for (int64_t k = 0; k < runs.count[2]; ++k) {
         const T* run = x + i * runs.stride[0] + j * runs.stride[1] + k * runs.stride[2];
-        sum_run_of(run, runs.places, runs.step, source.channels_per_group(), source.channel_stride, plane);
+        sum_run_of(run, runs.places, runs.step, source.channels, source.channel_stride, plane);
         plane += runs.places;
       }
 }
@@ -187,49 +190,59 @@ const SumType<T>* filtered_plane(const RowSource& source, const T* x, std::vecto
 }
 
 template <typename T>
-void layer_share(const RowSource& source, void* maps, int64_t sample_begin, int64_t sample_end) {
-  using Sum = SumType<T>;
-  std::vector<Sum> plane, scratch;
-  const bool identity = is_identity(source.window);
-  const Sum ones = static_cast<Sum>(source.window.bias);
-  const int64_t channels = source.channels_per_group();
+void add_share(const RowSource& source, const T* x, int64_t begin, int64_t end, SumType<T>* map) {
+  std::vector<SumType<T>> plane, scratch;
   const int64_t places = source.grid_places();
-  const int64_t samples = sample_end - sample_begin;
-  for (int64_t q = 0; q < source.window.groups; ++q) {
-    const T* x =
-        static_cast<const T*>(source.data) + q * channels * source.channel_stride + sample_begin * source.batch_stride;
-    Sum* map = static_cast<Sum*>(maps) + (q * source.batch + sample_begin) * places;
-    if (identity) {
-      sum_channels<T>(source, x, samples, map);
-    } else {
-      for (int64_t n = 0; n < samples; ++n) {
-        std::copy_n(filtered_plane<T>(source, x + n * source.batch_stride, plane, scratch), places, map + n * places);
-      }
-    }
-    for (int64_t p = 0; ones != 0 && p < samples * places; ++p) map[p] += ones;
+  x += begin * source.batch_stride;
+  map += begin * places;
+  if (is_identity(source.window)) {
+    sum_channels<T>(source, x, end - begin, map);
+  } else {
+    for (int64_t n = 0; n < end - begin; ++n)
+      std::copy_n(filtered_plane<T>(source, x + n * source.batch_stride, plane, scratch), places, map + n * places);
   }
+  const SumType<T> ones = static_cast<SumType<T>>(source.window.bias);
+  for (int64_t p = 0; ones != 0 && p < (end - begin) * places; ++p) map[p] += ones;
 }
+
+// Task k takes the k-th share of the samples of every source, so that tasks weigh the same however the sources differ.
+// Shares begin at a multiple of kPlacesAtOnce samples: each place is then summed as it is without shares.
+class LayerMaps : public Work {
+ public:
+  explicit LayerMaps(const LayerMapsParams& params) : params_(params) {
+    int64_t elements = 0, most = 0;
+    for (int64_t i = 0; i < params.count; ++i) {
+      const RowSource& source = params.sources[i];
+      elements += source.batch * source.channels * source.places();
+      most = std::max(most, ceil_div(source.batch, kPlacesAtOnce));
+    }
+    tasks_ = std::max<int64_t>(1, std::min({elements / kTaskElements, kMaxTasks, most}));
+  }
+
+  int64_t tasks() const override { return tasks_; }
+
+  void run_task(int64_t task) override {
+    for (int64_t i = 0; i < params_.count; ++i) {
+      const RowSource& source = params_.sources[i];
+      const int64_t begin = share(source, task), end = share(source, task + 1);
+      with_type(source.element_type, source.data, [&](const auto* x) {
+        using Sum = SumType<ElementOf<decltype(x)>>;
+        if (begin < end) add_share(source, x, begin, end, static_cast<Sum*>(params_.maps[i]));
+      });
+    }
+  }
+
+ private:
+  int64_t share(const RowSource& source, int64_t task) const {
+    return std::min(source.batch, ceil_div(source.batch, kPlacesAtOnce) * task / tasks_ * kPlacesAtOnce);
+  }
+
+  LayerMapsParams params_;
+  int64_t tasks_;
+};
 
 }  // namespace
 
-int64_t layer_maps_slots(const LayerMapsParams& params) {
-  int64_t slots = 0;
-  for (int64_t i = 0; i < params.layers; ++i) slots = std::max(slots, params.sources[i].batch);
-  return slots;
-}
-
-void layer_maps(const LayerMapsParams& params, int64_t slot_begin, int64_t slot_end) {
-  const int64_t slots = layer_maps_slots(params);
-  for (int64_t i = 0; i < params.layers; ++i) {
-    const RowSource& source = params.sources[i];
-    const int64_t begin = source.batch * slot_begin / slots, end = source.batch * slot_end / slots;
-    switch (source.element_type) {
-      case ElementType::kFloat32: layer_share<float>(source, params.maps[i], begin, end); break;
-      case ElementType::kFloat64: layer_share<double>(source, params.maps[i], begin, end); break;
-      case ElementType::kFloat16: layer_share<Half>(source, params.maps[i], begin, end); break;
-      case ElementType::kBFloat16: layer_share<BFloat16>(source, params.maps[i], begin, end); break;
-    }
-  }
-}
+std::unique_ptr<Work> layer_maps(const LayerMapsParams& params) { return std::make_unique<LayerMaps>(params); }
 
 }  // namespace kfac2::cpu

@@ -46,27 +46,40 @@ void zero_part(const GradientPart& part, T* data) {
   });
 }
 
+class WriteGradients : public Work {
+ public:
+  explicit WriteGradients(const WriteGradientsParams& params)
+      : params_(params), first_part_(shares(params.count, [&](int64_t i) { return params.parts[i].elements(); })) {}
+
+  int64_t tasks() const override { return static_cast<int64_t>(first_part_.size()) - 1; }
+
+  void run_task(int64_t task) override {
+    for (int64_t i = first_part_[task]; i < first_part_[task + 1]; ++i) {
+      const GradientPart& part = params_.parts[i];
+      const bool kept = !part.belongs() || params_.usable[part.layer] == 0;
+      with_type(part.element_type, part.data, [&](auto* data) {
+        if (*params_.found != 0) return zero_part(part, data);
+        if (kept) return;
+        const double shift = params_.shifts[part.layer], scale = *params_.scale;
+        if (params_.is_double) {
+          write_part(part, data, static_cast<const double*>(params_.directions), shift, scale);
+        } else {
+          write_part(part, data, static_cast<const float*>(params_.directions), static_cast<float>(shift),
+                     static_cast<float>(scale));
+        }
+      });
+    }
+  }
+
+ private:
+  WriteGradientsParams params_;
+  std::vector<int64_t> first_part_;  // of each task, and their number
+};
+
 }  // namespace
 
-WriteGradients::WriteGradients(const WriteGradientsParams& params)
-    : params_(params), first_part_(shares(params.count, [&](int64_t i) { return params.parts[i].elements(); })) {}
-
-void WriteGradients::run_task(int64_t task) {
-  for (int64_t i = first_part_[task]; i < first_part_[task + 1]; ++i) {
-    const GradientPart& part = params_.parts[i];
-    const bool kept = !part.belongs() || params_.usable[part.layer] == 0;
-    with_type(part.element_type, part.data, [&](auto* data) {
-      if (*params_.found != 0) return zero_part(part, data);
-      if (kept) return;
-      const double shift = params_.shifts[part.layer], scale = *params_.scale;
-      if (params_.is_double) {
-        write_part(part, data, static_cast<const double*>(params_.directions), shift, scale);
-      } else {
-        write_part(part, data, static_cast<const float*>(params_.directions), static_cast<float>(shift),
-                   static_cast<float>(scale));
-      }
-    });
-  }
+std::unique_ptr<Work> write_gradients(const WriteGradientsParams& params) {
+  return std::make_unique<WriteGradients>(params);
 }
 
 }  // namespace kfac2::cpu

@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "integers.h"
@@ -21,11 +20,19 @@
 namespace kfac2 {
 
 // One axis of a piece: x[first + m*step] times x[first + m*step + shift], m < count, for every pair
-// (o1, o1 + difference) with o1 among `offsets`. Positions are those of the input, padding taken off.
+// (o1, o1 + difference) with o1 = offset_first, offset_first + offset_step, ... Positions are those of the input,
+// padding taken off. The offsets whose range holds a piece follow each other, since their ranges all have the length
+// of the grid and move with them.
 struct AxisPiece {
-  int64_t difference;
-  int64_t first, count, step, shift;
-  std::vector<int64_t> offsets;
+  int difference;
+  int first, count, step, shift;
+  int offset_first, offset_count, offset_step;
+
+  KFAC2_HOST_DEVICE bool holds(int o1, int o2) const {
+    const int from_first = o1 - offset_first;
+    return o2 - o1 == difference && from_first >= 0 && from_first % offset_step == 0 &&
+           from_first / offset_step < offset_count;
+  }
 };
 
 // Steps m for which base + m*step lies in [0, extent).
@@ -56,12 +63,22 @@ inline void add_pieces(const Window& window, int axis, int64_t extent, int64_t g
   std::sort(cuts.begin(), cuts.end());
   cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
   for (std::size_t cut = 0; cut + 1 < cuts.size(); ++cut) {
-    AxisPiece piece{difference, base + cuts[cut] * step, cuts[cut + 1] - cuts[cut], step, shift, {}};
+    std::vector<int64_t> held;
     for (const int64_t o1 : offsets) {
       const Range range = range_of(o1);
-      if (range.begin <= cuts[cut] && cuts[cut + 1] <= range.end) piece.offsets.push_back(o1);
+      if (range.begin <= cuts[cut] && cuts[cut + 1] <= range.end) held.push_back(o1);
     }
-    if (!piece.offsets.empty()) pieces.push_back(std::move(piece));
+    if (held.empty()) continue;
+    const int64_t numbers[] = {difference,
+                               base + cuts[cut] * step,
+                               cuts[cut + 1] - cuts[cut],
+                               step,
+                               shift,
+                               held[0],
+                               static_cast<int64_t>(held.size()),
+                               held.size() > 1 ? held[1] - held[0] : 1};
+    const auto as_int = [&](int i) { return static_cast<int>(numbers[i]); };
+    pieces.push_back({as_int(0), as_int(1), as_int(2), as_int(3), as_int(4), as_int(5), as_int(6), as_int(7)});
   }
 }
 
@@ -77,36 +94,32 @@ inline std::vector<AxisPiece> axis_pieces(const RowSource& source, int axis) {
   return pieces;
 }
 
-// A piece of all three axes, with the pairs of (flattened) kernel offsets it is added to.
+// A piece of all three axes. A symmetric one has no difference: it is added to the block of each of its offsets and
+// itself, and the sums of its x to the bias's row there.
 struct Piece {
-  const AxisPiece* axes[kSpatialRank];
-  bool symmetric;  // o1 == o2
+  AxisPiece axes[kSpatialRank];
+  bool symmetric;
+
+  KFAC2_HOST_DEVICE int64_t positions() const {  // of one sample
+    return int64_t{axes[0].count} * axes[1].count * axes[2].count;
+  }
 };
 
-inline std::vector<Piece> combine(const std::vector<AxisPiece> (&axes)[kSpatialRank]) {
+// All pieces of a source. Block(o2, o1) is the transpose of block(o1, o2): one of two opposite differences is enough,
+// the one that leads with a positive number.
+inline std::vector<Piece> pieces_of(const RowSource& source) {
+  const std::vector<AxisPiece> z_axis = axis_pieces(source, 0), y_axis = axis_pieces(source, 1),
+                               x_axis = axis_pieces(source, 2);
   std::vector<Piece> pieces;
-  for (const AxisPiece& z : axes[0]) {
-    for (const AxisPiece& y : axes[1]) {
-      for (const AxisPiece& x : axes[2]) {
-        // block(o2, o1) is the transpose of block(o1, o2): one of two opposite differences is enough.
-        const int64_t leading = z.difference != 0 ? z.difference : y.difference != 0 ? y.difference : x.difference;
-        if (leading >= 0) pieces.push_back({{&z, &y, &x}, leading == 0});
+  for (const AxisPiece& z : z_axis) {
+    for (const AxisPiece& y : y_axis) {
+      for (const AxisPiece& x : x_axis) {
+        const int leading = z.difference != 0 ? z.difference : y.difference != 0 ? y.difference : x.difference;
+        if (leading >= 0) pieces.push_back({{z, y, x}, leading == 0});
       }
     }
   }
   return pieces;
-}
-
-// Sums of x at each offset (for the bias): the places t whose offset lies inside the map, and where.
-struct OffsetRange {
-  int64_t first, count, step;
-};
-
-KFAC2_HOST_DEVICE inline OffsetRange offset_range(const RowSource& source, int axis, int64_t offset) {
-  const Window& window = source.window;
-  const int64_t base = offset * window.dilation[axis] - window.pad_low[axis], step = window.stride[axis];
-  const Range places = steps_inside(base, step, source.extent[axis]).intersect({0, source.grid(axis)});
-  return {base + places.begin * step, places.size(), step};
 }
 
 }  // namespace kfac2

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cuda_launchers.h"
 #include "grids.h"
+#include "op.h"
 
 namespace kfac2 {
 
@@ -26,30 +26,10 @@ struct CrossLayerSumsParams {
 };
 
 namespace cpu {
-
-// As in covariances.h: tasks in any order on any thread, then one merge.
-class CrossLayerSums {
- public:
-  explicit CrossLayerSums(const CrossLayerSumsParams& params);
-  ~CrossLayerSums();
-  CrossLayerSums(const CrossLayerSums&) = delete;
-  CrossLayerSums& operator=(const CrossLayerSums&) = delete;
-
-  int64_t tasks() const;
-  void run_task(int64_t task);
-  void merge();
-
- private:
-  struct State;
-  State* state_;
-};
-
-}  // namespace cpu
-
+std::unique_ptr<Work> cross_layer_sums(const CrossLayerSumsParams& params);
+}
 namespace cuda {
+std::unique_ptr<Launch> cross_layer_sums(const CrossLayerSumsParams& params);
+}
 
-int64_t cross_layer_sums_workspace(const CrossLayerSumsParams& params);
-int cross_layer_sums(const CrossLayerSumsParams& params, void* workspace, Stream stream);
-
-}  // namespace cuda
 }  // namespace kfac2

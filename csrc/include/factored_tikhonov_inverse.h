@@ -4,10 +4,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
-#include "cuda_launchers.h"
 #include "host_device.h"
+#include "op.h"
 
 namespace kfac2 {
 
@@ -39,27 +38,10 @@ KFAC2_HOST_DEVICE inline Shifts tikhonov_shifts(double A_mean_diagonal, double G
 }
 
 namespace cpu {
-
-// One task for each factor, the largest first; any thread may run any. merge() comes last.
-class FactoredTikhonovInverse {
- public:
-  explicit FactoredTikhonovInverse(const FactoredTikhonovInverseParams& params);
-  int64_t tasks() const { return 2 * params_.count; }
-  void run_task(int64_t task);
-  void merge();
-
- private:
-  FactoredTikhonovInverseParams params_;
-  std::vector<int64_t> order_;   // factors: 2 * pair for A, 2 * pair + 1 for G
-  std::vector<int32_t> failed_;  // by factor
-};
-
-}  // namespace cpu
-
+std::unique_ptr<Work> factored_tikhonov_inverse(const FactoredTikhonovInverseParams& params);
+}
 namespace cuda {
+std::unique_ptr<Launch> factored_tikhonov_inverse(const FactoredTikhonovInverseParams& params);
+}
 
-int64_t factored_tikhonov_inverse_workspace(const FactoredTikhonovInverseParams& params);
-int factored_tikhonov_inverse(const FactoredTikhonovInverseParams& params, void* workspace, Stream stream);
-
-}  // namespace cuda
 }  // namespace kfac2

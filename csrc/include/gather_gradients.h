@@ -3,10 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "cuda_launchers.h"
 #include "gradient_part.h"
+#include "op.h"
 
 namespace kfac2 {
 
@@ -20,27 +19,10 @@ struct GatherGradientsParams {
 };
 
 namespace cpu {
-
-// Any thread may run any task. merge() comes last.
-class GatherGradients {
- public:
-  explicit GatherGradients(const GatherGradientsParams& params);
-  int64_t tasks() const { return static_cast<int64_t>(first_bad_.size()); }
-  void run_task(int64_t task);
-  void merge();
-
- private:
-  GatherGradientsParams params_;
-  std::vector<int64_t> first_part_;  // of each task, and their number
-  std::vector<int64_t> first_bad_;   // by task
-};
-
-}  // namespace cpu
-
+std::unique_ptr<Work> gather_gradients(const GatherGradientsParams& params);
+}
 namespace cuda {
+std::unique_ptr<Launch> gather_gradients(const GatherGradientsParams& params);
+}
 
-int64_t gather_gradients_workspace(const GatherGradientsParams& params);
-int gather_gradients(const GatherGradientsParams& params, void* workspace, Stream stream);
-
-}  // namespace cuda
 }  // namespace kfac2

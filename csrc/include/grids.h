@@ -45,7 +45,7 @@ inline Meeting meet(const Grid& a, const Grid& b) {
   return meeting;
 }
 
-// What of the larger axis belongs to place t of the smaller one.
+// The places of the larger axis that are brought onto place t of the smaller one.
 struct Span {
   int64_t begin, end;
 };

@@ -1,33 +1,26 @@
-// layer_maps: the scalar s = 1^T row of every row of every layer (eq. 5-7 summed over features).
+// layer_maps: the scalar s = 1^T row of every row of every source (eq. 5-7 summed over features). A layer of several
+// groups gives one source for each, RowSource::group.
 #pragma once
 
-#include "cuda_launchers.h"
+#include "op.h"
 #include "window.h"
 
 namespace kfac2 {
 
 struct LayerMapsParams {
-  const RowSource* sources;  // [layers]
-  void* const* maps;         // [layers] -> [groups, N, *grid], float64 for float64 sources, else float32
-  int64_t layers;
+  const RowSource* sources;  // [count], each of one group
+  void* const* maps;         // [count] -> [N, *grid], float64 for a float64 source, else float32
+  int64_t count;
 };
 
 namespace cpu {
-
-// Work is cut into slots; slot k takes the k-th share of the samples of every layer, so that slots
-// weigh the same however the layers differ. Slots write disjoint memory.
-int64_t layer_maps_slots(const LayerMapsParams& params);
-void layer_maps(const LayerMapsParams& params, int64_t slot_begin, int64_t slot_end);
-
-}  // namespace cpu
-
+std::unique_ptr<Work> layer_maps(const LayerMapsParams& params);
+}
 namespace cuda {
-
 // Places under one patch, gaps of a dilation counted: they must fit into shared memory.
 constexpr int64_t kMaxPatchSpan = 4096;
 
-int64_t layer_maps_workspace(const LayerMapsParams& params);
-int layer_maps(const LayerMapsParams& params, void* workspace, Stream stream);
-
+std::unique_ptr<Launch> layer_maps(const LayerMapsParams& params);
 }  // namespace cuda
+
 }  // namespace kfac2

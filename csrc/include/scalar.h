@@ -83,16 +83,23 @@ inline int64_t element_bytes(ElementType type) {
   }
 }
 
-// Calls `function` with `data` as a pointer to its element type.
-template <typename Function>
-KFAC2_HOST_DEVICE void with_type(ElementType type, void* data, const Function& function) {
+template <typename T, typename Void>
+using PointerTo = std::conditional_t<std::is_const_v<Void>, const T*, T*>;
+
+// Calls `function` with `data`, a void* or const void*, as a pointer to its element type.
+template <typename Void, typename Function>
+KFAC2_HOST_DEVICE void with_type(ElementType type, Void* data, const Function& function) {
   switch (type) {
-    case ElementType::kFloat32: return function(static_cast<float*>(data));
-    case ElementType::kFloat64: return function(static_cast<double*>(data));
-    case ElementType::kFloat16: return function(static_cast<Half*>(data));
-    case ElementType::kBFloat16: return function(static_cast<BFloat16*>(data));
+    case ElementType::kFloat32: return function(static_cast<PointerTo<float, Void>>(data));
+    case ElementType::kFloat64: return function(static_cast<PointerTo<double, Void>>(data));
+    case ElementType::kFloat16: return function(static_cast<PointerTo<Half, Void>>(data));
+    case ElementType::kBFloat16: return function(static_cast<PointerTo<BFloat16, Void>>(data));
   }
 }
+
+// The type that a pointer given by `with_type` points to.
+template <typename Pointer>
+using ElementOf = std::remove_const_t<std::remove_pointer_t<Pointer>>;
 
 // What sums are accumulated in and returned as.
 template <typename T>

@@ -4,9 +4,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "cuda_launchers.h"
+#include "op.h"
 
 namespace kfac2 {
 
@@ -32,27 +31,10 @@ struct ShiftAndScaleParams {
 };
 
 namespace cpu {
-
-// Any thread may run any task. merge() comes last.
-class ShiftAndScale {
- public:
-  explicit ShiftAndScale(const ShiftAndScaleParams& params);
-  int64_t tasks() const { return static_cast<int64_t>(first_layer_.size()) - 1; }
-  void run_task(int64_t task);
-  void merge();
-
- private:
-  ShiftAndScaleParams params_;
-  std::vector<int64_t> first_layer_;  // of each task, and their number
-  std::vector<double> sums_, dots_;   // y_i, v_i . grad_i
-};
-
-}  // namespace cpu
-
+std::unique_ptr<Work> shift_and_scale(const ShiftAndScaleParams& params);
+}
 namespace cuda {
+std::unique_ptr<Launch> shift_and_scale(const ShiftAndScaleParams& params);
+}
 
-int64_t shift_and_scale_workspace(const ShiftAndScaleParams& params);
-int shift_and_scale(const ShiftAndScaleParams& params, void* workspace, Stream stream);
-
-}  // namespace cuda
 }  // namespace kfac2

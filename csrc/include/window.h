@@ -60,6 +60,15 @@ struct RowSource {
     }
     return places;
   }
+  // One group alone.
+  RowSource group(int64_t q) const {
+    RowSource part = *this;
+    part.channels = channels_per_group();
+    part.window.groups = 1;
+    part.data =
+        static_cast<const unsigned char*>(data) + q * part.channels * channel_stride * element_bytes(element_type);
+    return part;
+  }
   // Length of a row (d_in of one Kronecker block).
   KFAC2_HOST_DEVICE int64_t row_length() const {
     return channels_per_group() * window.offsets() + (window.bias != 0 ? 1 : 0);

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "cuda_launchers.h"
 #include "gradient_part.h"
+#include "op.h"
 
 namespace kfac2 {
 
@@ -21,25 +20,10 @@ struct WriteGradientsParams {
 };
 
 namespace cpu {
-
-// Any thread may run any task.
-class WriteGradients {
- public:
-  explicit WriteGradients(const WriteGradientsParams& params);
-  int64_t tasks() const { return static_cast<int64_t>(first_part_.size()) - 1; }
-  void run_task(int64_t task);
-
- private:
-  WriteGradientsParams params_;
-  std::vector<int64_t> first_part_;  // of each task, and their number
-};
-
-}  // namespace cpu
-
+std::unique_ptr<Work> write_gradients(const WriteGradientsParams& params);
+}
 namespace cuda {
+std::unique_ptr<Launch> write_gradients(const WriteGradientsParams& params);
+}
 
-int64_t write_gradients_workspace(const WriteGradientsParams& params);
-int write_gradients(const WriteGradientsParams& params, void* workspace, Stream stream);
-
-}  // namespace cuda
 }  // namespace kfac2

@@ -1,4 +1,7 @@
-// Floor: 2 B^2 numbers read, L^2 written; B and L are hundreds, so the launch itself is the cost.
+// A warp for each entry of the coarse Fisher, which averages the pairs of blocks that the entry adds up: each pair
+// belongs to one entry.
+//
+// Floor: 4 B^2 numbers read, 2 B^2 + L^2 written; B and L are hundreds, so the launch itself is the cost.
 #include <vector>
 
 #include "coarse_fisher.h"
@@ -9,61 +12,91 @@ namespace kfac2::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
 
-// blocks sorted by layer: those of layer i are order[first[i]] to order[first[i + 1] - 1]
-struct Blocks {
-  std::vector<int64_t> first, order;
+template <typename T>
+struct Kind {
+  const T *raw, *previous;
+  const double* scales;
+  T* averages;
+  AverageFactors factors;
+
+  // Averages the pair (q, r).
+  __device__ double average(int q, int r, int64_t pair) const {
+    double value = factors.taken * (scales[q] * scales[r]) * static_cast<double>(raw[pair]);
+    if (previous != nullptr) value += factors.kept * static_cast<double>(previous[pair]);
+    averages[pair] = static_cast<T>(value);
+    return static_cast<double>(averages[pair]);
+  }
 };
 
-Blocks sorted_blocks(const CoarseFisherParams& params) {
-  Blocks blocks{std::vector<int64_t>(params.layers + 1), std::vector<int64_t>(params.blocks)};
-  for (int64_t q = 0; q < params.blocks; ++q) ++blocks.first[params.layer_of_block[q] + 1];
-  for (int64_t i = 0; i < params.layers; ++i) blocks.first[i + 1] += blocks.first[i];
-  std::vector<int64_t> next = blocks.first;
-  for (int64_t q = 0; q < params.blocks; ++q) blocks.order[next[params.layer_of_block[q]]++] = q;
-  return blocks;
-}
-
+// The blocks of layer i are order[first[i]] to order[first[i + 1] - 1]. An entry and its mirror image add their
+// products in the same order, so that F is as symmetric as the sums are.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    coarse_fisher_kernel(const T* input_sums, const T* grad_sums, const int64_t* first, const int64_t* order, T* fisher,
-                         int64_t blocks, int64_t layers) {
-  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (entry >= layers * layers) return;
-  const int64_t i = entry / layers, j = entry % layers;
-  T sum = 0;
-  for (int64_t a = first[i]; a < first[i + 1]; ++a) {
-    for (int64_t b = first[j]; b < first[j + 1]; ++b) {
-      const int64_t pair = order[a] * blocks + order[b];
-      sum += input_sums[pair] * grad_sums[pair];
-    }
+__global__ void __launch_bounds__(kThreads, 4)
+    coarse_fisher_kernel(const Kind<T> inputs, const Kind<T> grads, const int* first, const int* order, T* fisher,
+                         int blocks, int layers) {
+  const unsigned warp = (blockIdx.x * kThreads + threadIdx.x) / kWarp, i = warp / layers, j = warp % layers;
+  if (i >= static_cast<unsigned>(layers)) return;  // the same for all lanes of a warp
+  const unsigned low = i < j ? i : j, high = i < j ? j : i;
+  const int* rows = order + first[low];
+  const int* columns = order + first[high];
+  const unsigned width = first[high + 1] - first[high], pairs = (first[low + 1] - first[low]) * width;
+  double sum = 0;
+  for (unsigned at = threadIdx.x % kWarp; at < pairs; at += kWarp) {
+    const int a = rows[at / width], b = columns[at % width], q = i < j ? a : b, r = i < j ? b : a;
+    const int64_t pair = static_cast<int64_t>(q) * blocks + r;
+    sum += inputs.average(q, r, pair) * grads.average(q, r, pair);
   }
-  fisher[entry] = sum;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  if (threadIdx.x % kWarp == 0) fisher[static_cast<int64_t>(i) * layers + j] = static_cast<T>(sum);
 }
 
-template <typename T>
-cudaError_t launch_coarse_fisher(const CoarseFisherParams& params, const int64_t* first, const int64_t* order,
-                                 cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(params.layers * params.layers, kThreads)));
-  return launch(coarse_fisher_kernel<T>, grid, dim3(kThreads), 0, stream, static_cast<const T*>(params.input_sums),
-                static_cast<const T*>(params.grad_sums), first, order, static_cast<T*>(params.fisher), params.blocks,
-                params.layers);
-}
+class CoarseFisher : public TableLaunch {
+ public:
+  explicit CoarseFisher(const CoarseFisherParams& params) : params_(params) {
+    std::vector<int> first(params.layers + 1), order(params.blocks);
+    for (int64_t q = 0; q < params.blocks; ++q) ++first[params.layer_of_block[q] + 1];
+    for (int64_t i = 0; i < params.layers; ++i) first[i + 1] += first[i];
+    std::vector<int> next = first;
+    for (int q = 0; q < params.blocks; ++q) order[next[params.layer_of_block[q]]++] = q;
+    first_ = add(first);
+    order_ = add(order);
+    input_scales_ = add(scales_of(params.inputs));
+    grad_scales_ = add(scales_of(params.grads));
+  }
+
+ private:
+  std::vector<double> scales_of(const PairSums& sums) const {
+    if (sums.scales == nullptr) return std::vector<double>(params_.blocks, 1.0);
+    return std::vector<double>(sums.scales, sums.scales + params_.blocks);
+  }
+
+  cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
+    return params_.is_double ? start_as<double>(workspace, stream) : start_as<float>(workspace, stream);
+  }
+
+  template <typename T>
+  cudaError_t start_as(unsigned char* workspace, cudaStream_t stream) const {
+    const auto kind = [&](const PairSums& sums, TableAt<double> scales) {
+      return Kind<T>{static_cast<const T*>(sums.raw), static_cast<const T*>(sums.previous), at(workspace, scales),
+                     static_cast<T*>(sums.averages), average_factors(sums, params_.kept)};
+    };
+    const dim3 grid(static_cast<unsigned>(ceil_div(params_.layers * params_.layers * kWarp, kThreads)));
+    return launch(coarse_fisher_kernel<T>, grid, dim3(kThreads), 0, stream, kind(params_.inputs, input_scales_),
+                  kind(params_.grads, grad_scales_), at(workspace, first_), at(workspace, order_),
+                  static_cast<T*>(params_.fisher), static_cast<int>(params_.blocks), static_cast<int>(params_.layers));
+  }
+
+  CoarseFisherParams params_;
+  TableAt<int> first_, order_;
+  TableAt<double> input_scales_, grad_scales_;
+};
 
 }  // namespace
 
-int64_t coarse_fisher_workspace(const CoarseFisherParams& params) {
-  return ((params.layers + 2) / 2 + (params.blocks + 1) / 2) * 16;
-}
-
-int coarse_fisher(const CoarseFisherParams& params, void* workspace, Stream stream) {
-  const Blocks blocks = sorted_blocks(params);
-  Tables tables;
-  const int64_t first = tables.add(blocks.first), order = tables.add(blocks.order);
-  const cudaError_t copied = tables.copy_to(workspace, stream);
-  if (copied != cudaSuccess) return copied;
-  const auto launcher = params.is_double ? launch_coarse_fisher<double> : launch_coarse_fisher<float>;
-  return launcher(params, table_at<int64_t>(workspace, first), table_at<int64_t>(workspace, order), stream);
+std::unique_ptr<Launch> coarse_fisher(const CoarseFisherParams& params) {
+  return std::make_unique<CoarseFisher>(params);
 }
 
 }  // namespace kfac2::cuda

@@ -22,7 +22,6 @@ constexpr int64_t kBlocksWanted = 1024;  // enough to fill any device; fixed, so
 constexpr int64_t kLeastPlaces = 512;    // worth a share of its own
 
 struct Tile {
-  int64_t first_item;        // of the finishing launch: the tile's number
   int row_first, row_count;  // into the table of maps
   int col_first, col_count;
   Grid row_grid, col_grid;
@@ -36,12 +35,6 @@ struct MapEntry {
   int64_t number;  // row and column of the result
 };
 
-struct Plan {
-  std::vector<MapEntry> maps;
-  std::vector<Tile> tiles;
-  int64_t shares;
-};
-
 std::vector<std::pair<int, int>> even_parts(int first, int count) {
   const int parts = static_cast<int>(ceil_div(count, kTile));
   std::vector<std::pair<int, int>> result;
@@ -50,38 +43,6 @@ std::vector<std::pair<int, int>> even_parts(int first, int count) {
     result.emplace_back(first + begin, end - begin);
   }
   return result;
-}
-
-Plan make_plan(const CrossLayerSumsParams& params) {
-  const auto classes = grid_classes(params.count, [&](int64_t i) -> const Grid& { return params.maps[i].grid; });
-  Plan plan;
-  struct Part {
-    size_t grid_class;
-    int first, count;
-  };
-  std::vector<Part> parts;
-  for (size_t c = 0; c < classes.size(); ++c) {
-    const int first = static_cast<int>(plan.maps.size());
-    for (const int64_t member : classes[c].members) plan.maps.push_back({params.maps[member].data, member});
-    for (const auto& [begin, count] : even_parts(first, static_cast<int>(classes[c].members.size()))) {
-      parts.push_back({c, begin, count});
-    }
-  }
-  int64_t most_places = 0;
-  for (size_t p = 0; p < parts.size(); ++p) {
-    for (size_t q = p; q < parts.size(); ++q) {
-      const Grid &rows = classes[parts[p].grid_class].grid, &cols = classes[parts[q].grid_class].grid;
-      const Meeting meeting = meet(rows, cols);
-      const bool empty = rows.places() == 0 || cols.places() == 0;
-      const int64_t places = empty ? 0 : params.batch * meeting.grid.places();
-      plan.tiles.push_back({static_cast<int64_t>(plan.tiles.size()), parts[p].first, parts[p].count, parts[q].first,
-                            parts[q].count, rows, cols, meeting, places, p == q});
-      most_places = std::max(most_places, places);
-    }
-  }
-  const int64_t wanted = ceil_div(kBlocksWanted, static_cast<int64_t>(plan.tiles.size()));
-  plan.shares = std::max<int64_t>(1, std::min(wanted, most_places / kLeastPlaces));
-  return plan;
 }
 
 template <typename T>
@@ -176,43 +137,76 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T>
-cudaError_t launch_both(const CrossLayerSumsParams& params, const Plan& plan, const Tables& tables, int64_t maps_at,
-                        int64_t tiles_at, void* workspace, cudaStream_t stream) {
-  const MapEntry* maps = table_at<MapEntry>(workspace, maps_at);
-  const Tile* tiles = table_at<Tile>(workspace, tiles_at);
-  T* partial = reinterpret_cast<T*>(static_cast<unsigned char*>(workspace) + tables.size());
-  const int tile_count = static_cast<int>(plan.tiles.size());
-  const dim3 grid(static_cast<unsigned>(tile_count * plan.shares));
-  const auto kernel =
-      params.downsample == Downsample::kArea ? cross_layer_sums_kernel<T, true> : cross_layer_sums_kernel<T, false>;
-  const cudaError_t status = launch(kernel, grid, dim3(kThreads), sizeof(SharedTile<T>), stream, maps, tiles,
-                                    tile_count, plan.shares, partial);
-  if (status != cudaSuccess) return status;
-  return launch(finish_kernel<T>, dim3(tile_count), dim3(kThreads), 0, stream, maps, tiles, tile_count, plan.shares,
-                static_cast<const T*>(partial), static_cast<const T*>(params.previous), params.kept, params.scale,
-                params.count, static_cast<T*>(params.sums));
-}
+class CrossLayerSums : public TableLaunch {
+ public:
+  explicit CrossLayerSums(const CrossLayerSumsParams& params) : params_(params) {
+    const auto classes = grid_classes(params.count, [&](int64_t i) -> const Grid& { return params.maps[i].grid; });
+    struct Part {
+      size_t grid_class;
+      int first, count;
+    };
+    std::vector<Part> parts;
+    std::vector<MapEntry> maps;
+    for (size_t c = 0; c < classes.size(); ++c) {
+      const int first = static_cast<int>(maps.size());
+      for (const int64_t member : classes[c].members) maps.push_back({params.maps[member].data, member});
+      for (const auto& [begin, count] : even_parts(first, static_cast<int>(classes[c].members.size()))) {
+        parts.push_back({c, begin, count});
+      }
+    }
+    std::vector<Tile> tiles;
+    int64_t most_places = 0;
+    for (size_t p = 0; p < parts.size(); ++p) {
+      for (size_t q = p; q < parts.size(); ++q) {
+        const Grid &rows = classes[parts[p].grid_class].grid, &cols = classes[parts[q].grid_class].grid;
+        const Meeting meeting = meet(rows, cols);
+        const bool empty = rows.places() == 0 || cols.places() == 0;
+        const int64_t places = empty ? 0 : params.batch * meeting.grid.places();
+        tiles.push_back(
+            {parts[p].first, parts[p].count, parts[q].first, parts[q].count, rows, cols, meeting, places, p == q});
+        most_places = std::max(most_places, places);
+      }
+    }
+    tile_count_ = static_cast<int>(tiles.size());
+    shares_ = std::max<int64_t>(1, std::min(ceil_div(kBlocksWanted, tile_count_), most_places / kLeastPlaces));
+    maps_ = add(maps);
+    tiles_ = add(tiles);
+    const int64_t bytes = params.is_double ? sizeof(double) : sizeof(float);
+    scratch_bytes_ = shares_ * tile_count_ * kTile * kTile * bytes;
+  }
+
+ private:
+  cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
+    return params_.is_double ? start_as<double>(workspace, stream) : start_as<float>(workspace, stream);
+  }
+
+  template <typename T>
+  cudaError_t start_as(unsigned char* workspace, cudaStream_t stream) const {
+    const MapEntry* maps = at(workspace, maps_);
+    const Tile* tiles = at(workspace, tiles_);
+    T* partial = reinterpret_cast<T*>(scratch(workspace));
+    const dim3 grid(static_cast<unsigned>(tile_count_ * shares_));
+    const auto kernel =
+        params_.downsample == Downsample::kArea ? cross_layer_sums_kernel<T, true> : cross_layer_sums_kernel<T, false>;
+    const cudaError_t status =
+        launch(kernel, grid, dim3(kThreads), sizeof(SharedTile<T>), stream, maps, tiles, tile_count_, shares_, partial);
+    if (status != cudaSuccess) return status;
+    return launch(finish_kernel<T>, dim3(tile_count_), dim3(kThreads), 0, stream, maps, tiles, tile_count_, shares_,
+                  static_cast<const T*>(partial), static_cast<const T*>(params_.previous), params_.kept, params_.scale,
+                  params_.count, static_cast<T*>(params_.sums));
+  }
+
+  CrossLayerSumsParams params_;
+  int tile_count_ = 0;
+  int64_t shares_ = 1;
+  TableAt<MapEntry> maps_;
+  TableAt<Tile> tiles_;
+};
 
 }  // namespace
 
-int64_t cross_layer_sums_workspace(const CrossLayerSumsParams& params) {
-  const Plan plan = make_plan(params);
-  Tables tables;
-  tables.add(plan.maps);
-  tables.add(plan.tiles);
-  const int64_t partial = plan.shares * static_cast<int64_t>(plan.tiles.size()) * kTile * kTile;
-  return tables.size() + partial * static_cast<int64_t>(params.is_double ? sizeof(double) : sizeof(float));
-}
-
-int cross_layer_sums(const CrossLayerSumsParams& params, void* workspace, Stream stream) {
-  const Plan plan = make_plan(params);
-  Tables tables;
-  const int64_t maps_at = tables.add(plan.maps), tiles_at = tables.add(plan.tiles);
-  const cudaError_t copied = tables.copy_to(workspace, stream);
-  if (copied != cudaSuccess) return copied;
-  const auto launcher = params.is_double ? launch_both<double> : launch_both<float>;
-  return launcher(params, plan, tables, maps_at, tiles_at, workspace, stream);
+std::unique_ptr<Launch> cross_layer_sums(const CrossLayerSumsParams& params) {
+  return std::make_unique<CrossLayerSums>(params);
 }
 
 }  // namespace kfac2::cuda

@@ -6,6 +6,8 @@
 // multiply-adds, between two barriers. A sweep is d rounds, one after the other; their latency is the cost, and
 // the matrices of a call share it.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "device.h"
@@ -20,11 +22,66 @@ constexpr int kMaxThreads = 512;
 constexpr int kMaxPairs = kMaxMatrixSize / 2;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// |x|, or infinity for a NaN: the largest of many numbers is finite only if all are.
+template <typename T>
+__device__ T magnitude(T x) {
+  const T size = std::fabs(x);
+  return size <= std::numeric_limits<T>::max() ? size : std::numeric_limits<T>::infinity();
+}
+
+// Matrices are decomposed scaled by a power of two, which is exact, to a largest element in [1/2, 1): no square
+// overflows or underflows, and an element is negligible if it is at most the machine epsilon.
+template <typename T>
+__device__ int exponent_of(T largest) {
+  int exponent = 0;
+  if (largest <= std::numeric_limits<T>::max()) std::frexp(largest, &exponent);
+  return exponent;
+}
+
+// A NaN, which a sound matrix never gets, is negligible: no rotation is made from one, and the emulator's poison
+// cannot pass for an element.
+template <typename T>
+__device__ bool is_negligible(T scaled) {
+  return !(std::fabs(scaled) > std::numeric_limits<T>::epsilon());
+}
+
+// Turns x_p and x_q into cosine x_p - sine x_q and sine x_p + cosine x_q, for rows p and q and for columns p and q.
+// The cosine is 1 - sine * half_tangent and never rounded to a number of its own: its rounding errors, one for each
+// rotation, would add up in V (Rutishauser, "The Jacobi method for real symmetric matrices", 1966).
+template <typename T>
+struct Rotation {
+  T tangent, sine;
+  T half_tangent;  // of half the angle: sine / (1 + cosine)
+
+  __device__ void apply(T& x_p, T& x_q) const {
+    const T old = x_p;
+    x_p -= sine * (x_q + half_tangent * old);
+    x_q += sine * (old - half_tangent * x_q);
+  }
+};
+
+// The rotation by at most 45 degrees that makes a_pq zero; a_pp then falls by tangent * a_pq and a_qq grows by it.
+// a_pq is not negligible, so that theta is at most size / epsilon and its square does not overflow.
+template <typename T>
+__device__ Rotation<T> rotation_of(T a_pp, T a_qq, T a_pq) {
+  const T theta = (a_qq - a_pp) / (2 * a_pq);
+  const T positive = 1 / (std::fabs(theta) + std::sqrt(1 + theta * theta));
+  const T tangent = theta < 0 ? -positive : positive;
+  const T cosine = 1 / std::sqrt(1 + tangent * tangent);
+  return {tangent, tangent * cosine, tangent * cosine / (1 + cosine)};
+}
+
+// What a scaled eigenvalue is returned as.
+template <typename T>
+__device__ T unscaled(T value, int exponent) {
+  return value > 0 ? std::ldexp(value, exponent) : T(0);
+}
+
 // A stack, and where the blocks that decompose it work.
 struct Entry : MatrixStack {
   bool matrix_shared, vectors_shared;  // else in the workspace
   int64_t matrix_bytes;
-  int64_t scratch;        // the first matrix's share of the workspace, in bytes from its start
+  int64_t scratch;        // where the first matrix's share of the workspace begins, in bytes
   int64_t scratch_bytes;  // of each matrix
 };
 
@@ -244,53 +301,49 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   status[blockIdx.x] = static_cast<int32_t>(finite ? result : EigenStatus::kNotFinite);
 }
 
-struct Plan {
-  std::vector<Entry> entries;
-  int64_t shared_bytes;  // of a block
-  int64_t workspace_bytes;
-  int64_t largest_size;
-};
-
-// V leaves shared memory first: it is read row by row, which the caches do well.
-Plan plan_of(const EigendecomposeParams& params, int64_t shared_limit) {
-  const int64_t fixed = params.is_double ? sizeof(Shared<double>) : sizeof(Shared<float>);
-  const int64_t element = params.is_double ? sizeof(double) : sizeof(float);
-  Plan plan{{}, fixed, params.stack_count * ceil_div(sizeof(Entry), 16) * 16, 1};
-  for (int64_t s = 0; s < params.stack_count; ++s) {
-    const MatrixStack& stack = params.stacks[s];
-    const int64_t n = stack.size + stack.size % 2, matrix = n * n * element;
-    const int64_t vectors = ceil_div(stack.size * (stack.size | 1) * element, 16) * 16;
-    const bool matrix_shared = fixed + matrix <= shared_limit;
-    const bool vectors_shared = fixed + matrix + vectors <= shared_limit;
-    const int64_t scratch = (matrix_shared ? 0 : matrix) + (vectors_shared ? 0 : vectors);
-    plan.entries.push_back({{stack}, matrix_shared, vectors_shared, matrix, plan.workspace_bytes, scratch});
-    plan.workspace_bytes += stack.count * scratch;
-    plan.shared_bytes = std::max(plan.shared_bytes, fixed + matrix + vectors - scratch);
-    plan.largest_size = std::max(plan.largest_size, stack.size);
+class Eigendecompose : public TableLaunch {
+ public:
+  explicit Eigendecompose(const EigendecomposeParams& params) : params_(params) {
+    const int64_t fixed = params.is_double ? sizeof(Shared<double>) : sizeof(Shared<float>);
+    const int64_t element = params.is_double ? sizeof(double) : sizeof(float);
+    shared_bytes_ = fixed;
+    std::vector<Entry> entries;
+    for (int64_t s = 0; s < params.stack_count; ++s) {
+      const MatrixStack& stack = params.stacks[s];
+      const int64_t n = stack.size + stack.size % 2, matrix = n * n * element;
+      const int64_t vectors = ceil_div(stack.size * (stack.size | 1) * element, 16) * 16;
+      // V leaves shared memory first: it is read row by row, which the caches do well.
+      const bool matrix_shared = fixed + matrix <= params.shared_limit;
+      const bool vectors_shared = fixed + matrix + vectors <= params.shared_limit;
+      const int64_t bytes = (matrix_shared ? 0 : matrix) + (vectors_shared ? 0 : vectors);
+      entries.push_back({{stack}, matrix_shared, vectors_shared, matrix, scratch_bytes_, bytes});
+      scratch_bytes_ += stack.count * bytes;
+      shared_bytes_ = std::max(shared_bytes_, fixed + matrix + vectors - bytes);
+      largest_size_ = std::max(largest_size_, stack.size);
+    }
+    possible_ = largest_size_ <= kMaxMatrixSize && params.max_sweeps <= kMaxSweeps;
+    entries_ = add(entries);
   }
-  return plan;
-}
+
+ private:
+  cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
+    unsigned threads = kWarp;  // a round has some d^2 / 2 rotations of two or four elements
+    while (threads < kMaxThreads && threads < 4 * largest_size_) threads *= 2;
+    const auto kernel = params_.is_double ? eigendecompose_kernel<double> : eigendecompose_kernel<float>;
+    return launch(kernel, dim3(static_cast<unsigned>(params_.matrices)), dim3(threads),
+                  static_cast<size_t>(shared_bytes_), stream, at(workspace, entries_),
+                  static_cast<int>(params_.stack_count), params_.max_sweeps, params_.status, scratch(workspace));
+  }
+
+  EigendecomposeParams params_;
+  int64_t shared_bytes_ = 0, largest_size_ = 1;
+  TableAt<Entry> entries_;
+};
 
 }  // namespace
 
-int64_t eigendecompose_workspace(const EigendecomposeParams& params, int64_t shared_limit) {
-  return plan_of(params, shared_limit).workspace_bytes;
-}
-
-int eigendecompose(const EigendecomposeParams& params, void* workspace, Stream stream, int64_t shared_limit) {
-  const Plan plan = plan_of(params, shared_limit);
-  if (plan.largest_size > kMaxMatrixSize || params.max_sweeps > kMaxSweeps) return cudaErrorInvalidValue;
-  Tables tables;
-  const int64_t at = tables.add(plan.entries);
-  const cudaError_t copied = tables.copy_to(workspace, stream);
-  if (copied != cudaSuccess) return copied;
-  unsigned threads = kWarp;  // a round has some d^2 / 2 rotations of two or four elements
-  while (threads < kMaxThreads && threads < 4 * plan.largest_size) threads *= 2;
-  const auto kernel = params.is_double ? eigendecompose_kernel<double> : eigendecompose_kernel<float>;
-  return launch(kernel, dim3(static_cast<unsigned>(params.matrices)), dim3(threads),
-                static_cast<size_t>(plan.shared_bytes), stream, table_at<Entry>(workspace, at),
-                static_cast<int>(plan.entries.size()), params.max_sweeps, params.status,
-                static_cast<unsigned char*>(workspace));
+std::unique_ptr<Launch> eigendecompose(const EigendecomposeParams& params) {
+  return std::make_unique<Eigendecompose>(params);
 }
 
 }  // namespace kfac2::cuda

@@ -4,6 +4,7 @@
 // rows of block k (Z = L^-1 [rows]) and a launch that updates every tile, for each k up to the largest matrix. So
 // the number of launches grows with the largest size only; a matrix of one block needs the first two alone.
 #include <algorithm>
+#include <vector>
 
 #include "device.h"
 #include "factored_tikhonov_inverse.h"
@@ -19,50 +20,19 @@ constexpr int kSide = 16;  // threads along either side of a tile
 template <typename T>
 constexpr int kBlock = sizeof(T) == sizeof(float) ? 64 : 32;
 
-// A factor on its way to its inverse. The inverse's own memory holds the matrix meanwhile.
+// A factor on its way to its inverse. The inverse's own memory holds the matrix meanwhile. Z = L^-1 [rows of block k],
+// [block, blocks * block], with L^-1 where the block on the diagonal was, lies behind that of the matrices before it.
 struct Matrix {
   const void* factor;  // [size, size]
   const void* other;   // of the same pair, for pi
   void* inverse;       // [size, size]
-  void* Z;             // [block, blocks * block]; in block k, where the identity was, L^-1
   int32_t* status;     // of the pair
   int64_t size, other_size;
   int64_t blocks;      // of rows, the last perhaps incomplete
-  int64_t first_item;  // of eliminate_kernel: one for each block
+  int64_t first_item;  // of eliminate_kernel: one for each block; Z begins there, too
   int64_t first_tile;  // of update_kernel: one for each pair of blocks
   bool is_A;
 };
-
-struct Plan {
-  std::vector<Matrix> matrices;  // by blocks, the most first: those that still have a block k are the first ones
-  int64_t items = 0, tiles = 0, Z_elements = 0;
-};
-
-template <typename T>
-Plan make_plan(const FactoredTikhonovInverseParams& params) {
-  Plan plan;
-  for (int64_t i = 0; i < params.count; ++i) {
-    const FactorPair& pair = params.pairs[i];
-    int32_t* status = params.status + i;
-    const auto add = [&](const void* factor, const void* other, void* inverse, int64_t size, int64_t other_size,
-                         bool is_A) {
-      const int64_t blocks = std::max<int64_t>(1, ceil_div(size, kBlock<T>));  // an empty one has a status, too
-      plan.matrices.push_back({factor, other, inverse, nullptr, status, size, other_size, blocks, 0, 0, is_A});
-    };
-    add(pair.A, pair.G, pair.A_inv, pair.d_in, pair.d_out, true);
-    add(pair.G, pair.A, pair.G_inv, pair.d_out, pair.d_in, false);
-  }
-  std::stable_sort(plan.matrices.begin(), plan.matrices.end(),
-                   [](const Matrix& a, const Matrix& b) { return a.blocks > b.blocks; });
-  for (Matrix& matrix : plan.matrices) {
-    matrix.first_item = plan.items;
-    matrix.first_tile = plan.tiles;
-    plan.items += matrix.blocks;
-    plan.tiles += matrix.blocks * (matrix.blocks + 1) / 2;
-    plan.Z_elements += matrix.blocks * kBlock<T> * kBlock<T>;
-  }
-  return plan;
-}
 
 __device__ double sum_of_threads(double* shared, double value) {
   shared[threadIdx.x] = value;
@@ -117,7 +87,7 @@ __device__ T element_or_identity(const T* matrix, int64_t size, int64_t row, int
 // Z = L^-1 [rows of block k], one block of columns in each thread block, which eliminates the block on the diagonal
 // (L D L^T) anew. A thread keeps a column: the first kBlock of them of the block on the diagonal, the others of Z.
 template <typename T>
-__global__ void __launch_bounds__(2 * kBlock<T>) eliminate_kernel(const Matrix* matrices, int count, int k) {
+__global__ void __launch_bounds__(2 * kBlock<T>) eliminate_kernel(const Matrix* matrices, int count, int k, T* all_Z) {
   constexpr int kRows = kBlock<T>;
   KFAC2_SHARED(PivotRows<T>, pivots);
   const Matrix& matrix = matrices[entry_of(matrices, count, blockIdx.x)];
@@ -148,7 +118,7 @@ __global__ void __launch_bounds__(2 * kBlock<T>) eliminate_kernel(const Matrix* 
   }
   if (!positive && threadIdx.x == 0) *matrix.status = 1;
   if (is_diagonal) return;  // no barrier follows
-  T* Z = static_cast<T*>(matrix.Z) + columns * kRows + lane;
+  T* Z = all_Z + matrix.first_item * kRows * kRows + columns * kRows + lane;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) Z[i * matrix.blocks * kRows] = column[i];
 }
@@ -184,15 +154,16 @@ __device__ void write_swept(const Matrix& matrix, int k, int64_t i, int64_t j, T
   data[j * matrix.size + i] = value;
 }
 
-// M_ij <- M_ij - Z_i^T Z_j and its kin for one tile of the upper triangle.
+// Sweeps one tile of the upper triangle: M_ij <- M_ij - Z_i^T Z_j, and the other cases of the CPU's formula.
 template <typename T>
-__global__ void __launch_bounds__(kSide* kSide) update_kernel(const Matrix* matrices, int count, int k) {
+__global__ void __launch_bounds__(kSide* kSide)
+    update_kernel(const Matrix* matrices, int count, int k, const T* all_Z) {
   constexpr int kRows = kBlock<T>, kEach = kRows / kSide;
   KFAC2_SHARED(ZTiles<T>, tiles);
   const Matrix& matrix = matrices[entry_of(count, blockIdx.x, [matrices](int m) { return matrices[m].first_tile; })];
   int64_t i, j;
   tile_place(blockIdx.x - matrix.first_tile, &i, &j);
-  const T* Z = static_cast<const T*>(matrix.Z);
+  const T* Z = all_Z + matrix.first_item * kRows * kRows;
   for (int at = threadIdx.x; at < kRows * kRows; at += kSide * kSide) {
     const int s = at / kRows, c = at % kRows;
     tiles.left[s][c] = Z[s * matrix.blocks * kRows + i * kRows + c];
@@ -218,59 +189,65 @@ __global__ void __launch_bounds__(kSide* kSide) update_kernel(const Matrix* matr
 }
 
 template <typename T>
-cudaError_t launch_sweeps(const Plan& plan, const Matrix* matrices, double damping, cudaStream_t stream) {
-  const dim3 items(static_cast<unsigned>(plan.items));
-  int count = static_cast<int>(plan.matrices.size());
-  cudaError_t status = launch(damp_kernel<T>, items, dim3(kDampThreads), kDampThreads * sizeof(double), stream,
-                              matrices, count, damping);
-  for (int k = 0; k < plan.matrices[0].blocks && status == cudaSuccess; ++k) {
-    while (plan.matrices[count - 1].blocks <= k) --count;
-    const Matrix& last = plan.matrices[count - 1];
-    const dim3 blocks(static_cast<unsigned>(last.first_item + last.blocks));
-    const dim3 tiles(static_cast<unsigned>(last.first_tile + last.blocks * (last.blocks + 1) / 2));
-    status = launch(eliminate_kernel<T>, blocks, dim3(2 * kBlock<T>), sizeof(PivotRows<T>), stream, matrices, count, k);
-    if (status != cudaSuccess) break;
-    status = launch(update_kernel<T>, tiles, dim3(kSide * kSide), sizeof(ZTiles<T>), stream, matrices, count, k);
+class FactoredTikhonovInverse : public TableLaunch {
+ public:
+  explicit FactoredTikhonovInverse(const FactoredTikhonovInverseParams& params) : params_(params) {
+    for (int64_t i = 0; i < params.count; ++i) {
+      const FactorPair& pair = params.pairs[i];
+      add_matrix(pair.A, pair.G, pair.A_inv, params.status + i, pair.d_in, pair.d_out, true);
+      add_matrix(pair.G, pair.A, pair.G_inv, params.status + i, pair.d_out, pair.d_in, false);
+    }
+    // Sorted by their number of blocks, the largest first: the matrices that have a block k are then the first ones.
+    std::stable_sort(matrices_.begin(), matrices_.end(),
+                     [](const Matrix& a, const Matrix& b) { return a.blocks > b.blocks; });
+    for (Matrix& matrix : matrices_) {
+      matrix.first_item = items_;
+      matrix.first_tile = tiles_;
+      items_ += matrix.blocks;
+      tiles_ += matrix.blocks * (matrix.blocks + 1) / 2;
+    }
+    table_ = add(matrices_);
+    scratch_bytes_ = items_ * kBlock<T> * kBlock<T> * static_cast<int64_t>(sizeof(T));
   }
-  return status;
-}
 
-int64_t table_bytes(const Plan& plan) {
-  Tables tables;
-  tables.add(plan.matrices);
-  return tables.size();
-}
-
-template <typename T>
-int64_t workspace_bytes(const FactoredTikhonovInverseParams& params) {
-  const Plan plan = make_plan<T>(params);
-  return table_bytes(plan) + plan.Z_elements * static_cast<int64_t>(sizeof(T));
-}
-
-template <typename T>
-cudaError_t run(const FactoredTikhonovInverseParams& params, void* workspace, cudaStream_t stream) {
-  Plan plan = make_plan<T>(params);
-  if (plan.items == 0) return cudaSuccess;
-  T* Z = reinterpret_cast<T*>(static_cast<unsigned char*>(workspace) + table_bytes(plan));
-  for (Matrix& matrix : plan.matrices) {
-    matrix.Z = Z;
-    Z += matrix.blocks * kBlock<T> * kBlock<T>;
+ private:
+  void add_matrix(const void* factor, const void* other, void* inverse, int32_t* status, int64_t size,
+                  int64_t other_size, bool is_A) {
+    const int64_t blocks = std::max<int64_t>(1, ceil_div(size, kBlock<T>));  // an empty one has a status, too
+    matrices_.push_back({factor, other, inverse, status, size, other_size, blocks, 0, 0, is_A});
   }
-  Tables tables;
-  const int64_t at = tables.add(plan.matrices);
-  const cudaError_t copied = tables.copy_to(workspace, stream);
-  if (copied != cudaSuccess) return copied;
-  return launch_sweeps<T>(plan, table_at<Matrix>(workspace, at), params.damping, stream);
-}
+
+  cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
+    const Matrix* matrices = at(workspace, table_);
+    T* Z = reinterpret_cast<T*>(scratch(workspace));
+    int count = static_cast<int>(matrices_.size());
+    cudaError_t status = launch(damp_kernel<T>, dim3(static_cast<unsigned>(items_)), dim3(kDampThreads),
+                                kDampThreads * sizeof(double), stream, matrices, count, params_.damping);
+    for (int k = 0; count > 0 && k < matrices_[0].blocks && status == cudaSuccess; ++k) {
+      while (matrices_[count - 1].blocks <= k) --count;
+      const Matrix& last = matrices_[count - 1];
+      const dim3 blocks(static_cast<unsigned>(last.first_item + last.blocks));
+      const dim3 tiles(static_cast<unsigned>(last.first_tile + last.blocks * (last.blocks + 1) / 2));
+      status =
+          launch(eliminate_kernel<T>, blocks, dim3(2 * kBlock<T>), sizeof(PivotRows<T>), stream, matrices, count, k, Z);
+      if (status != cudaSuccess) break;
+      status = launch(update_kernel<T>, tiles, dim3(kSide * kSide), sizeof(ZTiles<T>), stream, matrices, count, k,
+                      static_cast<const T*>(Z));
+    }
+    return status;
+  }
+
+  FactoredTikhonovInverseParams params_;
+  std::vector<Matrix> matrices_;
+  int64_t items_ = 0, tiles_ = 0;
+  TableAt<Matrix> table_;
+};
 
 }  // namespace
 
-int64_t factored_tikhonov_inverse_workspace(const FactoredTikhonovInverseParams& params) {
-  return params.is_double ? workspace_bytes<double>(params) : workspace_bytes<float>(params);
-}
-
-int factored_tikhonov_inverse(const FactoredTikhonovInverseParams& params, void* workspace, Stream stream) {
-  return params.is_double ? run<double>(params, workspace, stream) : run<float>(params, workspace, stream);
+std::unique_ptr<Launch> factored_tikhonov_inverse(const FactoredTikhonovInverseParams& params) {
+  if (params.is_double) return std::make_unique<FactoredTikhonovInverse<double>>(params);
+  return std::make_unique<FactoredTikhonovInverse<float>>(params);
 }
 
 }  // namespace kfac2::cuda

@@ -24,28 +24,31 @@ __global__ void __launch_bounds__(kPartThreads)
   if (!finite) atomicMin(first_bad, static_cast<int>(entry.part.number));
 }
 
-template <typename Sum>
-cudaError_t launch_gather(const GatherGradientsParams& params, const PartTable& table, const void* workspace,
-                          cudaStream_t stream) {
-  return launch(gather_kernel<Sum>, dim3(static_cast<unsigned>(table.items)), dim3(kPartThreads), 0, stream,
-                table_at<PartEntry>(workspace, 0), table.count, static_cast<Sum*>(params.matrices), params.first_bad);
-}
+class GatherGradients : public PartLaunch {
+ public:
+  explicit GatherGradients(const GatherGradientsParams& params)
+      : PartLaunch(params.parts, params.count), params_(params) {}
+
+ private:
+  cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
+    const cudaError_t status =
+        launch(none_bad_kernel, dim3(1), dim3(1), 0, stream, params_.first_bad, static_cast<int32_t>(params_.none_bad));
+    if (status != cudaSuccess) return status;
+    return params_.is_double ? gather<double>(workspace, stream) : gather<float>(workspace, stream);
+  }
+
+  template <typename Sum>
+  cudaError_t gather(const unsigned char* workspace, cudaStream_t stream) const {
+    return launch_items(gather_kernel<Sum>, workspace, stream, static_cast<Sum*>(params_.matrices), params_.first_bad);
+  }
+
+  GatherGradientsParams params_;
+};
 
 }  // namespace
 
-int64_t gather_gradients_workspace(const GatherGradientsParams& params) {
-  return PartTable(params.parts, params.count).tables.size();
-}
-
-int gather_gradients(const GatherGradientsParams& params, void* workspace, Stream stream) {
-  const PartTable table(params.parts, params.count);
-  cudaError_t status =
-      launch(none_bad_kernel, dim3(1), dim3(1), 0, stream, params.first_bad, static_cast<int32_t>(params.none_bad));
-  if (status != cudaSuccess || table.items == 0) return status;
-  status = table.tables.copy_to(workspace, stream);
-  if (status != cudaSuccess) return status;
-  const auto launcher = params.is_double ? launch_gather<double> : launch_gather<float>;
-  return launcher(params, table, workspace, stream);
+std::unique_ptr<Launch> gather_gradients(const GatherGradientsParams& params) {
+  return std::make_unique<GatherGradients>(params);
 }
 
 }  // namespace kfac2::cuda

@@ -1,4 +1,4 @@
-// All layers in one launch. A block takes a tile of one layer's grid for one group and a few samples: it sums
+// All layers in one launch. A block takes a tile of one source's grid and a few samples: it sums
 // the channels of the part of the input that the tile's patches cover into shared memory, then each place of
 // the tile adds up its patch there (the sum over a patch of a channel sum; outside the map lie zeros).
 //
@@ -19,11 +19,13 @@ constexpr int kThreads = 256;
 constexpr int kRegionPlaces = kMaxPatchSpan;  // places of the input held in shared memory
 constexpr int64_t kBlockElements = 1 << 14;   // elements worth a block; small samples share one
 constexpr unsigned kAllLanes = 0xffffffffu;
+// Of the slices' sums: at most 8 lanes of 4 bytes, or 2 of 8, for each thread.
+constexpr int kPartialBytes = kThreads * 8 * static_cast<int>(sizeof(float));
 
 struct Entry {
   int64_t first_item;  // its first block
   RowSource source;
-  void* maps;  // [groups, N, *grid]
+  void* maps;  // [N, *grid]
   int grid[kSpatialRank];
   int tile[kSpatialRank];   // places of the grid in a tile
   int tiles[kSpatialRank];  // tiles along each axis
@@ -34,7 +36,6 @@ struct Entry {
 struct Region {
   int64_t first_sample;
   int samples;
-  int group;
   int origin[kSpatialRank];  // of the tile, in the grid
   int places[kSpatialRank];  // of the tile
   int begin[kSpatialRank];
@@ -62,28 +63,10 @@ bool choose_tile(Entry& entry) {
     *longest = (*longest + 1) / 2;
   }
   const int64_t places = std::max<int64_t>(1, region_places(entry.source, entry.tile));
-  const int64_t elements = std::max<int64_t>(1, places * entry.source.channels_per_group());
+  const int64_t elements = std::max<int64_t>(1, places * entry.source.channels);
   entry.samples = static_cast<int>(
       std::max<int64_t>(1, std::min({kBlockElements / elements, kRegionPlaces / places, entry.source.batch})));
   return true;
-}
-
-// Blocks of the launch; -1 if a layer cannot be done.
-int64_t make_entries(const LayerMapsParams& params, std::vector<Entry>& entries) {
-  int64_t blocks = 0;
-  for (int64_t i = 0; i < params.layers; ++i) {
-    Entry entry{blocks, params.sources[i], params.maps[i], {}, {}, {}, 1};
-    for (int axis = 0; axis < kSpatialRank; ++axis) entry.grid[axis] = static_cast<int>(entry.source.grid(axis));
-    if (!choose_tile(entry)) return -1;
-    int64_t tiles = 1;
-    for (int axis = 0; axis < kSpatialRank; ++axis) {
-      entry.tiles[axis] = static_cast<int>(ceil_div(entry.grid[axis], entry.tile[axis]));
-      tiles *= entry.tiles[axis];
-    }
-    blocks += tiles * entry.source.window.groups * ceil_div(entry.source.batch, entry.samples);
-    entries.push_back(entry);
-  }
-  return blocks;
 }
 
 __device__ Region region_of(const Entry& entry, int64_t item) {
@@ -101,15 +84,14 @@ __device__ Region region_of(const Entry& entry, int64_t item) {
     region.begin[axis] = static_cast<int>(std::max<int64_t>(0, begin));
     region.size[axis] = static_cast<int>(std::max<int64_t>(0, end - region.begin[axis]));
   }
-  region.group = static_cast<int>(item % window.groups);
-  region.first_sample = item / window.groups * entry.samples;
+  region.first_sample = item * entry.samples;
   region.samples = static_cast<int>(std::min<int64_t>(entry.samples, entry.source.batch - region.first_sample));
   return region;
 }
 
 // Offset in x of a place of the region, numbered sample slowest, W fastest.
 __device__ int64_t offset_of(const RowSource& source, const Region& region, int place) {
-  int64_t offset = region.group * source.channels_per_group() * source.channel_stride;
+  int64_t offset = 0;
   for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
     offset += (region.begin[axis] + place % region.size[axis]) * source.spatial_stride[axis];
     place /= region.size[axis];
@@ -118,21 +100,17 @@ __device__ int64_t offset_of(const RowSource& source, const Region& region, int 
 }
 
 template <typename T>
-__device__ bool starts_aligned(const RowSource& source, const Region& region) {
-  constexpr int64_t kLanes = Vector<T>::kLanes;
-  bool aligned = reinterpret_cast<uintptr_t>(source.data) % 16 == 0;
-  aligned = aligned && source.batch_stride % kLanes == 0;
-  aligned = aligned && region.group * source.channels_per_group() * source.channel_stride % kLanes == 0;
-  return aligned;
+__device__ bool starts_aligned(const RowSource& source) {
+  return reinterpret_cast<uintptr_t>(source.data) % 16 == 0 && source.batch_stride % Vector<T>::kLanes == 0;
 }
 
 // Channels last: a few lanes of a warp add up the channels of a place, 16 bytes at a time.
 template <typename T>
 __device__ void sum_rows(const RowSource& source, const Region& region, SumType<T>* plane) {
   constexpr int kLanes = Vector<T>::kLanes;
-  bool vectors = starts_aligned<T>(source, region);
+  bool vectors = starts_aligned<T>(source);
   for (int axis = 0; axis < kSpatialRank; ++axis) vectors = vectors && source.spatial_stride[axis] % kLanes == 0;
-  const int channels = static_cast<int>(source.channels_per_group());
+  const int channels = static_cast<int>(source.channels);
   const int step = vectors ? kLanes : 1;
   int lanes = 1;
   while (lanes < 32 && lanes * step < channels) lanes *= 2;
@@ -164,7 +142,7 @@ __device__ void sum_rows(const RowSource& source, const Region& region, SumType<
 template <typename T, int kLanes>
 __device__ void sum_planes(const RowSource& source, const Region& region, SumType<T>* plane, SumType<T>* partial) {
   using Sum = SumType<T>;
-  const int units = region.count() / kLanes, channels = static_cast<int>(source.channels_per_group());
+  const int units = region.count() / kLanes, channels = static_cast<int>(source.channels);
   int unit_threads = 1;
   while (unit_threads < kThreads && unit_threads < units) unit_threads *= 2;
   const int slices = kThreads / unit_threads, slice = threadIdx.x / unit_threads;
@@ -197,11 +175,11 @@ __device__ void sum_planes(const RowSource& source, const Region& region, SumTyp
 template <typename T>
 __device__ void sum_channels(const RowSource& source, const Region& region, SumType<T>* plane, SumType<T>* partial) {
   constexpr int kLanes = Vector<T>::kLanes;
-  if (source.channel_stride == 1 && source.channels_per_group() > 1) {
+  if (source.channel_stride == 1 && source.channels > 1) {
     sum_rows<T>(source, region, plane);
     return;
   }
-  bool vectors = starts_aligned<T>(source, region) && source.spatial_stride[2] == 1 && region.size[2] % kLanes == 0 &&
+  bool vectors = starts_aligned<T>(source) && source.spatial_stride[2] == 1 && region.size[2] % kLanes == 0 &&
                  region.begin[2] % kLanes == 0 && source.channel_stride % kLanes == 0;
   for (int axis = 0; axis < 2; ++axis) vectors = vectors && source.spatial_stride[axis] % kLanes == 0;
   if (vectors) {
@@ -243,8 +221,7 @@ __device__ void tile_maps(const Entry& entry, const Region& region, unsigned cha
   sum_channels<T>(entry.source, region, plane, reinterpret_cast<Sum*>(shared + plane_bytes));
   __syncthreads();
   const Window& window = entry.source.window;
-  Sum* maps =
-      static_cast<Sum*>(entry.maps) + region.group * entry.source.batch * entry.grid[0] * entry.grid[1] * entry.grid[2];
+  Sum* maps = static_cast<Sum*>(entry.maps);
   const int places = region.places[0] * region.places[1] * region.places[2];
   for (int i = threadIdx.x; i < region.samples * places; i += kThreads) {
     const int sample = i / places;
@@ -261,39 +238,47 @@ __global__ void __launch_bounds__(kThreads) layer_maps_kernel(const Entry* entri
   KFAC2_SHARED(unsigned char, shared);
   const Entry& entry = entries[entry_of(entries, count, blockIdx.x)];
   const Region region = region_of(entry, blockIdx.x - entry.first_item);
-  switch (entry.source.element_type) {
-    case ElementType::kFloat32: tile_maps<float>(entry, region, &shared, plane_bytes); break;
-    case ElementType::kFloat64: tile_maps<double>(entry, region, &shared, plane_bytes); break;
-    case ElementType::kFloat16: tile_maps<Half>(entry, region, &shared, plane_bytes); break;
-    case ElementType::kBFloat16: tile_maps<BFloat16>(entry, region, &shared, plane_bytes); break;
-  }
+  with_type(entry.source.element_type, entry.source.data,
+            [&](const auto* x) { tile_maps<ElementOf<decltype(x)>>(entry, region, &shared, plane_bytes); });
 }
 
-// Bytes of the plane, and of the slices' sums: at most 8 lanes of 4 bytes, or 2 of 8, for each thread.
-int plane_bytes_of(const std::vector<Entry>& entries) {
-  int64_t bytes = 16;
-  for (const Entry& entry : entries) {
-    bytes = std::max(bytes, entry.samples * region_places(entry.source, entry.tile) * entry.source.sum_bytes());
+class LayerMaps : public TableLaunch {
+ public:
+  explicit LayerMaps(const LayerMapsParams& params) {
+    int64_t plane = 16;
+    std::vector<Entry> entries;
+    for (int64_t i = 0; i < params.count; ++i) {
+      Entry entry{blocks_, params.sources[i], params.maps[i], {}, {}, {}, 1};
+      for (int axis = 0; axis < kSpatialRank; ++axis) entry.grid[axis] = static_cast<int>(entry.source.grid(axis));
+      possible_ = possible_ && choose_tile(entry);
+      if (!possible_) return;
+      int64_t tiles = 1;
+      for (int axis = 0; axis < kSpatialRank; ++axis) {
+        entry.tiles[axis] = static_cast<int>(ceil_div(entry.grid[axis], entry.tile[axis]));
+        tiles *= entry.tiles[axis];
+      }
+      blocks_ += tiles * ceil_div(entry.source.batch, entry.samples);
+      plane = std::max(plane, entry.samples * region_places(entry.source, entry.tile) * entry.source.sum_bytes());
+      entries.push_back(entry);
+    }
+    plane_bytes_ = static_cast<int>(ceil_div(plane, 16) * 16);
+    count_ = static_cast<int>(params.count);
+    entries_ = add(entries);
   }
-  return static_cast<int>(ceil_div(bytes, 16) * 16);
-}
-constexpr int kPartialBytes = kThreads * 8 * static_cast<int>(sizeof(float));
+
+ private:
+  cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
+    return launch(layer_maps_kernel, dim3(static_cast<unsigned>(blocks_)), dim3(kThreads), plane_bytes_ + kPartialBytes,
+                  stream, at(workspace, entries_), count_, plane_bytes_);
+  }
+
+  int64_t blocks_ = 0;
+  int count_ = 0, plane_bytes_ = 0;
+  TableAt<Entry> entries_;
+};
 
 }  // namespace
 
-int64_t layer_maps_workspace(const LayerMapsParams& params) { return params.layers * ceil_div(sizeof(Entry), 16) * 16; }
-
-int layer_maps(const LayerMapsParams& params, void* workspace, Stream stream) {
-  std::vector<Entry> entries;
-  const int64_t blocks = make_entries(params, entries);
-  if (blocks < 0) return cudaErrorInvalidValue;
-  Tables tables;
-  const int64_t at = tables.add(entries);
-  const cudaError_t copied = tables.copy_to(workspace, stream);
-  if (copied != cudaSuccess) return copied;
-  const int plane_bytes = plane_bytes_of(entries);
-  return launch(layer_maps_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), plane_bytes + kPartialBytes,
-                stream, table_at<Entry>(workspace, at), static_cast<int>(entries.size()), plane_bytes);
-}
+std::unique_ptr<Launch> layer_maps(const LayerMapsParams& params) { return std::make_unique<LayerMaps>(params); }
 
 }  // namespace kfac2::cuda

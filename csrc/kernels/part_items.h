@@ -18,21 +18,30 @@ struct PartEntry {
   int64_t first_item;
 };
 
-// The table of all parts, on its way to the device. Those without elements have no item.
-struct PartTable {
-  Tables tables;
-  int64_t items = 0;
-  int count = 0;
-
-  PartTable(const GradientPart* parts, int64_t all) {
+// A launch with one block for each item of all parts. Parts without elements have no item.
+class PartLaunch : public TableLaunch {
+ protected:
+  PartLaunch(const GradientPart* parts, int64_t count) : count_(static_cast<int>(count)) {
     std::vector<PartEntry> entries;
-    for (int64_t i = 0; i < all; ++i) {
-      entries.push_back({parts[i], items});
-      items += ceil_div(parts[i].elements(), kItemElements);
+    for (int64_t i = 0; i < count; ++i) {
+      entries.push_back({parts[i], items_});
+      items_ += ceil_div(parts[i].elements(), kItemElements);
     }
-    count = static_cast<int>(all);
-    tables.add(entries);
+    entries_ = add(entries);
   }
+
+  // kernel(entries, count, arguments...)
+  template <typename... P, typename... A>
+  cudaError_t launch_items(void (*kernel)(P...), const unsigned char* workspace, cudaStream_t stream,
+                           const A&... arguments) const {
+    return launch(kernel, dim3(static_cast<unsigned>(items_)), dim3(kPartThreads), 0, stream, at(workspace, entries_),
+                  count_, arguments...);
+  }
+
+ private:
+  int64_t items_ = 0;
+  int count_;
+  TableAt<PartEntry> entries_;
 };
 
 // The elements of an item, dealt out to the threads of a block.

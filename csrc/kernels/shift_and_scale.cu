@@ -12,7 +12,7 @@ constexpr int kThreads = 256;            // of products_kernel
 constexpr int64_t kItemElements = 8192;  // of a layer, to one thread block
 constexpr int kFinishThreads = 512;
 
-// What the host knows of a layer.
+// A layer, as the host knows it.
 struct LayerEntry {
   int64_t begin, end;
   double rate, in_coarse;
@@ -22,21 +22,6 @@ struct LayerEntry {
 struct Products {
   double sum, dot;  // of y_i and of v_i . grad_i
 };
-
-struct Plan {
-  std::vector<LayerEntry> layers;
-  int64_t items = 0;
-};
-
-Plan make_plan(const ShiftAndScaleParams& params) {
-  Plan plan;
-  for (int64_t i = 0; i < params.layers; ++i) {
-    const int64_t begin = params.spans[2 * i], end = params.spans[2 * i + 1];
-    plan.layers.push_back({begin, end, params.rates[i], params.in_coarse[i], plan.items});
-    plan.items += ceil_div(end - begin, kItemElements);
-  }
-  return plan;
-}
 
 __device__ Products sum_of_warp(Products value) {
   for (int delta = 16; delta > 0; delta /= 2) {
@@ -72,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   partial[blockIdx.x] = total;
 }
 
-// The rest of the parameters, as the device sees them.
+// The parameters of finish_kernel.
 struct Finish {
   const LayerEntry* layers;
   const Products* partial;
@@ -154,54 +139,63 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Finish fin
   write_scale(finish, total, finite);
 }
 
-template <typename T>
-cudaError_t launch_products(const ShiftAndScaleParams& params, const Plan& plan, const LayerEntry* layers,
-                            Products* partial, cudaStream_t stream) {
-  return launch(products_kernel<T>, dim3(static_cast<unsigned>(plan.items)), dim3(kThreads),
-                kThreads / 32 * sizeof(Products), stream, layers, static_cast<int>(params.layers),
-                static_cast<const T*>(params.gradients), static_cast<const T*>(params.directions), partial);
-}
+class ShiftAndScale : public TableLaunch {
+ public:
+  explicit ShiftAndScale(const ShiftAndScaleParams& params) : params_(params) {
+    std::vector<LayerEntry> layers;
+    for (int64_t i = 0; i < params.layers; ++i) {
+      const int64_t begin = params.spans[2 * i], end = params.spans[2 * i + 1];
+      layers.push_back({begin, end, params.rates[i], params.in_coarse[i], items_});
+      items_ += ceil_div(end - begin, kItemElements);
+    }
+    layers_ = add(layers);
+    scratch_bytes_ = items_ * static_cast<int64_t>(sizeof(Products));
+  }
+
+ private:
+  cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
+    const LayerEntry* layers = at(workspace, layers_);
+    Products* partial = reinterpret_cast<Products*>(scratch(workspace));
+    const cudaError_t status = params_.is_double ? form_products<double>(layers, partial, stream)
+                                                 : form_products<float>(layers, partial, stream);
+    if (status != cudaSuccess) return status;
+    const int count = static_cast<int>(params_.layers);
+    const size_t shared_bytes = (static_cast<size_t>(count) + kFinishThreads / 32) * sizeof(Products);
+    const Finish finish = {layers,
+                           partial,
+                           params_.device_rates,
+                           params_.usable,
+                           params_.coarse_inverse,
+                           params_.first_bad,
+                           params_.none_bad,
+                           items_,
+                           params_.coarse_weight,
+                           params_.kl_clip,
+                           count,
+                           params_.is_double,
+                           params_.shifts,
+                           params_.scale,
+                           params_.found,
+                           params_.skipped};
+    return launch(finish_kernel, dim3(1), dim3(kFinishThreads), shared_bytes, stream, finish);
+  }
+
+  template <typename T>
+  cudaError_t form_products(const LayerEntry* layers, Products* partial, cudaStream_t stream) const {
+    return launch(products_kernel<T>, dim3(static_cast<unsigned>(items_)), dim3(kThreads),
+                  kThreads / 32 * sizeof(Products), stream, layers, static_cast<int>(params_.layers),
+                  static_cast<const T*>(params_.gradients), static_cast<const T*>(params_.directions), partial);
+  }
+
+  ShiftAndScaleParams params_;
+  int64_t items_ = 0;
+  TableAt<LayerEntry> layers_;
+};
 
 }  // namespace
 
-int64_t shift_and_scale_workspace(const ShiftAndScaleParams& params) {
-  const Plan plan = make_plan(params);
-  Tables tables;
-  tables.add(plan.layers);
-  return tables.size() + plan.items * static_cast<int64_t>(sizeof(Products));
-}
-
-int shift_and_scale(const ShiftAndScaleParams& params, void* workspace, Stream stream) {
-  const Plan plan = make_plan(params);
-  Tables tables;
-  const LayerEntry* layers = table_at<LayerEntry>(workspace, tables.add(plan.layers));
-  cudaError_t status = tables.copy_to(workspace, stream);
-  if (status != cudaSuccess) return status;
-  Products* partial = reinterpret_cast<Products*>(static_cast<unsigned char*>(workspace) + tables.size());
-  if (plan.items > 0) {
-    const auto launcher = params.is_double ? launch_products<double> : launch_products<float>;
-    status = launcher(params, plan, layers, partial, stream);
-    if (status != cudaSuccess) return status;
-  }
-  const int count = static_cast<int>(params.layers);
-  const size_t shared_bytes = (static_cast<size_t>(count) + kFinishThreads / 32) * sizeof(Products);
-  const Finish finish = {layers,
-                         partial,
-                         params.device_rates,
-                         params.usable,
-                         params.coarse_inverse,
-                         params.first_bad,
-                         params.none_bad,
-                         plan.items,
-                         params.coarse_weight,
-                         params.kl_clip,
-                         count,
-                         params.is_double,
-                         params.shifts,
-                         params.scale,
-                         params.found,
-                         params.skipped};
-  return launch(finish_kernel, dim3(1), dim3(kFinishThreads), shared_bytes, stream, finish);
+std::unique_ptr<Launch> shift_and_scale(const ShiftAndScaleParams& params) {
+  return std::make_unique<ShiftAndScale>(params);
 }
 
 }  // namespace kfac2::cuda

@@ -1,5 +1,5 @@
 #include "compat.h"
-#include "cuda_launchers.h"
+#include "op.h"
 
 namespace kfac2::cuda {
 

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// What the parameters of a kernel hold: 4 KB anywhere, nearly 32 KB from CUDA 12.1 on.
+// Bytes that the parameters of a kernel hold: 4 KB anywhere, nearly 32 KB from CUDA 12.1 on.
 constexpr int64_t kFew = 3840, kMany = 30720;
 
 template <int64_t kBytes>
@@ -31,12 +31,12 @@ cudaError_t write(const unsigned char* from, int64_t bytes, void* to, cudaStream
 
 }  // namespace
 
-cudaError_t Tables::copy_to(void* workspace, cudaStream_t stream) const {
+cudaError_t TableLaunch::copy_tables(void* workspace, cudaStream_t stream) const {
   cudaError_t status = cudaSuccess;
-  for (int64_t offset = 0; offset < size() && status == cudaSuccess; offset += kMany) {
-    const int64_t bytes = std::min(kMany, size() - offset);
+  for (int64_t offset = 0; offset < table_bytes() && status == cudaSuccess; offset += kMany) {
+    const int64_t bytes = std::min(kMany, table_bytes() - offset);
     const auto writer = bytes <= kFew ? write<kFew> : write<kMany>;
-    status = writer(bytes_.data() + offset, bytes, static_cast<unsigned char*>(workspace) + offset, stream);
+    status = writer(tables_.data() + offset, bytes, static_cast<unsigned char*>(workspace) + offset, stream);
   }
   return status;
 }

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kPartThreads)
   if (kept && !skipped) return;  // there is no barrier
   const Sum shift = kept ? Sum(0) : static_cast<Sum>(shifts[part.layer]), nu = static_cast<Sum>(*scale);
   with_type(part.element_type, part.data, [&](auto* data) {
-    using T = std::remove_pointer_t<decltype(data)>;
+    using T = ElementOf<decltype(data)>;
     for_each_element(entry, blockIdx.x, [&](int64_t offset, int64_t place) {
       const Sum value = skipped ? Sum(0) : nu * (directions[place] + shift);
       data[offset] = from_sum_type<T>(static_cast<SumType<T>>(value));
@@ -23,27 +23,29 @@ __global__ void __launch_bounds__(kPartThreads)
   });
 }
 
-template <typename Sum>
-cudaError_t launch_write(const WriteGradientsParams& params, const PartTable& table, const void* workspace,
-                         cudaStream_t stream) {
-  return launch(write_kernel<Sum>, dim3(static_cast<unsigned>(table.items)), dim3(kPartThreads), 0, stream,
-                table_at<PartEntry>(workspace, 0), table.count, static_cast<const Sum*>(params.directions),
-                params.shifts, params.scale, params.found, params.usable);
-}
+class WriteGradients : public PartLaunch {
+ public:
+  explicit WriteGradients(const WriteGradientsParams& params)
+      : PartLaunch(params.parts, params.count), params_(params) {}
+
+ private:
+  cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
+    return params_.is_double ? write<double>(workspace, stream) : write<float>(workspace, stream);
+  }
+
+  template <typename Sum>
+  cudaError_t write(const unsigned char* workspace, cudaStream_t stream) const {
+    return launch_items(write_kernel<Sum>, workspace, stream, static_cast<const Sum*>(params_.directions),
+                        params_.shifts, params_.scale, params_.found, params_.usable);
+  }
+
+  WriteGradientsParams params_;
+};
 
 }  // namespace
 
-int64_t write_gradients_workspace(const WriteGradientsParams& params) {
-  return PartTable(params.parts, params.count).tables.size();
-}
-
-int write_gradients(const WriteGradientsParams& params, void* workspace, Stream stream) {
-  const PartTable table(params.parts, params.count);
-  if (table.items == 0) return cudaSuccess;
-  const cudaError_t copied = table.tables.copy_to(workspace, stream);
-  if (copied != cudaSuccess) return copied;
-  const auto launcher = params.is_double ? launch_write<double> : launch_write<float>;
-  return launcher(params, table, workspace, stream);
+std::unique_ptr<Launch> write_gradients(const WriteGradientsParams& params) {
+  return std::make_unique<WriteGradients>(params);
 }
 
 }  // namespace kfac2::cuda

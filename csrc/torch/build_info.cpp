@@ -1,8 +1,12 @@
-// kfac2._C: how this build was made. No torch in it, so that it can be read when torch does not fit.
+// kfac2._C: how this build was made, and what its kernels can do. No torch in it, so that it can be read when torch
+// does not fit.
 #include <pybind11/pybind11.h>
 
+#include "eigendecompose.h"
+
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Build information of kfac2.";
+  module.doc() = "Build information of kfac2, and the limits of its kernels.";
   module.attr("torch_version") = KFAC2_BUILT_WITH_TORCH;
   module.attr("cuda_arch") = KFAC2_CUDA_ARCH;  // separated by semicolons; empty in a build for the CPU alone
+  module.attr("eigendecompose_max_size") = kfac2::kMaxMatrixSize;  // of the CUDA kernel
 }

@@ -1,14 +1,8 @@
 #include "cross_layer_sums.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+#include <optional>
 
-#include "allocate.h"
-#include "check.h"
-#include "parallel.h"
-#ifdef KFAC2_WITH_CUDA
-#include "on_device.h"
-#endif
+#include "bind.h"
 
 namespace kfac2 {
 namespace {
@@ -42,66 +36,31 @@ void check_previous(const std::vector<Tensor>& maps, const std::optional<Tensor>
   check(same_device(*previous, maps[0]), kOp, "expected previous on the device of the maps");
 }
 
-// Checked inputs, contiguous, and the output made for them: [B, B].
-struct Call {
+// [B, B]
+Tensor cross_layer_sums(const std::vector<Tensor>& maps, bool area, const std::optional<Tensor>& previous, double kept,
+                        double scale) {
+  check_maps(maps);
+  check_previous(maps, previous);
   std::vector<Tensor> contiguous;  // keeps alive what the pointers point to
   std::vector<GridMap> grid_maps;
-  Tensor sums;
-  CrossLayerSumsParams params;
-
-  Call(const std::vector<Tensor>& maps, bool area, const std::optional<Tensor>& previous, double kept, double scale) {
-    check_maps(maps);
-    check_previous(maps, previous);
-    for (const Tensor& map : maps) {
-      contiguous.push_back(torch::stable::contiguous(map));
-      GridMap grid_map{contiguous.back().const_data_ptr(), {static_cast<int>(map.dim()) - 1, {}}};
-      for (int axis = 0; axis < grid_map.grid.rank; ++axis) grid_map.grid.extent[axis] = map.size(axis + 1);
-      grid_maps.push_back(grid_map);
-    }
-    const void* before = nullptr;
-    if (previous) {
-      contiguous.push_back(torch::stable::contiguous(*previous));
-      before = contiguous.back().const_data_ptr();
-    }
-    const int64_t count = static_cast<int64_t>(maps.size());
-    sums = allocate(maps[0], {count, count}, maps[0].scalar_type());
-    params = {grid_maps.data(),
-              sums.mutable_data_ptr(),
-              before,
-              kept,
-              scale,
-              count,
-              maps[0].size(0),
-              is_double(maps[0]),
-              area ? Downsample::kArea : Downsample::kNearest};
+  for (const Tensor& map : maps) {
+    contiguous.push_back(torch::stable::contiguous(map));
+    GridMap grid_map{contiguous.back().const_data_ptr(), {static_cast<int>(map.dim()) - 1, {}}};
+    for (int axis = 0; axis < grid_map.grid.rank; ++axis) grid_map.grid.extent[axis] = map.size(axis + 1);
+    grid_maps.push_back(grid_map);
   }
-};
-
-Tensor cross_layer_sums_cpu(const std::vector<Tensor>& maps, bool area, const std::optional<Tensor>& previous,
-                            double kept, double scale) {
-  const Call call(maps, area, previous, kept, scale);
-  cpu::CrossLayerSums work(call.params);
-  run_tasks(work.tasks(), [&](int64_t task) { work.run_task(task); });
-  work.merge();
-  return call.sums;
+  if (previous) contiguous.push_back(torch::stable::contiguous(*previous));
+  const int64_t count = static_cast<int64_t>(maps.size());
+  const Tensor sums = allocate(maps[0], {count, count}, maps[0].scalar_type());
+  const CrossLayerSumsParams params{
+      grid_maps.data(), sums.data_ptr(),    previous ? contiguous.back().const_data_ptr() : nullptr, kept, scale, count,
+      maps[0].size(0),  is_double(maps[0]), area ? Downsample::kArea : Downsample::kNearest};
+  KFAC2_RUN(cross_layer_sums, maps[0], params);
+  return sums;
 }
-
-#ifdef KFAC2_WITH_CUDA
-Tensor cross_layer_sums_cuda(const std::vector<Tensor>& maps, bool area, const std::optional<Tensor>& previous,
-                             double kept, double scale) {
-  const Call call(maps, area, previous, kept, scale);
-  run_on_device(kOp, maps[0], cuda::cross_layer_sums_workspace(call.params), [&](void* workspace, cuda::Stream stream) {
-    return cuda::cross_layer_sums(call.params, workspace, stream);
-  });
-  return call.sums;
-}
-#endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kfac2, CPU, m) { m.impl("cross_layer_sums", TORCH_BOX(&cross_layer_sums_cpu)); }
-#ifdef KFAC2_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kfac2, CUDA, m) { m.impl("cross_layer_sums", TORCH_BOX(&cross_layer_sums_cuda)); }
-#endif
+KFAC2_BIND(cross_layer_sums)
 
 }  // namespace kfac2

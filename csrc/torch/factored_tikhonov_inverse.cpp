@@ -1,22 +1,14 @@
 #include "factored_tikhonov_inverse.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <tuple>
 
-#include "allocate.h"
-#include "check.h"
-#include "parallel.h"
-#ifdef KFAC2_WITH_CUDA
-#include "on_device.h"
-#endif
+#include "bind.h"
 
 namespace kfac2 {
 namespace {
 
 using torch::stable::Tensor;
-using Inverses = std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor>;
+using Result = std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor>;
 
 constexpr const char* kOp = "factored_tikhonov_inverse";
 
@@ -36,72 +28,34 @@ void check_factors(const std::vector<Tensor>& A, const std::vector<Tensor>& G, d
   }
 }
 
-// Checked inputs, contiguous, and the outputs made for them.
-struct Call {
+// A_inv, G_inv: like A and G; status: one for each block of all layers
+Result factored_tikhonov_inverse(const std::vector<Tensor>& A, const std::vector<Tensor>& G, double damping) {
+  check_factors(A, G, damping);
   std::vector<Tensor> inputs, A_inv, G_inv;
-  Tensor status;
   std::vector<FactorPair> pairs;
-  double damping;
-  bool factors_are_double;
-
-  Call(const std::vector<Tensor>& A, const std::vector<Tensor>& G, double damping_) : damping(damping_) {
-    check_factors(A, G, damping);
-    factors_are_double = is_double(A[0]);
-    const int64_t bytes = factors_are_double ? 8 : 4;
-    for (size_t i = 0; i < A.size(); ++i) {
-      inputs.push_back(torch::stable::contiguous(A[i]));
-      inputs.push_back(torch::stable::contiguous(G[i]));
-      const int64_t d_in = A[i].size(-1), d_out = G[i].size(-1);
-      A_inv.push_back(allocate(A[i], shape_vector(A[i]), A[i].scalar_type()));
-      G_inv.push_back(allocate(G[i], shape_vector(G[i]), G[i].scalar_type()));
-      const auto block = [&](const Tensor& stack, int64_t q, int64_t d) {
-        return static_cast<unsigned char*>(stack.data_ptr()) + q * d * d * bytes;
-      };
-      for (int64_t q = 0; q < blocks_of(A[i]); ++q) {
-        pairs.push_back({block(inputs[2 * i], q, d_in), block(inputs[2 * i + 1], q, d_out), block(A_inv[i], q, d_in),
-                         block(G_inv[i], q, d_out), d_in, d_out});
-      }
-    }
-    const std::vector<int64_t> count = {static_cast<int64_t>(pairs.size())};
-    status = allocate(A[0], count, torch::headeronly::ScalarType::Int);
+  for (size_t i = 0; i < A.size(); ++i) {
+    const Tensor A_i = torch::stable::contiguous(A[i]), G_i = torch::stable::contiguous(G[i]);
+    inputs.insert(inputs.end(), {A_i, G_i});
+    A_inv.push_back(allocate(A[i], shape_vector(A[i]), A[i].scalar_type()));
+    G_inv.push_back(allocate(G[i], shape_vector(G[i]), G[i].scalar_type()));
+    const auto block = [&](const Tensor& stack, int64_t q) {
+      const int64_t d = stack.size(-1);
+      return static_cast<unsigned char*>(stack.data_ptr()) + q * d * d * (is_double(stack) ? 8 : 4);
+    };
+    for (int64_t q = 0; q < blocks_of(A_i); ++q)
+      pairs.push_back(
+          {block(A_i, q), block(G_i, q), block(A_inv[i], q), block(G_inv[i], q), A_i.size(-1), G_i.size(-1)});
   }
-
-  FactoredTikhonovInverseParams params() const {
-    return {pairs.data(), static_cast<int32_t*>(status.data_ptr()), static_cast<int64_t>(pairs.size()), damping,
-            factors_are_double};
-  }
-
-  Inverses result() const { return {A_inv, G_inv, status}; }
-};
-
-Inverses factored_tikhonov_inverse_cpu(const std::vector<Tensor>& A, const std::vector<Tensor>& G, double damping) {
-  const Call call(A, G, damping);
-  cpu::FactoredTikhonovInverse work(call.params());
-  run_tasks(work.tasks(), [&](int64_t task) { work.run_task(task); });
-  work.merge();
-  return call.result();
+  const int64_t count = static_cast<int64_t>(pairs.size());
+  const Tensor status = allocate(A[0], {count}, torch::headeronly::ScalarType::Int);
+  const FactoredTikhonovInverseParams params{pairs.data(), static_cast<int32_t*>(status.data_ptr()), count, damping,
+                                             is_double(A[0])};
+  KFAC2_RUN(factored_tikhonov_inverse, A[0], params);
+  return {A_inv, G_inv, status};
 }
-
-#ifdef KFAC2_WITH_CUDA
-Inverses factored_tikhonov_inverse_cuda(const std::vector<Tensor>& A, const std::vector<Tensor>& G, double damping) {
-  const Call call(A, G, damping);
-  const FactoredTikhonovInverseParams params = call.params();
-  run_on_device(
-      kOp, A[0], cuda::factored_tikhonov_inverse_workspace(params),
-      [&](void* workspace, cuda::Stream stream) { return cuda::factored_tikhonov_inverse(params, workspace, stream); });
-  return call.result();
-}
-#endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kfac2, CPU, m) {
-  m.impl("factored_tikhonov_inverse", TORCH_BOX(&factored_tikhonov_inverse_cpu));
-}
-#ifdef KFAC2_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kfac2, CUDA, m) {
-  m.impl("factored_tikhonov_inverse", TORCH_BOX(&factored_tikhonov_inverse_cuda));
-}
-#endif
+KFAC2_BIND(factored_tikhonov_inverse)
 
 }  // namespace kfac2

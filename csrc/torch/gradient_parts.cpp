@@ -10,30 +10,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kLayoutNumbers = 4;
 
-// Rows along the first axis; the others merged where their strides allow, at most kColumnAxes of them left.
-bool read_axes(const Tensor& tensor, GradientPart* part) {
-  part->rows = tensor.dim() == 0 ? 1 : tensor.size(0);
-  part->row_stride = tensor.dim() == 0 ? 1 : tensor.stride(0);
-  part->columns = 1;
-  int axis = kColumnAxes - 1;  // filled from the fastest
-  for (int i = 0; i < kColumnAxes; ++i) part->extent[i] = 1, part->stride[i] = i == axis ? 1 : 0;
-  bool open = false;
-  for (int64_t d = tensor.dim() - 1; d > 0; --d) {
-    const int64_t size = tensor.size(d), stride = tensor.stride(d);
-    part->columns *= size;
-    if (size == 1) continue;
-    if (open && stride == part->stride[axis] * part->extent[axis]) {
-      part->extent[axis] *= size;
-      continue;
-    }
-    if (open && --axis < 0) return false;
-    part->extent[axis] = size;
-    part->stride[axis] = stride;
-    open = true;
-  }
-  return true;
-}
-
 bool is_expanded(const Tensor& tensor) {
   for (int64_t d = 0; d < tensor.dim(); ++d)
     if (tensor.size(d) > 1 && tensor.stride(d) == 0) return true;
@@ -58,8 +34,10 @@ std::vector<GradientPart> gradient_parts(const char* op, const std::vector<Tenso
     GradientPart part;
     part.data = gradient.data_ptr();
     part.element_type = element_type(op, gradient, i);
-    check(read_axes(gradient, &part), op, "expected gradient ", i, " to have at most ", kColumnAxes,
-          " axes of strides that do not merge, behind the first; got shape ", shape_of(gradient));
+    const std::vector<int64_t> sizes = shape_vector(gradient), strides = stride_vector(gradient);
+    check(part.read_axes(gradient.dim(), sizes.data(), strides.data()), op, "expected gradient ", i,
+          " to have at most ", kColumnAxes, " axes of strides that do not merge, behind the first; got shape ",
+          shape_of(gradient));
     check(part.elements() < (int64_t{1} << 31), op, "expected gradient ", i, " to have fewer than 2^31 elements, got ",
           shape_of(gradient));
     check(same_device(gradient, matrices), op, "expected gradient ", i, " on the device of the matrices");

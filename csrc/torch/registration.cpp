@@ -5,7 +5,10 @@ STABLE_TORCH_LIBRARY(kfac2, m) {
   m.def("layer_maps(Tensor[] tensors, int[] windows) -> Tensor[]");
   m.def("covariances(Tensor[] tensors, int[] windows) -> Tensor[]");
   m.def("cross_layer_sums(Tensor[] maps, bool area, Tensor? previous, float kept, float scale) -> Tensor");
-  m.def("coarse_fisher(Tensor input_sums, Tensor grad_sums, int[] layer_of_block, int layers) -> Tensor");
+  m.def(
+      "coarse_fisher(Tensor input_sums, Tensor grad_sums, Tensor? input_scales, Tensor? grad_scales, "
+      "Tensor? previous_inputs, Tensor? previous_grads, float kept, int[] layer_of_block, int layers) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("factored_tikhonov_inverse(Tensor[] A, Tensor[] G, float damping) -> (Tensor[], Tensor[], Tensor)");
   m.def("eigendecompose(Tensor[] matrices) -> (Tensor[], Tensor[], Tensor)");
   m.def("gather_gradients(Tensor[] gradients, Tensor layout, int layers, int none_bad, Tensor(a!) matrices) -> Tensor");

@@ -1,17 +1,9 @@
 #include "shift_and_scale.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 #include <tuple>
 
-#include "allocate.h"
-#include "check.h"
-#include "parallel.h"
-#ifdef KFAC2_WITH_CUDA
-#include "on_device.h"
-#endif
+#include "bind.h"
 
 namespace kfac2 {
 namespace {
@@ -29,102 +21,63 @@ void check_numbers(const Tensor& tensor, const char* name, ScalarType type, int6
         on_device_of == nullptr ? "the CPU" : "the device of the gradients", ", got shape ", shape_of(tensor));
 }
 
-// Checked inputs, and the outputs made for them: [L], [2] and [1].
-struct Call {
-  const Tensor &gradients, &directions, &spans, &rates, &in_coarse, &usable, &first_bad, &skipped;
-  int64_t none_bad;
-  const std::optional<Tensor>&device_rates, &coarse_inverse;
-  double coarse_weight, kl_clip;
-  Tensor shifts = {}, scale = {}, found = {};
-
-  void check_all() const {
-    const int64_t layers = rates.numel();
-    check(is_float_or_double(gradients) && gradients.scalar_type() == directions.scalar_type() &&
-              gradients.numel() == directions.numel() && gradients.is_contiguous() && directions.is_contiguous() &&
-              same_device(gradients, directions),
-          kOp, "expected gradients and directions of one size, dtype and device, contiguous, got ", shape_of(gradients),
-          " and ", shape_of(directions));
-    check_numbers(spans, "spans", ScalarType::Long, 2 * layers, nullptr);
-    check_numbers(rates, "rates", ScalarType::Double, layers, nullptr);
-    check_numbers(in_coarse, "in_coarse", ScalarType::Double, layers, nullptr);
-    check_numbers(usable, "usable", ScalarType::Double, layers, &gradients);
-    if (device_rates) check_numbers(*device_rates, "device_rates", ScalarType::Double, layers, &gradients);
-    if (coarse_inverse) {
-      check_numbers(*coarse_inverse, "coarse_inverse", ScalarType::Double, layers * layers, &gradients);
-    }
-    check_numbers(first_bad, "first_bad", ScalarType::Int, 1, &gradients);
-    check_numbers(skipped, "skipped", ScalarType::Long, 2, &gradients);
-    const int64_t* span = static_cast<const int64_t*>(spans.const_data_ptr());
-    for (int64_t i = 0; i < layers; ++i) {
-      check(0 <= span[2 * i] && span[2 * i] <= span[2 * i + 1] && span[2 * i + 1] <= gradients.numel(), kOp,
-            "expected the span of layer ", i, " within ", gradients.numel(), " elements, got ", span[2 * i], " to ",
-            span[2 * i + 1]);
-    }
-    check(kl_clip > 0, kOp, "expected kl_clip above 0, got ", kl_clip);
-  }
-
-  void make_outputs() {
-    shifts = allocate(gradients, {rates.numel()}, ScalarType::Double);
-    scale = allocate(gradients, {2}, ScalarType::Double);
-    found = allocate(gradients, {1}, ScalarType::Float);
-  }
-
-  ShiftAndScaleParams params() const {
-    const auto doubles = [](const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); };
-    ShiftAndScaleParams params;
-    params.gradients = gradients.const_data_ptr();
-    params.directions = directions.const_data_ptr();
-    params.spans = static_cast<const int64_t*>(spans.const_data_ptr());
-    params.rates = doubles(rates);
-    params.device_rates = device_rates ? doubles(*device_rates) : nullptr;
-    params.in_coarse = doubles(in_coarse);
-    params.usable = doubles(usable);
-    params.coarse_inverse = coarse_inverse ? doubles(*coarse_inverse) : nullptr;
-    params.first_bad = static_cast<const int32_t*>(first_bad.const_data_ptr());
-    params.none_bad = none_bad;
-    params.coarse_weight = coarse_weight;
-    params.kl_clip = kl_clip;
-    params.layers = rates.numel();
-    params.shifts = doubles(shifts);
-    params.scale = doubles(scale);
-    params.found = static_cast<float*>(found.data_ptr());
-    params.skipped = static_cast<int64_t*>(skipped.data_ptr());
-    params.is_double = is_double(gradients);
-    return params;
-  }
-
-  Result result() const { return {shifts, scale, found}; }
-};
-
-template <bool kOnCuda>
+// shifts: [L], scale: [2], found: [1]
 Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const Tensor& spans, const Tensor& rates,
                        const std::optional<Tensor>& device_rates, const Tensor& in_coarse, const Tensor& usable,
                        const std::optional<Tensor>& coarse_inverse, const Tensor& first_bad, int64_t none_bad,
                        double coarse_weight, double kl_clip, const Tensor& skipped) {
-  Call call{gradients, directions, spans,        rates,          in_coarse,     usable, first_bad,
-            skipped,   none_bad,   device_rates, coarse_inverse, coarse_weight, kl_clip};
-  call.check_all();
-  call.make_outputs();
-  const ShiftAndScaleParams params = call.params();
-#ifdef KFAC2_WITH_CUDA
-  if constexpr (kOnCuda) {
-    run_on_device(kOp, gradients, cuda::shift_and_scale_workspace(params), [&](void* workspace, cuda::Stream stream) {
-      return cuda::shift_and_scale(params, workspace, stream);
-    });
-    return call.result();
+  const int64_t layers = rates.numel();
+  check(is_float_or_double(gradients) && gradients.scalar_type() == directions.scalar_type() &&
+            gradients.numel() == directions.numel() && gradients.is_contiguous() && directions.is_contiguous() &&
+            same_device(gradients, directions),
+        kOp, "expected gradients and directions of one size, dtype and device, contiguous, got ", shape_of(gradients),
+        " and ", shape_of(directions));
+  check_numbers(spans, "spans", ScalarType::Long, 2 * layers, nullptr);
+  check_numbers(rates, "rates", ScalarType::Double, layers, nullptr);
+  check_numbers(in_coarse, "in_coarse", ScalarType::Double, layers, nullptr);
+  check_numbers(usable, "usable", ScalarType::Double, layers, &gradients);
+  if (device_rates) check_numbers(*device_rates, "device_rates", ScalarType::Double, layers, &gradients);
+  if (coarse_inverse) {
+    check_numbers(*coarse_inverse, "coarse_inverse", ScalarType::Double, layers * layers, &gradients);
   }
-#endif
-  cpu::ShiftAndScale work(params);
-  run_tasks(work.tasks(), [&](int64_t task) { work.run_task(task); });
-  work.merge();
-  return call.result();
+  check_numbers(first_bad, "first_bad", ScalarType::Int, 1, &gradients);
+  check_numbers(skipped, "skipped", ScalarType::Long, 2, &gradients);
+  const int64_t* span = static_cast<const int64_t*>(spans.const_data_ptr());
+  for (int64_t i = 0; i < layers; ++i) {
+    check(0 <= span[2 * i] && span[2 * i] <= span[2 * i + 1] && span[2 * i + 1] <= gradients.numel(), kOp,
+          "expected the span of layer ", i, " within ", gradients.numel(), " elements, got ", span[2 * i], " to ",
+          span[2 * i + 1]);
+  }
+  check(kl_clip > 0, kOp, "expected kl_clip above 0, got ", kl_clip);
+  const Tensor shifts = allocate(gradients, {layers}, ScalarType::Double);
+  const Tensor scale = allocate(gradients, {2}, ScalarType::Double);
+  const Tensor found = allocate(gradients, {1}, ScalarType::Float);
+  const auto doubles = [](const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); };
+  ShiftAndScaleParams params;
+  params.gradients = gradients.const_data_ptr();
+  params.directions = directions.const_data_ptr();
+  params.spans = span;
+  params.rates = doubles(rates);
+  params.device_rates = device_rates ? doubles(*device_rates) : nullptr;
+  params.in_coarse = doubles(in_coarse);
+  params.usable = doubles(usable);
+  params.coarse_inverse = coarse_inverse ? doubles(*coarse_inverse) : nullptr;
+  params.first_bad = static_cast<const int32_t*>(first_bad.const_data_ptr());
+  params.none_bad = none_bad;
+  params.coarse_weight = coarse_weight;
+  params.kl_clip = kl_clip;
+  params.layers = layers;
+  params.shifts = doubles(shifts);
+  params.scale = doubles(scale);
+  params.found = static_cast<float*>(found.data_ptr());
+  params.skipped = static_cast<int64_t*>(skipped.data_ptr());
+  params.is_double = is_double(gradients);
+  KFAC2_RUN(shift_and_scale, gradients, params);
+  return {shifts, scale, found};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kfac2, CPU, m) { m.impl("shift_and_scale", TORCH_BOX(&shift_and_scale<false>)); }
-#ifdef KFAC2_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kfac2, CUDA, m) { m.impl("shift_and_scale", TORCH_BOX(&shift_and_scale<true>)); }
-#endif
+KFAC2_BIND(shift_and_scale)
 
 }  // namespace kfac2

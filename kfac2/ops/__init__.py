@@ -4,17 +4,18 @@
 |---|---|---|
 | `layer_maps`, with its fronts `channel_sums` and `patch_sums` | the sum of each row, all layers at once | csrc |
 | `cross_layer_sums` | inner products of all pairs of maps | csrc |
-| `coarse_fisher` | the L×L Fisher of the second level | csrc |
+| `average_coarse_sums` | running averages of these, and the L×L Fisher of the second level | csrc |
+| `coarse_fisher` | the latter alone | torch; csrc where a layer has several blocks |
 | `covariances`, with its fronts `input_covariance` and `grad_covariance` | Kronecker factors, all layers | csrc |
 | `factored_tikhonov_inverse` | damped inverses of both factors, all layers | csrc; torch for large ones on a CPU |
-| `eigendecompose` | both factors of every layer, for the exact damped inverse | csrc; torch for large sizes |
+| `eigendecompose` | both factors of every layer, for the exact damped inverse | torch; csrc for small sizes on CUDA |
 | `precondition`, `precondition_eigh` | their use | torch, by size |
 
 The three native calls of every step are for the optimizer alone, and documented beside it in their own files:
 `gather_gradients`, `shift_and_scale`, `write_gradients`.
 """
 
-from kfac2.ops.coarse_fisher import coarse_fisher
+from kfac2.ops.coarse_fisher import CoarseFisher, average_coarse_sums, coarse_fisher
 from kfac2.ops.covariances import covariances, grad_covariance, input_covariance
 from kfac2.ops.cross_layer_sums import cross_layer_sums
 from kfac2.ops.eigendecompose import Eigendecomposition, eigendecompose
@@ -24,9 +25,11 @@ from kfac2.ops.precondition import precondition, precondition_eigh
 from kfac2.window import Window
 
 __all__ = [
+    "CoarseFisher",
     "Eigendecomposition",
     "FactoredInverse",
     "Window",
+    "average_coarse_sums",
     "channel_sums",
     "coarse_fisher",
     "covariances",

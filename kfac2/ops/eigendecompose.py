@@ -1,4 +1,4 @@
-"""Eigendecompositions of both Kronecker factors: the small ones in one native call, the others batched by size."""
+"""Eigendecompositions of both Kronecker factors: by torch, by size; on CUDA the small ones in one native call."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac2 import _C  # type: ignore[attr-defined]
 from kfac2.ops._batching import blocks_of, by_shape, check_paired, checked_matrices
 from kfac2.ops._checks import check_one_device, check_same_length, check_tensors
 
-# Sizes up to which the native call is taken. On a CPU it is faster than batched torch.linalg.eigh from 2 to 4, and a
-# third as fast at 32 (bench/test_solve_ops.py); on CUDA nothing was measured yet.
-CPU_LIMIT, CUDA_LIMIT = 4, 128
-CUDA_LIMIT_OF_ONE_STACK = 256  # of `floored_eigh`: what the kernel can do (csrc/include/eigendecompose.h)
+# Sizes up to which the native call is taken on CUDA: by `eigendecompose` a choice that was not measured, by
+# `floored_eigh`, which must not wait for the device, all that the kernel can do.
+CUDA_LIMIT = 128
+CUDA_LIMIT_OF_ONE_STACK: int = _C.eigendecompose_max_size
 
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -28,8 +29,8 @@ class Eigendecomposition(NamedTuple):
         G_values: eigenvalues of G, ascending, floored at 0: (d_out,).
         G_vectors: its eigenvectors, in columns: (d_out, d_out).
         status: for each block 0 where both decompositions are good. 1 where a factor is not finite: 0 was
-            decomposed instead. 2 where a factor is finite, but Jacobi's method did not converge: the two hold
-            no meaning. 3 where there is one of each.
+            decomposed instead. 2 where a factor is finite, but the native call did not converge on CUDA: the two
+            hold no meaning. 3 where there is one of each.
     """
 
     A_values: list[Tensor]
@@ -54,8 +55,8 @@ def eigendecompose(A_list: Sequence[Tensor], G_list: Sequence[Tensor]) -> Eigend
         TypeError: if an argument is not made of tensors, or a dtype is another.
         ValueError: if a list is empty, lengths or numbers of blocks differ, a matrix is not square, or
             tensors are on several devices.
-        torch.linalg.LinAlgError: if `torch.linalg.eigh`, which takes the large ones, does not converge on a
-            finite matrix.
+        torch.linalg.LinAlgError: if `torch.linalg.eigh`, which takes all on a CPU and the large ones on CUDA, does not
+            converge on a finite matrix.
     """
     check_tensors("A_list", A_list)
     check_tensors("G_list", G_list)
@@ -63,7 +64,7 @@ def eigendecompose(A_list: Sequence[Tensor], G_list: Sequence[Tensor]) -> Eigend
     check_one_device(A_list=A_list[0], G_list=G_list[0])
     A_list, G_list = checked_matrices("A_list", A_list), checked_matrices("G_list", G_list)
     check_paired("A_list", A_list, "G_list", G_list)
-    values, vectors, status = _decompose(A_list + G_list, CUDA_LIMIT if A_list[0].is_cuda else CPU_LIMIT)
+    values, vectors, status = _decompose(A_list + G_list, CUDA_LIMIT)
     layers = len(A_list)
     both = torch.cat(status[:layers]) | torch.cat(status[layers:])
     return Eigendecomposition(
@@ -85,15 +86,15 @@ def floored_eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Eigenvalues (q, d), ascending, floored at 0; eigenvectors (q, d, d), in columns; status (q), see
         `Eigendecomposition`. Where status is not 0, `torch.where` can choose another result on the device.
     """
-    values, vectors, status = _decompose([stack.detach()], CUDA_LIMIT_OF_ONE_STACK if stack.is_cuda else CPU_LIMIT)
+    values, vectors, status = _decompose([stack.detach()], CUDA_LIMIT_OF_ONE_STACK)
     return values[0], vectors[0], status[0]
 
 
 def _decompose(stacks: Sequence[Tensor], limit: int) -> _Lists:
-    """Decompose matrices or stacks: one native call for each dtype where d is at most `limit`, by shape elsewhere."""
+    """Decompose matrices or stacks: on CUDA with d up to `limit` in one native call for each dtype, else by shape."""
     groups: dict[torch.dtype | None, list[int]] = {}
     for i, stack in enumerate(stacks):
-        native = 0 < stack.shape[-1] <= limit
+        native = stack.is_cuda and 0 < stack.shape[-1] <= limit
         groups.setdefault(stack.dtype if native else None, []).append(i)
     results: _Lists = ([stacks[0]] * len(stacks), [stacks[0]] * len(stacks), [stacks[0]] * len(stacks))
     for dtype, members in groups.items():

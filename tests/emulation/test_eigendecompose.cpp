@@ -10,13 +10,13 @@ using namespace kfac2::tests;
 namespace {
 
 // Shared memory for all matrices of these sizes and their V; in double for less and less of them; for nothing.
-constexpr int64_t kLimits[] = {cuda::kSharedLimit, 8192, 6144, 0};
+constexpr int64_t kLimits[] = {kSharedLimit, 8192, 6144, 0};
 
 template <typename T>
 void decompose(DrawnStacks<T>& stacks, int64_t shared_limit, int max_sweeps = kMaxSweeps) {
-  const EigendecomposeParams params = stacks.params(max_sweeps);
-  const Workspace workspace(cuda::eigendecompose_workspace(params, shared_limit));
-  expect_success("eigendecompose", cuda::eigendecompose(params, workspace.get(), nullptr, shared_limit));
+  EigendecomposeParams params = stacks.params(max_sweeps);
+  params.shared_limit = shared_limit;
+  run_emulated("eigendecompose", *cuda::eigendecompose(params));
 }
 
 template <typename T>
@@ -39,7 +39,7 @@ void test_above_the_limit(Random& random) {
   DrawnStacks<double> stacks;
   stacks.add(random, Kind::kRankOne, 112, 1);
   stacks.add(random, Kind::kPositive, 5, 2);
-  decompose(stacks, cuda::kSharedLimit);
+  decompose(stacks, kSharedLimit);
   stacks.expect_decomposed("eigendecompose");
 }
 
@@ -47,7 +47,7 @@ void test_above_the_limit(Random& random) {
 void test_every_single_element(Random& random) {
   DrawnStacks<float> stacks;
   for (const int64_t size : {2, 3, 5, 6}) stacks.add(random, Kind::kOneElement, size, 40);
-  decompose(stacks, cuda::kSharedLimit);
+  decompose(stacks, kSharedLimit);
   stacks.expect_decomposed("eigendecompose");
 }
 
@@ -56,7 +56,7 @@ int64_t launches_for(int64_t count) {
   DrawnStacks<float> stacks;
   for (int64_t i = 0; i < count; ++i) stacks.add(random, Kind::kPositive, 1 + i % 7, 1);
   const int64_t before = emulation::launches();
-  decompose(stacks, cuda::kSharedLimit);
+  decompose(stacks, kSharedLimit);
   return emulation::launches() - before;
 }
 
@@ -70,14 +70,14 @@ void test_status_and_refusals() {
   Random random(2);
   DrawnStacks<double> few, none, wide;
   for (const Kind kind : {Kind::kPositive, Kind::kDiagonal, Kind::kNaN}) few.add(random, kind, 9, 1);
-  decompose(few, cuda::kSharedLimit, 1);
+  decompose(few, kSharedLimit, 1);
   expect(few.status() == std::vector<int32_t>{2, 0, 1}, "a matrix that did not converge is not reported\n");
   none.add(random, Kind::kPositive, 4, 0);
-  decompose(none, cuda::kSharedLimit);
-  wide.add(random, Kind::kZero, cuda::kMaxMatrixSize + 1, 1);
-  const EigendecomposeParams params = wide.params();
-  const Workspace workspace(cuda::eigendecompose_workspace(params));
-  expect(cuda::eigendecompose(params, workspace.get(), nullptr) == cudaErrorInvalidValue,
+  decompose(none, kSharedLimit);
+  wide.add(random, Kind::kZero, kMaxMatrixSize + 1, 1);
+  const auto launch = cuda::eigendecompose(wide.params());
+  const Workspace workspace(launch->workspace());
+  expect(launch->run(workspace.get(), nullptr) == cudaErrorInvalidValue,
          "a matrix that is too large was not refused\n");
 }
 

@@ -3,11 +3,11 @@
 #include <cstdlib>
 #include <memory>
 
-#include "coarse_fisher.h"
 #include "covariances.h"
 #include "cross_layer_sums.h"
 #include "cuda_emulation.h"
 #include "drawn.h"
+#include "drawn_sums.h"
 #include "layer_maps.h"
 #include "workspace.h"
 
@@ -45,6 +45,11 @@ struct DrawnLayers {
       layers.sources.push_back(layer->source);
       layers.memory.push_back(layer);
     }
+    auto wide = std::make_shared<DrawnSource<float>>(random, ElementType::kFloat32, 2, 1, 1, 80, 1);
+    wide->source.window.kernel[2] = 65;  // many pieces
+    wide->source.window.pad_low[2] = wide->source.window.pad_high[2] = 32;
+    layers.sources.push_back(wide->source);
+    layers.memory.push_back(wide);
     return layers;
   }
 
@@ -91,23 +96,18 @@ void test_layers(const DrawnLayers& layers) {
   const std::vector<RowSource>& sources = layers.sources;
   const int64_t count = static_cast<int64_t>(sources.size());
 
-  const auto map_size = [](const RowSource& s) { return s.window.groups * s.batch * s.grid_places(); };
-  Outputs maps(sources, map_size), expected_maps(sources, map_size);
-  const LayerMapsParams map_params{sources.data(), maps.pointers.data(), count};
-  const Workspace map_workspace(cuda::layer_maps_workspace(map_params));
-  expect_success("layer_maps", cuda::layer_maps(map_params, map_workspace.get(), nullptr));
-  const LayerMapsParams expected_params{sources.data(), expected_maps.pointers.data(), count};
-  cpu::layer_maps(expected_params, 0, cpu::layer_maps_slots(expected_params));
-  expect_same("layer_maps", sources, maps, expected_maps, map_size);
+  const std::vector<RowSource> groups = split_groups(sources);
+  const int64_t group_count = static_cast<int64_t>(groups.size());
+  const auto map_size = [](const RowSource& s) { return s.batch * s.grid_places(); };
+  Outputs maps(groups, map_size), expected_maps(groups, map_size);
+  run_emulated("layer_maps", *cuda::layer_maps({groups.data(), maps.pointers.data(), group_count}));
+  run(*cpu::layer_maps({groups.data(), expected_maps.pointers.data(), group_count}));
+  expect_same("layer_maps", groups, maps, expected_maps, map_size);
 
   const auto size = [](const RowSource& s) { return s.window.groups * s.row_length() * s.row_length(); };
   Outputs covariances(sources, size), expected(sources, size);
-  const CovariancesParams params{sources.data(), covariances.pointers.data(), count};
-  const Workspace workspace(cuda::covariances_workspace(params));
-  expect_success("covariances", cuda::covariances(params, workspace.get(), nullptr));
-  cpu::Covariances work({sources.data(), expected.pointers.data(), count});
-  for (int64_t task = 0; task < work.tasks(); ++task) work.run_task(task);
-  for (int64_t merge = 0; merge < work.merges(); ++merge) work.run_merge(merge);
+  run_emulated("covariances", *cuda::covariances({sources.data(), covariances.pointers.data(), count}));
+  run(*cpu::covariances({sources.data(), expected.pointers.data(), count}));
   expect_same("covariances", sources, covariances, expected, size);
 }
 
@@ -138,25 +138,25 @@ void test_sums(Random& random) {
                               batch,
                               sizeof(T) == sizeof(double),
                               draw(random, 0, 1) == 0 ? Downsample::kNearest : Downsample::kArea};
-  const Workspace workspace(cuda::cross_layer_sums_workspace(params));
-  expect_success("cross_layer_sums", cuda::cross_layer_sums(params, workspace.get(), nullptr));
+  run_emulated("cross_layer_sums", *cuda::cross_layer_sums(params));
   params.sums = expected.data();
-  cpu::CrossLayerSums work(params);
-  for (int64_t task = 0; task < work.tasks(); ++task) work.run_task(task);
-  work.merge();
+  run(*cpu::cross_layer_sums(params));
   expect_equal("cross_layer_sums", sums.data(), expected.data(), sums.size(), tolerance);
 
   const int64_t layers = draw(random, 1, 5);
   std::vector<int64_t> layer_of_block(count);
   for (int64_t& layer : layer_of_block) layer = draw(random, 0, layers - 1);
   std::vector<T> fisher(layers * layers), expected_fisher(layers * layers);
-  CoarseFisherParams fisher_params{sums.data(), previous.data(), layer_of_block.data(),      fisher.data(),
-                                   count,       layers,          sizeof(T) == sizeof(double)};
-  const Workspace fisher_workspace(cuda::coarse_fisher_workspace(fisher_params));
-  expect_success("coarse_fisher", cuda::coarse_fisher(fisher_params, fisher_workspace.get(), nullptr));
-  fisher_params.fisher = expected_fisher.data();
-  cpu::coarse_fisher(fisher_params);
+  DrawnSums<T> inputs(random, count), grads(random, count), expected_inputs = inputs, expected_grads = grads;
+  run_emulated("coarse_fisher", *cuda::coarse_fisher({inputs.params(), grads.params(), 0.7, layer_of_block.data(),
+                                                      fisher.data(), count, layers, params.is_double}));
+  run(*cpu::coarse_fisher({expected_inputs.params(), expected_grads.params(), 0.7, layer_of_block.data(),
+                           expected_fisher.data(), count, layers, params.is_double}));
+  expect_equal("averages of inputs", inputs.averages.data(), expected_inputs.averages.data(), count * count, tolerance);
+  expect_equal("averages of grads", grads.averages.data(), expected_grads.averages.data(), count * count, tolerance);
   expect_equal("coarse_fisher", fisher.data(), expected_fisher.data(), fisher.size(), tolerance);
+  for (int64_t i = 0; i < layers * layers; ++i)
+    expect_true(fisher[i] == fisher[i % layers * layers + i / layers], "the coarse Fisher is not symmetric");
 }
 
 // Launches of each op for so many small layers, bias and groups among them.
@@ -170,31 +170,25 @@ std::vector<int64_t> launches_for(int64_t count) {
     sources.push_back(layers.back()->source);
     maps.push_back({layers.back()->data.data(), {1, {4}}});
   }
-  const auto map_size = [](const RowSource& s) { return s.window.groups * s.batch * s.grid_places(); };
+  const auto map_size = [](const RowSource& s) { return s.batch * s.grid_places(); };
   const auto size = [](const RowSource& s) { return s.window.groups * s.row_length() * s.row_length(); };
   Outputs map_outputs(sources, map_size), covariances(sources, size);
   std::vector<float> sums(count * count);
   std::vector<int64_t> layer_of_block(count, 0);
   std::vector<int64_t> launches;
-  const auto run = [&](const char* what, int64_t workspace_bytes, const auto& launcher) {
-    const Workspace workspace(workspace_bytes);
+  const auto count_launches = [&](const char* what, const std::unique_ptr<cuda::Launch>& launch) {
     const int64_t before = emulation::launches();
-    expect_success(what, launcher(workspace.get()));
+    run_emulated(what, *launch);
     launches.push_back(emulation::launches() - before);
   };
-  const LayerMapsParams map_params{sources.data(), map_outputs.pointers.data(), count};
-  run("layer_maps", cuda::layer_maps_workspace(map_params),
-      [&](void* workspace) { return cuda::layer_maps(map_params, workspace, nullptr); });
-  const CovariancesParams params{sources.data(), covariances.pointers.data(), count};
-  run("covariances", cuda::covariances_workspace(params),
-      [&](void* workspace) { return cuda::covariances(params, workspace, nullptr); });
-  const CrossLayerSumsParams sum_params{maps.data(), sums.data(), nullptr, 0, 1, count, 2, false, Downsample::kNearest};
-  run("cross_layer_sums", cuda::cross_layer_sums_workspace(sum_params),
-      [&](void* workspace) { return cuda::cross_layer_sums(sum_params, workspace, nullptr); });
+  count_launches("layer_maps", cuda::layer_maps({sources.data(), map_outputs.pointers.data(), count}));
+  count_launches("covariances", cuda::covariances({sources.data(), covariances.pointers.data(), count}));
+  count_launches("cross_layer_sums", cuda::cross_layer_sums({maps.data(), sums.data(), nullptr, 0, 1, count, 2, false,
+                                                             Downsample::kNearest}));
   float fisher = 0;
-  const CoarseFisherParams fisher_params{sums.data(), sums.data(), layer_of_block.data(), &fisher, count, 1, false};
-  run("coarse_fisher", cuda::coarse_fisher_workspace(fisher_params),
-      [&](void* workspace) { return cuda::coarse_fisher(fisher_params, workspace, nullptr); });
+  DrawnSums<float> inputs(random, count), grads(random, count);
+  count_launches("coarse_fisher", cuda::coarse_fisher({inputs.params(), grads.params(), 0.5, layer_of_block.data(),
+                                                       &fisher, count, 1, false}));
   return launches;
 }
 
@@ -221,19 +215,12 @@ void test_refusals() {
   std::vector<float> out(1 << 16, -1.0f);
   void* pointer = out.data();
   const int64_t before = emulation::launches();
-  layer.source.window.kernel[2] = 65;  // offsets of an axis are kept as 64 bits
-  const CovariancesParams params{&layer.source, &pointer, 1};
-  const Workspace workspace(cuda::covariances_workspace(params));
-  const int covariances = cuda::covariances(params, workspace.get(), nullptr);
   layer.source.extent[2] = layer.source.window.kernel[2] = 5000;  // one patch does not fit into shared memory
-  const LayerMapsParams map_params{&layer.source, &pointer, 1};
-  const Workspace map_workspace(cuda::layer_maps_workspace(map_params));
-  const int maps = cuda::layer_maps(map_params, map_workspace.get(), nullptr);
-  if (covariances != cudaErrorInvalidValue || maps != cudaErrorInvalidValue || emulation::launches() != before ||
-      out[0] != -1.0f) {
-    std::fputs("a kernel did not refuse what it cannot do\n", stderr);
-    std::exit(1);
-  }
+  const auto launch = cuda::layer_maps({&layer.source, &pointer, 1});
+  const Workspace workspace(launch->workspace());
+  const int maps = launch->run(workspace.get(), nullptr);
+  expect_true(maps == cudaErrorInvalidValue && emulation::launches() == before && out[0] == -1.0f,
+              "a kernel did not refuse what it cannot do");
 }
 
 }  // namespace

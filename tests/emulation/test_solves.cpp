@@ -38,16 +38,10 @@ struct DrawnPairs {
   }
 
   void invert_on_device(double damping) {
-    const Workspace workspace(cuda::factored_tikhonov_inverse_workspace(params(damping)));
-    expect_success("factored_tikhonov_inverse",
-                   cuda::factored_tikhonov_inverse(params(damping), workspace.get(), nullptr));
+    run_emulated("factored_tikhonov_inverse", *cuda::factored_tikhonov_inverse(params(damping)));
   }
 
-  void invert_on_host(double damping) {
-    cpu::FactoredTikhonovInverse work(params(damping));
-    for (int64_t task = 0; task < work.tasks(); ++task) work.run_task(task);
-    work.merge();
-  }
+  void invert_on_host(double damping) { run(*cpu::factored_tikhonov_inverse(params(damping))); }
 };
 
 template <typename T>

@@ -134,31 +134,22 @@ void step_on_device(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& 
   constexpr bool is_double = sizeof(T) == sizeof(double);
   const GatherGradientsParams gather{step.parts.data(), results.matrices.data(), &results.first_bad,
                                      step.count(),      2 * step.count(),        is_double};
-  const Workspace first(cuda::gather_gradients_workspace(gather));
-  expect_success("gather_gradients", cuda::gather_gradients(gather, first.get(), nullptr));
-  const ShiftAndScaleParams params = inputs.params(step, results);
-  const Workspace second(cuda::shift_and_scale_workspace(params));
-  expect_success("shift_and_scale", cuda::shift_and_scale(params, second.get(), nullptr));
+  run_emulated("gather_gradients", *cuda::gather_gradients(gather));
+  run_emulated("shift_and_scale", *cuda::shift_and_scale(inputs.params(step, results)));
   const WriteGradientsParams write{
       step.parts.data(), inputs.directions.data(), results.shifts.data(), results.scale.data(),
       &results.found,    inputs.usable.data(),     step.count(),          is_double};
-  const Workspace third(cuda::write_gradients_workspace(write));
-  expect_success("write_gradients", cuda::write_gradients(write, third.get(), nullptr));
+  run_emulated("write_gradients", *cuda::write_gradients(write));
 }
 
 template <typename T>
 void step_on_host(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& results) {
   constexpr bool is_double = sizeof(T) == sizeof(double);
-  cpu::GatherGradients gather(
-      {step.parts.data(), results.matrices.data(), &results.first_bad, step.count(), 2 * step.count(), is_double});
-  for (int64_t task = 0; task < gather.tasks(); ++task) gather.run_task(task);
-  gather.merge();
-  cpu::ShiftAndScale scale(inputs.params(step, results));
-  for (int64_t task = 0; task < scale.tasks(); ++task) scale.run_task(task);
-  scale.merge();
-  cpu::WriteGradients write({step.parts.data(), inputs.directions.data(), results.shifts.data(), results.scale.data(),
-                             &results.found, inputs.usable.data(), step.count(), is_double});
-  for (int64_t task = 0; task < write.tasks(); ++task) write.run_task(task);
+  run(*cpu::gather_gradients(
+      {step.parts.data(), results.matrices.data(), &results.first_bad, step.count(), 2 * step.count(), is_double}));
+  run(*cpu::shift_and_scale(inputs.params(step, results)));
+  run(*cpu::write_gradients({step.parts.data(), inputs.directions.data(), results.shifts.data(), results.scale.data(),
+                             &results.found, inputs.usable.data(), step.count(), is_double}));
 }
 
 void expect_same(bool same, const char* what) {

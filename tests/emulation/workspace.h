@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cuda_launchers.h"
+#include "op.h"
 
 namespace kfac2::tests {
 
@@ -30,6 +30,12 @@ inline void expect_success(const char* what, int status) {
   if (status == 0) return;
   std::fprintf(stderr, "%s: %s\n", what, cuda::error_text(status));
   std::exit(1);
+}
+
+// Runs a launch with a workspace of exactly its size.
+inline void run_emulated(const char* what, const cuda::Launch& launch) {
+  const Workspace workspace(launch.workspace());
+  expect_success(what, launch.run(workspace.get(), nullptr));
 }
 
 }  // namespace kfac2::tests

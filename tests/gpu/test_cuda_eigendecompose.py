@@ -18,6 +18,8 @@ def symmetric(q, d, dtype=torch.float64):
 
 
 def assert_decomposed(stack, values, vectors, tolerance):
+    if not len(stack):
+        return
     scale = stack.double().abs().max().clamp(min=1e-300)  # the squares of huge and tiny ones are no numbers
     stack, values, vectors = stack.double() / scale, values.cpu().double() / scale, vectors.cpu().double()
     exact = torch.linalg.eigvalsh(stack)
@@ -30,6 +32,7 @@ def assert_decomposed(stack, values, vectors, tolerance):
 @pytest.mark.parametrize("largest", [5, 16, 33, 64, 100, 128, 150, 256])  # in shared memory, in the workspace
 def test_mixed_sizes(largest, dtype):
     stacks = [symmetric(1 + i % 3, d, dtype) for i, d in enumerate((1, 2, 3, largest - 1, largest))]
+    stacks.insert(2, symmetric(0, 4, dtype))  # an empty one
     values, vectors, status = torch.ops.kfac2.eigendecompose([stack.to(DEVICE) for stack in stacks])
     assert not status.any() and len(status) == 9
     for stack, w, V in zip(stacks, values, vectors, strict=True):
@@ -99,10 +102,27 @@ def test_results_are_the_same_each_time():
 
 
 def test_what_the_kernel_cannot_do_is_refused():
-    with pytest.raises(RuntimeError, match="size at most 256 on CUDA, got 257"):
-        torch.ops.kfac2.eigendecompose([torch.zeros(1, 257, 257, device=DEVICE)])
-    with pytest.raises(RuntimeError, match="expected tensor 1 on the device of tensor 0"):
-        torch.ops.kfac2.eigendecompose([torch.zeros(1, 2, 2, device=DEVICE), torch.zeros(1, 2, 2)])
+    eye = torch.eye(2, device=DEVICE)
+    for matrices, message in (
+        ([torch.zeros(1, 257, 257, device=DEVICE)], r"tensor 0 of shape .* d from 1 to 256, got \[1, 257, 257\]"),
+        ([eye[0]], r"tensor 0 of shape \[d, d\] or \[q, d, d\] .*got \[2\]"),
+        ([eye[None], torch.ones(1, 2, 3, device=DEVICE)], r"tensor 1 of shape .*got \[1, 2, 3\]"),
+        ([eye[:0, :0]], r"d from 1 to 256, got \[0, 0\]"),
+        ([eye[None], eye[None].double()], "one dtype, .* tensor 1 has another"),
+        ([eye[None].half()], "of one dtype, float32 or float64, tensor 0"),
+        ([eye[None], torch.zeros(1, 2, 2)], "expected tensor 1 on the device of tensor 0"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.kfac2.eigendecompose(matrices)
+
+
+def test_the_lower_triangle_is_read_whatever_the_strides():
+    stack = symmetric(2, 3).to(DEVICE)
+    noisy = (stack + torch.full_like(stack, 9.0).triu(1)).mT.contiguous().mT
+    for ours, theirs in zip(
+        torch.ops.kfac2.eigendecompose([noisy]), torch.ops.kfac2.eigendecompose([stack]), strict=True
+    ):
+        assert torch.equal(ours[0], theirs[0])
 
 
 def test_opcheck():

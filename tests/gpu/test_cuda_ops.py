@@ -75,10 +75,16 @@ def test_cross_layer_sums_and_coarse_fisher(count, dtype, downsample):
     expected = 0.5 * previous.double() + 2 * reference.cross_layer_sums(rows, grids, downsample)
     assert_equal(got.cpu(), expected, TOLERANCE[dtype])
     layer_of_block = [i // 2 for i in range(count)]
-    fisher = ops.coarse_fisher(got, got, layer_of_block)
-    assert_equal(
-        fisher.cpu(), ops.coarse_fisher(got.cpu().double(), got.cpu().double(), layer_of_block), TOLERANCE[dtype]
-    )
+    scales = {f"{kind}_scales": torch.rand(count, dtype=torch.float64) for kind in ("input", "grad")}
+    options = {"kept": 0.9, "layer_of_block": layer_of_block, **scales}
+    finished = ops.average_coarse_sums(got, got, previous=(got * 2, got * 3), **options)
+    there = got.cpu().double()
+    wanted = ops.average_coarse_sums(there, there, previous=(there * 2, there * 3), **options)
+    for ours, theirs in zip(finished, wanted, strict=True):
+        assert torch.equal(ours, ours.T)
+        assert_equal(ours.cpu(), theirs, TOLERANCE[dtype])
+    products = (there * there).cpu()
+    assert_equal(ops.coarse_fisher(got, got).cpu(), products, TOLERANCE[dtype])
 
 
 def test_lists_of_many_layers_and_groups():
@@ -151,6 +157,12 @@ def test_tensors_on_two_devices_are_refused():
     numbers = Window.places(0).encode() * 2
     with pytest.raises(RuntimeError, match="expected tensor 1 on the device of tensor 0"):
         torch.ops.kfac2.covariances([there, here], numbers)
+
+
+def test_opcheck_of_coarse_fisher():
+    sums, scales = torch.eye(3, device=DEVICE), torch.ones(3).double()
+    arguments = (sums, sums + 1, scales, None, sums * 2, sums * 3, 0.9, [0, 1, 1], 2)
+    torch.library.opcheck(torch.ops.kfac2.coarse_fisher.default, arguments)
 
 
 @pytest.mark.parametrize("name", ["layer_maps", "covariances"])

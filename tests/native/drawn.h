@@ -2,6 +2,7 @@
 // AddressSanitizer sees one element too many.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -9,12 +10,19 @@
 #include <random>
 #include <vector>
 
+#include "op.h"
 #include "scalar.h"
 #include "window.h"
 
 namespace kfac2::tests {
 
 using Random = std::mt19937_64;
+
+// All that a call has to do on the CPU, in the order that is least like that of one thread.
+inline void run(cpu::Work& work) {
+  for (int64_t task = work.tasks() - 1; task >= 0; --task) work.run_task(task);
+  for (int64_t merge = work.merges() - 1; merge >= 0; --merge) work.run_merge(merge);
+}
 
 inline int64_t draw(Random& random, int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random);
@@ -148,6 +156,20 @@ double row_element(const RowSource& source, int64_t n, int64_t group, int64_t t,
     offset /= window.kernel[axis];
   }
   return static_cast<double>(to_sum_type(static_cast<const T*>(source.data)[index]));
+}
+
+// The groups of sources, as the binding of layer_maps hands them over.
+inline std::vector<RowSource> split_groups(const std::vector<RowSource>& sources) {
+  std::vector<RowSource> groups;
+  for (const RowSource& source : sources)
+    for (int64_t q = 0; q < source.window.groups; ++q) groups.push_back(source.group(q));
+  return groups;
+}
+
+inline void expect_true(bool holds, const char* otherwise) {
+  if (holds) return;
+  std::fprintf(stderr, "%s\n", otherwise);
+  std::exit(1);
 }
 
 // Compares two arrays by the norm of their difference; stops the program where they differ.

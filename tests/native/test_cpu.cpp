@@ -1,11 +1,12 @@
 // The CPU kernels against loops written from the definitions, on drawn layers, under sanitizers.
 #include <algorithm>
 
-#include "coarse_fisher.h"
 #include "covariances.h"
 #include "cross_layer_sums.h"
 #include "drawn.h"
+#include "drawn_sums.h"
 #include "factored_tikhonov_inverse.h"
+#include "gradient_part.h"
 #include "layer_maps.h"
 
 using namespace kfac2;
@@ -34,17 +35,14 @@ void test_layer(Random& random, ElementType type) {
       }
     }
   }
-  void* map_pointer = maps.data();
-  const LayerMapsParams map_params{&source, &map_pointer, 1};
-  const int64_t slots = cpu::layer_maps_slots(map_params), half = slots / 2;
-  cpu::layer_maps(map_params, half, slots);
-  cpu::layer_maps(map_params, 0, half);
+  const std::vector<RowSource> split = split_groups({source});
+  std::vector<void*> map_pointers;
+  for (int64_t q = 0; q < groups; ++q) map_pointers.push_back(maps.data() + q * source.batch * places);
+  run(*cpu::layer_maps({split.data(), map_pointers.data(), groups}));
   expect_equal("layer_maps", maps.data(), expected_maps.data(), maps.size(), kTolerance<T>);
 
   void* covariance_pointer = covariances.data();
-  cpu::Covariances work({&source, &covariance_pointer, 1});
-  for (int64_t task = work.tasks() - 1; task >= 0; --task) work.run_task(task);
-  for (int64_t merge = 0; merge < work.merges(); ++merge) work.run_merge(merge);
+  run(*cpu::covariances({&source, &covariance_pointer, 1}));
   expect_equal("covariances", covariances.data(), expected.data(), covariances.size(), kTolerance<T>);
 }
 
@@ -86,21 +84,31 @@ void test_cross_layer_sums(Random& random) {
           expected[i * count + j] += at(data[i], a, b, n, t) * at(data[j], b, a, n, t);
     }
   }
-  cpu::CrossLayerSums work(
-      {maps.data(), sums.data(), nullptr, 0.0, 1.0, count, batch, sizeof(T) == sizeof(double), Downsample::kNearest});
-  for (int64_t task = 0; task < work.tasks(); ++task) work.run_task(task);
-  work.merge();
+  run(*cpu::cross_layer_sums(
+      {maps.data(), sums.data(), nullptr, 0.0, 1.0, count, batch, sizeof(T) == sizeof(double), Downsample::kNearest}));
   expect_equal("cross_layer_sums", sums.data(), expected.data(), sums.size(), kTolerance<T>);
+}
 
+// Sums of both kinds with and without scales and averages so far, blocks of layers in any order.
+template <typename T>
+void test_coarse_fisher(Random& random) {
+  const int64_t count = draw(random, 1, 9), layers = 3;
+  const double kept = 0.7;
   std::vector<int64_t> layer_of_block(count);
-  for (int64_t& layer : layer_of_block) layer = draw(random, 0, 2);
-  std::vector<T> fisher(9);
-  std::vector<double> expected_fisher(9);
+  for (int64_t& layer : layer_of_block) layer = draw(random, 0, layers - 1);
+  std::vector<T> fisher(layers * layers);
+  std::vector<double> expected[2], expected_fisher(layers * layers);
+  DrawnSums<T> kinds[2] = {DrawnSums<T>(random, count), DrawnSums<T>(random, count)};
+  for (int kind = 0; kind < 2; ++kind) expected[kind] = kinds[kind].expected(kept);
   for (int64_t i = 0; i < count * count; ++i)
-    expected_fisher[layer_of_block[i / count] * 3 + layer_of_block[i % count]] += expected[i] * expected[i];
-  cpu::coarse_fisher(
-      {sums.data(), sums.data(), layer_of_block.data(), fisher.data(), count, 3, sizeof(T) == sizeof(double)});
-  expect_equal("coarse_fisher", fisher.data(), expected_fisher.data(), 9, kTolerance<T>);
+    expected_fisher[layer_of_block[i / count] * layers + layer_of_block[i % count]] += expected[0][i] * expected[1][i];
+  run(*cpu::coarse_fisher({kinds[0].params(), kinds[1].params(), kept, layer_of_block.data(), fisher.data(), count,
+                           layers, sizeof(T) == sizeof(double)}));
+  for (int kind = 0; kind < 2; ++kind)
+    expect_equal("coarse averages", kinds[kind].averages.data(), expected[kind].data(), count * count, kTolerance<T>);
+  expect_equal("coarse_fisher", fisher.data(), expected_fisher.data(), layers * layers, kTolerance<T>);
+  for (int64_t i = 0; i < layers * layers; ++i)
+    if (fisher[i] != fisher[i % layers * layers + i / layers]) expect_true(false, "the coarse Fisher is not symmetric");
 }
 
 // (factor + shift I) inverse = I, for both factors of a pair.
@@ -111,9 +119,7 @@ void test_inverse(Random& random, int64_t d_in, int64_t d_out) {
   const FactorPair pair{A.data(), G.data(), A_inv.data(), G_inv.data(), d_in, d_out};
   int32_t status = -1;
   const double damping = 0.04;
-  cpu::FactoredTikhonovInverse work({&pair, &status, 1, damping, sizeof(T) == sizeof(double)});
-  for (int64_t task = 0; task < work.tasks(); ++task) work.run_task(task);
-  work.merge();
+  run(*cpu::factored_tikhonov_inverse({&pair, &status, 1, damping, sizeof(T) == sizeof(double)}));
   double traces[2] = {0, 0};
   for (int64_t i = 0; i < d_in; ++i) traces[0] += A[i * d_in + i];
   for (int64_t i = 0; i < d_out; ++i) traces[1] += G[i * d_out + i];
@@ -131,10 +137,30 @@ void test_inverse(Random& random, int64_t d_in, int64_t d_out) {
   };
   expect_inverse(A, A_inv, d_in, std::sqrt(damping) * pi);
   expect_inverse(G, G_inv, d_out, std::sqrt(damping) / pi);
-  if (status != 0) {
-    std::fputs("a sound pair of factors was reported\n", stderr);
-    std::exit(1);
+  expect_true(status == 0, "a sound pair of factors was reported");
+}
+
+// Axes of a tensor in any order, some without elements between them: each element is found where torch has it.
+void test_axes_of_a_gradient(Random& random) {
+  const int64_t rank = draw(random, 0, 5);
+  std::vector<int64_t> sizes(rank), strides(rank), order(rank);
+  for (int64_t d = 0; d < rank; ++d) sizes[d] = draw(random, 1, 3), order[d] = d;
+  std::shuffle(order.begin(), order.end(), random);
+  int64_t stride = 1;
+  for (const int64_t d : order) strides[d] = stride, stride *= sizes[d] + draw(random, 0, 3) / 3;
+  GradientPart part{};
+  expect_true(part.read_axes(rank, sizes.data(), strides.data()), "four axes or fewer do not fit into a part");
+  for (int64_t element = 0; element < part.elements(); ++element) {
+    int64_t rest = element, offset = 0;
+    for (int64_t d = rank - 1; d >= 0; rest /= sizes[d--]) offset += rest % sizes[d] * strides[d];
+    const int64_t row = element / part.columns, column = element % part.columns;
+    expect_true(row * part.row_stride + part.column_offset(column) == offset, "an element of a gradient is misplaced");
   }
+}
+
+void test_too_many_axes() {
+  const int64_t sizes[] = {1, 2, 2, 2, 2, 2}, strides[] = {1, 1, 3, 9, 27, 81};
+  expect_true(!GradientPart{}.read_axes(6, sizes, strides), "five axes fit into a part");
 }
 
 }  // namespace
@@ -148,9 +174,13 @@ int main() {
     test_layer<BFloat16>(random, ElementType::kBFloat16);
     test_cross_layer_sums<float>(random);
     test_cross_layer_sums<double>(random);
+    test_coarse_fisher<float>(random);
+    test_coarse_fisher<double>(random);
+    test_axes_of_a_gradient(random);
     test_inverse<float>(random, draw(random, 1, 20), seed == 0 ? 150 : draw(random, 1, 90));
     test_inverse<double>(random, draw(random, 1, 20), seed == 0 ? 150 : draw(random, 1, 90));
   }
+  test_too_many_axes();
   std::puts("CPU kernels agree with their definitions");
   return 0;
 }

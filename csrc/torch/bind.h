@@ -1,0 +1,63 @@
+// From a checked call to its result: threads on a CPU, or device, stream and workspace on CUDA.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "allocate.h"
+#include "check.h"
+#include "op.h"
+
+namespace kfac2 {
+
+// Each of torch's threads takes the next number as it becomes free. Which thread runs it must not matter.
+template <typename Run>
+void run_on_threads(int64_t count, const Run& run) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t number = next++; number < count; number = next++) run(number);
+  });
+}
+
+inline void run_on_cpu(cpu::Work& work) {
+  run_on_threads(work.tasks(), [&](int64_t task) { work.run_task(task); });
+  run_on_threads(work.merges(), [&](int64_t merge) { work.run_merge(merge); });
+}
+
+#ifdef KFAC2_WITH_CUDA
+// On torch's current stream of the device of `like`. The workspace goes back to torch's allocator at once, which gives
+// it out again only on the same stream, behind the launch.
+inline void run_on_cuda(const char* op, const torch::stable::Tensor& like, const cuda::Launch& launch) {
+  const int32_t device = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  torch::stable::Tensor workspace = allocate(like, {launch.workspace()}, torch::headeronly::ScalarType::Byte);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const int status = launch.run(workspace.mutable_data_ptr(), static_cast<cuda::Stream>(stream));
+  check(status == 0, op, "the CUDA launch failed: ", status == 0 ? "" : cuda::error_text(status));
+}
+#endif
+
+}  // namespace kfac2
+
+// KFAC2_RUN(op, like, params) runs an op on the device of the tensor `like`; KFAC2_BIND(op) registers the function `op`
+// as the implementation for every device of this build.
+#ifdef KFAC2_WITH_CUDA
+#define KFAC2_RUN(op, like, params) \
+  ((like).is_cuda() ? run_on_cuda(#op, like, *cuda::op(params)) : run_on_cpu(*cpu::op(params)))
+#define KFAC2_BIND(op)                                                      \
+  STABLE_TORCH_LIBRARY_IMPL(kfac2, CPU, m) { m.impl(#op, TORCH_BOX(&op)); } \
+  STABLE_TORCH_LIBRARY_IMPL(kfac2, CUDA, m) { m.impl(#op, TORCH_BOX(&op)); }
+#else
+#define KFAC2_RUN(op, like, params) run_on_cpu(*cpu::op(params))
+#define KFAC2_BIND(op) \
+  STABLE_TORCH_LIBRARY_IMPL(kfac2, CPU, m) { m.impl(#op, TORCH_BOX(&op)); }
+#endif
