@@ -43,17 +43,28 @@ KFAC2_ROWS(float)
 KFAC2_ROWS(double)
 #undef KFAC2_ROWS
 
+// Averages the sums of one kind, row by row.
 template <typename T>
-void average_sums(const PairSums& sums, double kept, int64_t blocks) {
-  const std::vector<double> ones(sums.scales == nullptr ? blocks : 0, 1.0);
-  const double* scales = sums.scales == nullptr ? ones.data() : sums.scales;
-  const AverageFactors factors = average_factors(sums, kept);
-  for (int64_t q = 0; q < blocks; ++q) {
-    const T* previous = sums.previous == nullptr ? nullptr : static_cast<const T*>(sums.previous) + q * blocks;
-    average(static_cast<const T*>(sums.raw) + q * blocks, previous, factors, scales[q], scales,
-            static_cast<T*>(sums.averages) + q * blocks, blocks);
+class Averages {
+ public:
+  Averages(const PairSums& sums, double kept, int64_t blocks)
+      : sums_(sums), blocks_(blocks), factors_(average_factors(sums, kept)), ones_(sums.scales ? 0 : blocks, 1.0) {}
+
+  const T* row(int64_t q) const {
+    const T* previous = static_cast<const T*>(sums_.previous);
+    const double* scales = sums_.scales == nullptr ? ones_.data() : sums_.scales;
+    T* averages = static_cast<T*>(sums_.averages) + q * blocks_;
+    average(static_cast<const T*>(sums_.raw) + q * blocks_, previous == nullptr ? nullptr : previous + q * blocks_,
+            factors_, scales[q], scales, averages, blocks_);
+    return averages;
   }
-}
+
+ private:
+  PairSums sums_;
+  int64_t blocks_;
+  AverageFactors factors_;
+  std::vector<double> ones_;
+};
 
 class CoarseFisher : public Work {
  public:
@@ -65,12 +76,13 @@ class CoarseFisher : public Work {
   template <typename T>
   void run() const {
     const int64_t blocks = params_.blocks;
-    average_sums<T>(params_.inputs, params_.kept, blocks);
-    average_sums<T>(params_.grads, params_.kept, blocks);
-    const T *A = static_cast<const T*>(params_.inputs.averages), *G = static_cast<const T*>(params_.grads.averages);
-    T* fisher = static_cast<T*>(params_.fisher);
-    if (one_block_each()) return multiply(A, G, fisher, blocks * blocks);
-    add_blocks(A, G, fisher);
+    const Averages<T> inputs(params_.inputs, params_.kept, blocks), grads(params_.grads, params_.kept, blocks);
+    const bool each = one_block_each();
+    for (int64_t q = 0; q < blocks; ++q) {
+      const T *A = inputs.row(q), *G = grads.row(q);
+      if (each) multiply(A, G, static_cast<T*>(params_.fisher) + q * blocks, blocks);
+    }
+    if (!each) add_blocks<T>();
   }
 
   bool one_block_each() const {
@@ -82,8 +94,10 @@ class CoarseFisher : public Work {
 
   // An entry and its mirror image get their products in the same order, so that F is as symmetric as the sums are.
   template <typename T>
-  void add_blocks(const T* A, const T* G, T* fisher) const {
+  void add_blocks() const {
     const int64_t blocks = params_.blocks, layers = params_.layers;
+    const T *A = static_cast<const T*>(params_.inputs.averages), *G = static_cast<const T*>(params_.grads.averages);
+    T* fisher = static_cast<T*>(params_.fisher);
     std::vector<double> sums(layers * layers);
     for (int64_t q = 0; q < blocks; ++q) {
       const int64_t i = params_.layer_of_block[q];

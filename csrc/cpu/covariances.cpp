@@ -25,7 +25,7 @@ constexpr int64_t kTaskProducts = 1 << 26;  // multiply-adds worth a task of the
 constexpr int64_t kMaxSplits = 8;           // tasks of one layer, each with its own sums
 constexpr int64_t kSplitWorth = 1 << 10;    // multiply-adds for each number of a task's own sums
 
-// What is the same for all samples and groups of a layer.
+// The cut of a layer's work, the same for all its samples and groups.
 struct Plan {
   RowSource source;
   void* covariances;
@@ -120,14 +120,11 @@ class Accumulator {
   void scatter(int64_t samples, Sum* covariance) const {
     const int64_t d = source_.row_length();
     for (size_t index = 0; index < plan_.pieces.size(); ++index) {
-      const AxisPiece &z = plan_.pieces[index].axes[0], &y = plan_.pieces[index].axes[1],
-                      &x = plan_.pieces[index].axes[2];
-      for (int i = 0; i < z.offset_count; ++i)
-        for (int j = 0; j < y.offset_count; ++j)
-          for (int k = 0; k < x.offset_count; ++k)
-            scatter(index, covariance,
-                    flat(z.offset_first + i * z.offset_step, y.offset_first + j * y.offset_step,
-                         x.offset_first + k * x.offset_step));
+      const AxisPiece(&axes)[kSpatialRank] = plan_.pieces[index].axes;
+      for (int z = axes[0].offset_first; z <= axes[0].offset_last; z += axes[0].offset_step)
+        for (int y = axes[1].offset_first; y <= axes[1].offset_last; y += axes[1].offset_step)
+          for (int x = axes[2].offset_first; x <= axes[2].offset_last; x += axes[2].offset_step)
+            scatter(index, covariance, flat(z, y, x));
     }
     if (with_ones_) covariance[d * d - 1] += static_cast<Sum>(samples * source_.grid_places());
   }

@@ -20,18 +20,17 @@
 namespace kfac2 {
 
 // One axis of a piece: x[first + m*step] times x[first + m*step + shift], m < count, for every pair
-// (o1, o1 + difference) with o1 = offset_first, offset_first + offset_step, ... Positions are those of the input,
-// padding taken off. The offsets whose range holds a piece follow each other, since their ranges all have the length
-// of the grid and move with them.
+// (o1, o1 + difference) with o1 = offset_first, offset_first + offset_step, ..., offset_last. Positions are those of
+// the input, padding taken off. The offsets whose range holds a piece follow each other, since their ranges all have
+// the length of the grid and move with them.
 struct AxisPiece {
   int difference;
   int first, count, step, shift;
-  int offset_first, offset_count, offset_step;
+  int offset_first, offset_last, offset_step;
 
   KFAC2_HOST_DEVICE bool holds(int o1, int o2) const {
-    const int from_first = o1 - offset_first;
-    return o2 - o1 == difference && from_first >= 0 && from_first % offset_step == 0 &&
-           from_first / offset_step < offset_count;
+    return o2 - o1 == difference && o1 >= offset_first && o1 <= offset_last &&
+           (offset_step == 1 || (o1 - offset_first) % offset_step == 0);
   }
 };
 
@@ -69,16 +68,10 @@ inline void add_pieces(const Window& window, int axis, int64_t extent, int64_t g
       if (range.begin <= cuts[cut] && cuts[cut + 1] <= range.end) held.push_back(o1);
     }
     if (held.empty()) continue;
-    const int64_t numbers[] = {difference,
-                               base + cuts[cut] * step,
-                               cuts[cut + 1] - cuts[cut],
-                               step,
-                               shift,
-                               held[0],
-                               static_cast<int64_t>(held.size()),
-                               held.size() > 1 ? held[1] - held[0] : 1};
-    const auto as_int = [&](int i) { return static_cast<int>(numbers[i]); };
-    pieces.push_back({as_int(0), as_int(1), as_int(2), as_int(3), as_int(4), as_int(5), as_int(6), as_int(7)});
+    const auto as_int = [](int64_t number) { return static_cast<int>(number); };
+    pieces.push_back({as_int(difference), as_int(base + cuts[cut] * step), as_int(cuts[cut + 1] - cuts[cut]),
+                      as_int(step), as_int(shift), as_int(held.front()), as_int(held.back()),
+                      held.size() > 1 ? as_int(held[1] - held[0]) : 1});
   }
 }
 

@@ -26,7 +26,7 @@ struct FactoredTikhonovInverseParams {
   bool is_double;
 };
 
-// What is added to the diagonals.
+// The numbers that damping adds to the diagonals of both factors.
 struct Shifts {
   double A, G;
 };

@@ -1,4 +1,4 @@
-// Where the gradient of one parameter lies, and where it belongs among the gradient matrices of all layers.
+// A part is the gradient of one parameter: the memory it lies in, and its place among the gradient matrices.
 //
 // The matrices of all layers, [blocks, d_out, d_in] each with the bias in the last column, share one tensor. A weight
 // fills all columns but the bias's, a bias one column.
@@ -12,6 +12,7 @@
 namespace kfac2 {
 
 constexpr int kColumnAxes = 4;
+constexpr int64_t kMaxPartElements = (int64_t{1} << 31) - 1;  // 32-bit numbers count them on a device
 
 struct GradientPart {
   void* data;
@@ -23,7 +24,7 @@ struct GradientPart {
   int64_t stride[kColumnAxes];
   int64_t offset;      // of its first element among the matrices; < 0: it belongs to none
   int64_t row_length;  // of its matrix
-  int64_t layer;       // < 0: none
+  int64_t layer;       // < 0: it belongs to none
   int64_t number;      // of its parameter, the same in every step
 
   KFAC2_HOST_DEVICE bool belongs() const { return offset >= 0; }
@@ -31,7 +32,7 @@ struct GradientPart {
   KFAC2_HOST_DEVICE bool columns_contiguous() const {
     return stride[kColumnAxes - 1] == 1 && extent[kColumnAxes - 1] == columns;
   }
-  // How far a column lies from the first of its row.
+  // The distance of a column from the first of its row.
   KFAC2_HOST_DEVICE int64_t column_offset(int64_t column) const {
     int64_t sum = 0;
     for (int axis = kColumnAxes - 1; axis > 0 && column != 0; --axis) {

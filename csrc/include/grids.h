@@ -25,7 +25,7 @@ struct Grid {
   }
 };
 
-// Where two grids meet: on the smaller extent of each axis; with different ranks, on one place.
+// Two grids meet on the smaller extent of each axis; with different ranks, on one place.
 struct Meeting {
   bool one_place;
   Grid grid;

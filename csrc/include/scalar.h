@@ -101,7 +101,7 @@ KFAC2_HOST_DEVICE void with_type(ElementType type, Void* data, const Function& f
 template <typename Pointer>
 using ElementOf = std::remove_const_t<std::remove_pointer_t<Pointer>>;
 
-// What sums are accumulated in and returned as.
+// The type that sums of T are accumulated in and returned as.
 template <typename T>
 using SumType = decltype(to_sum_type(T{}));
 

@@ -13,7 +13,7 @@ namespace kfac2 {
 
 constexpr int kSpatialRank = 3;
 
-// How a convolution reads its input, axis by axis (D, H, W).
+// The geometry by which a convolution reads its input, axis by axis (D, H, W).
 struct Window {
   int64_t kernel[kSpatialRank];
   int64_t stride[kSpatialRank];

@@ -9,7 +9,7 @@
 namespace kfac2 {
 
 struct WriteGradientsParams {
-  const GradientPart* parts;  // [count]; those of no layer keep their gradients
+  const GradientPart* parts;  // [count]; a part that belongs to no layer keeps its gradient
   const void* directions;     // the matrices of all layers, float or double
   const double* shifts;       // [layers]: omega c_i
   const double* scale;        // nu

@@ -44,7 +44,7 @@ struct LayerEntry {
   int64_t group_items, group_numbers;
 
   KFAC2_HOST_DEVICE int64_t side() const { return int64_t{tile} * tiles; }
-  // Of one share of a piece.
+  // The sums that one share of a piece makes.
   KFAC2_HOST_DEVICE int64_t numbers() const { return side() * (side() + (source.window.bias != 0 ? 1 : 0)); }
 };
 
@@ -77,7 +77,7 @@ void add_pieces(LayerEntry& layer, std::vector<PieceEntry>& table) {
   layer.piece_count = static_cast<int>(table.size()) - layer.pieces;
 }
 
-// Where position `index` of a piece (sample slowest, W fastest) lies in x, channels left out.
+// The offset in x of position `index` of a piece, numbered sample slowest, W fastest, and of its first channel.
 __device__ int64_t offset_of(const RowSource& source, const Piece& piece, int64_t index) {
   int64_t offset = 0;
   for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
@@ -228,8 +228,8 @@ __device__ RowIndex row_index(const Window& window, int64_t row) {
   return index;
 }
 
-// Whether (row, column) stands for itself, or for the transposed element: pieces hold differences that lead with
-// a positive number, and without difference the half above the diagonal.
+// Tells whether the products hold the transposed element in place of (row, column): pieces have differences that lead
+// with a positive number, and those without difference the half above the diagonal.
 __device__ bool is_transposed(const RowIndex& row, const RowIndex& column) {
   for (int axis = 0; axis < kSpatialRank; ++axis) {
     if (row.offset[axis] != column.offset[axis]) return row.offset[axis] > column.offset[axis];

@@ -71,7 +71,7 @@ __device__ Rotation<T> rotation_of(T a_pp, T a_qq, T a_pq) {
   return {tangent, tangent * cosine, tangent * cosine / (1 + cosine)};
 }
 
-// What a scaled eigenvalue is returned as.
+// The eigenvalue of the matrix itself, from that of the scaled one; floored at 0.
 template <typename T>
 __device__ T unscaled(T value, int exponent) {
   return value > 0 ? std::ldexp(value, exponent) : T(0);
@@ -85,7 +85,7 @@ struct Entry : MatrixStack {
   int64_t scratch_bytes;  // of each matrix
 };
 
-// What every block has in shared memory. Its matrix and V follow if they fit.
+// The shared memory of every block. Its matrix and V follow if they fit.
 template <typename T>
 struct alignas(16) Shared {
   T sine[kMaxPairs], half_tangent[kMaxPairs];  // of the pairs of this round

@@ -19,7 +19,7 @@ constexpr int kThreads = 256;
 constexpr int kRegionPlaces = kMaxPatchSpan;  // places of the input held in shared memory
 constexpr int64_t kBlockElements = 1 << 14;   // elements worth a block; small samples share one
 constexpr unsigned kAllLanes = 0xffffffffu;
-// Of the slices' sums: at most 8 lanes of 4 bytes, or 2 of 8, for each thread.
+// The slices' sums take at most 8 lanes of 4 bytes, or 2 of 8, for each thread.
 constexpr int kPartialBytes = kThreads * 8 * static_cast<int>(sizeof(float));
 
 struct Entry {

@@ -51,7 +51,7 @@ __device__ void for_each_element(const PartEntry& entry, int64_t item, const Vis
   const int64_t begin = (item - entry.first_item) * kItemElements, elements = part.elements();
   const int64_t end = begin + kItemElements < elements ? begin + kItemElements : elements;
   const bool contiguous = part.columns_contiguous();
-  const unsigned columns = static_cast<unsigned>(part.columns);  // below 2^31, as are all elements of a part
+  const unsigned columns = static_cast<unsigned>(part.columns);  // at most kMaxPartElements, as are all elements
   for (unsigned at = static_cast<unsigned>(begin) + threadIdx.x; at < end; at += kPartThreads) {
     const unsigned row = at / columns, column = at % columns;
     const int64_t offset = row * part.row_stride + (contiguous ? column : part.column_offset(column));

@@ -1,7 +1,9 @@
-// Outputs: the shim's own allocation costs a third of torch::stable::new_empty, which goes through the dispatcher.
+// Memory of tensors: the shim's own allocation costs a third of torch::stable::new_empty, which goes through the
+// dispatcher.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -22,6 +24,11 @@ inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const s
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
                                like.get_device_index(), &handle));
   return torch::stable::Tensor(handle);
+}
+
+// The tensor itself where that is enough: torch::stable::contiguous goes through the dispatcher, too.
+inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 }  // namespace kfac2

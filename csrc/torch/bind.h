@@ -19,8 +19,12 @@ namespace kfac2 {
 // Each of torch's threads takes the next number as it becomes free. Which thread runs it must not matter.
 template <typename Run>
 void run_on_threads(int64_t count, const Run& run) {
+  const int64_t threads = count > 1 ? std::min<int64_t>(count, torch::stable::get_num_threads()) : 1;
+  if (threads == 1) {
+    for (int64_t number = 0; number < count; ++number) run(number);
+    return;
+  }
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t number = next++; number < count; number = next++) run(number);

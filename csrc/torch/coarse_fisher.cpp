@@ -36,7 +36,7 @@ struct Kind {
     check(is_float_or_double(sums) && sums.scalar_type() == like.scalar_type(), kOp,
           "expected all sums of one dtype, float32 or float64, got others");
     check(same_device(sums, like), kOp, "expected all sums on one device");
-    return torch::stable::contiguous(sums);
+    return as_contiguous(sums);
   }
 
   PairSums params() const {

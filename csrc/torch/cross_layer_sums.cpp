@@ -44,12 +44,12 @@ Tensor cross_layer_sums(const std::vector<Tensor>& maps, bool area, const std::o
   std::vector<Tensor> contiguous;  // keeps alive what the pointers point to
   std::vector<GridMap> grid_maps;
   for (const Tensor& map : maps) {
-    contiguous.push_back(torch::stable::contiguous(map));
+    contiguous.push_back(as_contiguous(map));
     GridMap grid_map{contiguous.back().const_data_ptr(), {static_cast<int>(map.dim()) - 1, {}}};
     for (int axis = 0; axis < grid_map.grid.rank; ++axis) grid_map.grid.extent[axis] = map.size(axis + 1);
     grid_maps.push_back(grid_map);
   }
-  if (previous) contiguous.push_back(torch::stable::contiguous(*previous));
+  if (previous) contiguous.push_back(as_contiguous(*previous));
   const int64_t count = static_cast<int64_t>(maps.size());
   const Tensor sums = allocate(maps[0], {count, count}, maps[0].scalar_type());
   const CrossLayerSumsParams params{

@@ -35,7 +35,7 @@ Result eigendecompose(const std::vector<Tensor>& matrices) {
   for (const Tensor& stack : matrices) {
     const int64_t q = blocks_of(stack), d = stack.size(-1);
     std::vector<int64_t> shape = shape_vector(stack);
-    inputs.push_back(torch::stable::contiguous(stack));
+    inputs.push_back(as_contiguous(stack));
     vectors.push_back(allocate(stack, shape, stack.scalar_type()));
     shape.pop_back();
     values.push_back(allocate(stack, shape, stack.scalar_type()));

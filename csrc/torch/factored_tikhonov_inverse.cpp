@@ -34,7 +34,7 @@ Result factored_tikhonov_inverse(const std::vector<Tensor>& A, const std::vector
   std::vector<Tensor> inputs, A_inv, G_inv;
   std::vector<FactorPair> pairs;
   for (size_t i = 0; i < A.size(); ++i) {
-    const Tensor A_i = torch::stable::contiguous(A[i]), G_i = torch::stable::contiguous(G[i]);
+    const Tensor A_i = as_contiguous(A[i]), G_i = as_contiguous(G[i]);
     inputs.insert(inputs.end(), {A_i, G_i});
     A_inv.push_back(allocate(A[i], shape_vector(A[i]), A[i].scalar_type()));
     G_inv.push_back(allocate(G[i], shape_vector(G[i]), G[i].scalar_type()));

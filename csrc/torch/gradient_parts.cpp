@@ -38,8 +38,8 @@ std::vector<GradientPart> gradient_parts(const char* op, const std::vector<Tenso
     check(part.read_axes(gradient.dim(), sizes.data(), strides.data()), op, "expected gradient ", i,
           " to have at most ", kColumnAxes, " axes of strides that do not merge, behind the first; got shape ",
           shape_of(gradient));
-    check(part.elements() < (int64_t{1} << 31), op, "expected gradient ", i, " to have fewer than 2^31 elements, got ",
-          shape_of(gradient));
+    check(part.elements() <= kMaxPartElements, op, "expected gradient ", i, " to have at most ", kMaxPartElements,
+          " elements, got ", shape_of(gradient));
     check(same_device(gradient, matrices), op, "expected gradient ", i, " on the device of the matrices");
     part.offset = numbers[0];
     part.row_length = numbers[1];

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac2.ops._checks import check_one_device, check_same_length, check_tensors
+from kfac2.ops._checks import check_one_device, check_same_length, check_tensors, detached
 
 
 class CoarseFisher(NamedTuple):
@@ -58,14 +58,15 @@ def average_coarse_sums(
         RuntimeError: if shapes or dtypes do not fit, or a layer number is negative.
     """
     check_one_device(input_sums=input_sums, grad_sums=grad_sums)
-    sums = [input_sums.detach(), grad_sums.detach()]
-    before: list[Tensor | None] = [None, None]
+    sums = detached((input_sums, grad_sums))
+    before: Sequence[Tensor | None] = (None, None)
     if previous is not None:
         check_tensors("previous", previous)
         check_same_length("previous", previous, "(input_sums, grad_sums)", sums)
         check_one_device(input_sums=input_sums, previous=previous[0])
-        dtype = torch.promote_types(input_sums.dtype, previous[0].dtype)
-        sums, before = [raw.to(dtype) for raw in sums], [average.detach().to(dtype) for average in previous]
+        before = detached(previous)
+        if previous[0].dtype != input_sums.dtype:
+            sums, before = [raw.double() for raw in sums], [average.double() for average in previous]
     layers = list(range(len(input_sums)) if layer_of_block is None else layer_of_block)
     count = max(layers, default=-1) + 1
     return CoarseFisher(

@@ -16,7 +16,7 @@ def write_gradients(
     """Write ν (v_i + ω c_i) into the gradients of layer i; where `step.found` is not 0, write 0 into all.
 
     Args:
-        gradients: as for `gather_gradients`; written in place. One of no layer keeps its numbers.
+        gradients: as for `gather_gradients`; written in place. A gradient that belongs to no layer keeps its numbers.
         layout: as for `gather_gradients`.
         directions: as for `shift_and_scale`.
         step: what `shift_and_scale` returned.

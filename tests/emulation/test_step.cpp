@@ -73,7 +73,7 @@ struct DrawnStep {
   }
 };
 
-// What one side computes.
+// The results of one device.
 template <typename T>
 struct Results {
   std::vector<T> matrices;

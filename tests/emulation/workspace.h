@@ -1,4 +1,4 @@
-// What a launcher is given, and what it may answer.
+// Runs a launch as the binding does: with a workspace of exactly its size; an error ends the test.
 #pragma once
 
 #include <cstdint>
