@@ -52,6 +52,7 @@ template <typename T>
 void to_channels_last(const RowSource& source, const T* x, int64_t samples, int64_t padded, SumType<T>* block) {
   const int64_t channels = source.channels_per_group();
   const int64_t width = source.extent[2], lines = source.extent[0] * source.extent[1];
+  const int64_t channel_stride = source.channel_stride, step = source.spatial_stride[2];
   constexpr int64_t kTile = 16;  // places whose cache lines stay in L1 while the channels pass
   for (int64_t n = 0; n < samples; ++n) {
     for (int64_t line = 0; line < lines; ++line) {
@@ -70,9 +71,8 @@ void to_channels_last(const RowSource& source, const T* x, int64_t samples, int6
       for (int64_t w0 = 0; w0 < width; w0 += kTile) {
         const int64_t w1 = std::min(width, w0 + kTile);
         for (int64_t c = 0; c < channels; ++c) {
-          for (int64_t w = w0; w < w1; ++w) {
-            out[w * padded + c] = to_sum_type(start[c * source.channel_stride + w * source.spatial_stride[2]]);
-          }
+          const T* channel = start + c * channel_stride;
+          for (int64_t w = w0; w < w1; ++w) out[w * padded + c] = to_sum_type(channel[w * step]);
         }
         for (int64_t w = w0; w < w1; ++w) std::fill(out + w * padded + channels, out + (w + 1) * padded, SumType<T>(0));
       }
