@@ -11,10 +11,8 @@ from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-from kfac2.options import check_option
+from kfac2.options import NUMBER, check_option
 from kfac2.preconditioner import Preconditioner
-
-_NUMBER = (int, float)
 
 
 class KFAC(Optimizer):
@@ -42,7 +40,7 @@ class KFAC(Optimizer):
     relative to the Fisher of that loss (see `accumulate_fisher`).
 
     Args:
-        model: the model; handled are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` whose weight
+        model: the model; handled are `nn.Linear`, `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d` whose weight
             requires grad at construction. Why another is left to SGD is logged to `kfac2`.
         lr: η, the learning rate; default 1e-2.
         params: parameters or groups as in `torch.optim` (lr, momentum, weight_decay, nesterov for each); by
@@ -54,7 +52,8 @@ class KFAC(Optimizer):
         kl_clip: κ > 0, bounds the change of the predictions of one step; None switches it off. Default 1e-2.
         levels: 2, or 1 for plain K-FAC.
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
-            of A ⊗ G + λI.
+            of A ⊗ G + λI, `'ekfac'` for EKFAC (George et al. 2018): the same eigenbasis, with the diagonal that the
+            Fisher has in it, estimated anew at each statistics update.
         fisher: `'mc'` for the true Fisher, labels drawn from the model (call `accumulate_fisher`);
             `'empirical'` for the gradients of the ordinary backward passes (no call needed), whose losses must
             add up to the mean over their cases; not with a loss that is scaled (GradScaler), since its scale
@@ -146,7 +145,7 @@ class KFAC(Optimizer):
         settings = {**self.defaults, **param_group}
         for name in ("lr", "momentum", "weight_decay"):
             value = settings[name].item() if isinstance(settings[name], Tensor) else settings[name]
-            check_option(name, value, _NUMBER, lambda v: 0 <= v < float("inf"), "a number of at least 0")
+            check_option(name, value, NUMBER, lambda v: 0 <= v < float("inf"), "a number of at least 0")
         if not isinstance(settings["nesterov"], bool):
             raise TypeError(f"nesterov must be True or False, got {settings['nesterov']!r}")
         if settings["nesterov"] and settings["momentum"] == 0:
@@ -180,7 +179,8 @@ class KFAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
-        if self.preconditioner.precondition(lambda layer: rates[id(layer.weight)]):
+        layers = self.preconditioner.curvature.layout.layers
+        if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
             for group in self.param_groups:
                 self._sgd(group)
         return loss
