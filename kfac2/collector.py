@@ -64,7 +64,9 @@ class Collector:
         records = list(self.captures.records)
         # M times the gradient of the mean is the gradient of the sum
         edges = [record.edge for record in records]
-        grads = torch.autograd.grad(-log_prob.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
+        with torch.enable_grad():
+            loss = -log_prob.sum()
+        grads = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True) if edges else ()
         self.captures.records = records  # without what activation checkpointing ran, and captured, again
         reached = [(record, g) for record, g in zip(records, grads, strict=True) if g is not None]
         if not reached:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from kfac2 import state
-from kfac2.coarse import Ones, coarse_space
+from kfac2.coarse import coarse_space
 from kfac2.collector import Collector
-from kfac2.fine import SOLVERS
+from kfac2.fine import SOLVERS, ObservingSolver
 from kfac2.health import Health
 from kfac2.inverses import Inverses, Solvers, inverted, mended
 from kfac2.kinds import Layer
@@ -21,11 +21,12 @@ from kfac2.layers import find_layers
 from kfac2.layout import Layout
 from kfac2.options import CurvatureOptions, check_damping
 from kfac2.processes import Alone
+from kfac2.readings import Readings
 from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
 from kfac2.step import Step
 
 
-class Curvature:
+class Curvature(Readings):
     """The two-level K-FAC approximation of a model's Fisher: statistics and inverses, used as you like.
 
     ```python
@@ -92,63 +93,10 @@ class Curvature:
         self._step: Step | None = None
         self._solved: tuple[Averages, float, float] | None = None
 
-    # -- what the user reads --------------------------------------------------------------------------------
-
     @property
-    def layers(self) -> list[str]:
-        """The handled modules' names, in the order of `model.named_modules()`."""
-        return [layer.name for layer in self.layout.layers]
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Copy the current running averages of a layer's Kronecker factors.
-
-        Args:
-            name: a name from `layers`.
-
-        Returns:
-            A (d_in, d_in), the bias last, and G (d_out, d_out); for a convolution of q groups
-            (q, d_in, d_in) and (q, d_out, d_out).
-
-        Raises:
-            KeyError: if no handled layer has that name.
-            RuntimeError: if the layer has no statistics yet.
-        """
-        i = self.layout.named(name)
-        if i is None:
-            raise KeyError(f"name must be one of the handled layers {self.layers}, got {name!r}")
-        if not self.averages.seen[i]:
-            raise RuntimeError(f"{name} has no statistics yet: call accumulate_fisher and step first")
-        A, G = (self.layout.view(stacks, i).clone() for stacks in (self.averages.A, self.averages.G))
-        return (A, G) if self.layout.layers[i].blocks > 1 else (A[0], G[0])
-
-    def coarse_sums(self) -> tuple[Tensor, Tensor]:
-        """Copy the running averages of the two matrices of sums.
-
-        Returns:
-            The sums of A and the sums of G over every pair of blocks, (B, B) each: entry (q, r) is the sum of
-            all elements of A_qr, or G_qr. A layer is one block, a convolution of q groups q of them (one,
-            with more than `coarse_max_groups`).
-
-        Raises:
-            RuntimeError: with `levels=1`, or if there are no statistics yet.
-        """
-        self._ones()
-        return self.averages.coarse[0].clone(), self.averages.coarse[1].clone()
-
-    def coarse_fisher(self) -> Tensor:
-        """Return F_coarse, (L, L), from the current running averages (eq. 7), layers as in `layers`.
-
-        Raises:
-            RuntimeError: with `levels=1`, or if there are no statistics yet.
-        """
-        return self._ones().fisher(self.layout, self.averages.coarse)
-
-    def _ones(self) -> Ones:
-        if not isinstance(self.solvers.coarse, Ones):
-            raise RuntimeError("there are no coarse sums with levels=1: build with levels=2")
-        if not self.averages.coarse:
-            raise RuntimeError("there are no statistics yet: call accumulate_fisher and step first")
-        return self.solvers.coarse
+    def curvature(self) -> Curvature:  # type: ignore[override]
+        """Itself: what `Readings` read."""
+        return self
 
     # -- statistics -----------------------------------------------------------------------------------------
 
@@ -200,7 +148,7 @@ class Curvature:
     def _add(self, passed: Pass) -> None:
         self.sums.add_factors(passed)
         self.solvers.coarse.add(self.layout, self.sums, passed, self.averages.in_coarse)
-        if self.solvers.fine.observes and self.inverses is not None:
+        if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
             self.solvers.fine.observe(self.layout, self.inverses.fields, passed, self.sums)
 
     def not_finite(self) -> str | None:
@@ -215,13 +163,9 @@ class Curvature:
     def drop(self, layer: Layer) -> None:
         """Leave a layer alone from now on; what this iteration has summed so far is discarded with it."""
         self.dropping()
-        number, old = self.layout.number(layer), self.layout
-        self.layout = old.without(layer)
-        averages = self.averages
-        coarse = self.solvers.coarse.without(old, averages.coarse, number) if averages.coarse else ()
-        A, G = (self.layout.moved(stacks, old) for stacks in (averages.A, averages.G))
-        seen, in_coarse = ((*flags[:number], *flags[number + 1 :]) for flags in (averages.seen, averages.in_coarse))
-        self.averages = Averages(averages.updates, A, G, seen, in_coarse, coarse)
+        old, self.layout = self.layout, self.layout.without(layer)
+        coarse = self.solvers.coarse.without(old, self.averages.coarse, old.number(layer))
+        self.averages = self.averages.moved(old, self.layout, coarse)
         self.dropped.append(layer.name)
         self.collector.captures.forget(layer)
         self.sums = Sums()
@@ -241,7 +185,7 @@ class Curvature:
             averages = averaged(self.layout, averages, sums, self.options.stat_decay)
             kept = kept_share(averages.updates, self.options.stat_decay)
             averages = replace(averages, coarse=self.solvers.coarse.averaged(self.layout, averages, sums, kept))
-            if sums.squares and inverses is not None:
+            if isinstance(fine, ObservingSolver) and sums.squares and inverses is not None:
                 seen = kept_share(inverses.observations + 1, self.options.stat_decay)
                 fields, observed = fine.averaged(self.layout, inverses.fields, inverses.observed, sums, seen)
                 inverses = replace(
@@ -335,9 +279,8 @@ class Curvature:
         if not self.layout.fits():
             old, layers = self.layout, self.layout.layers
             self.layout = Layout(layers, layers[0].weight.device)
-            A, G = (self.layout.moved(stacks, old) for stacks in (self.averages.A, self.averages.G))
             coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse)
-            self.averages = replace(self.averages, A=A, G=G, coarse=coarse)
+            self.averages = self.averages.moved(old, self.layout, coarse)
             self.inverses = self._step = None
             if old.device != self.layout.device:
                 self.health = Health(self.layout.device)

@@ -54,7 +54,7 @@ class Health:
             self.warn(message, stacklevel=5)
 
     def take_skipped(self) -> tuple[int, int]:
-        """Wait for the device; return the count of skipped steps and the number of the first bad gradient, and forget."""
+        """Wait for the device; return how many steps were skipped, and the number of the first bad gradient; forget."""
         count, first = self.skipped.tolist()
         if count:
             self.skipped.zero_()

@@ -128,7 +128,7 @@ def inverted(
 
 
 def _rounded(stack: Tensor, layout: Layout, batch: int) -> Tensor:
-    """Round to the dtype of the factors, and lay out row by row: so it is saved, and a resumed run computes the same."""
+    """Round to the dtype of the factors, row by row: so it is saved, and a resumed run computes the same."""
     return stack.to(layout.batches[batch].dtype).to(layout.dtype).contiguous()
 
 

@@ -92,10 +92,10 @@ def _reason_against(kind: type[Layer], module: nn.Module, owners: Counter[int], 
         return "its weight is parametrised"
     if type(module).forward not in {cls.forward for cls in kind.modules}:
         return "its class has a forward of its own"
-    weight, bias = module.weight, module.bias
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
     if isinstance(weight, UninitializedParameter):
         return "its weight has no shape yet (run the lazy module once before building the optimizer)"
-    if not weight.requires_grad:
+    if weight is None or not weight.requires_grad:
         return "its weight is frozen"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"

@@ -11,11 +11,12 @@ from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-from kfac2.options import NUMBER, check_option
+from kfac2.options import NUMBER, Options, check_option
 from kfac2.preconditioner import Preconditioner
+from kfac2.readings import Readings
 
 
-class KFAC(Optimizer):
+class KFAC(Readings, Optimizer):
     """Two-level K-FAC (Tselepidis, Kohler, Orvieto, 2020) with an SGD step.
 
     For layer i with gradient matrix ∇_i (bias in the last column) and Kronecker factors A_i, G_i:
@@ -75,6 +76,8 @@ class KFAC(Optimizer):
 
     Attributes:
         options: the K-FAC options; `opt.options.damping = ...` sets one during training.
+        preconditioner: the schedule, whose gradients it steps along.
+        curvature: the statistics and inverses.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -107,6 +110,7 @@ class KFAC(Optimizer):
         cases: int | None = None,  # M
         skip: Iterable[str] = (),
     ) -> None:
+        arguments = dict(locals())  # the options go on under their own names
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
@@ -115,22 +119,9 @@ class KFAC(Optimizer):
             model,
             params=[parameter for group in self.param_groups for parameter in group["params"]],
             skip=skip,
-            damping=damping,
-            kl_clip=kl_clip,
-            levels=levels,
-            inverse=inverse,
-            fisher=fisher,
-            stat_decay=stat_decay,
-            cov_every=cov_every,
-            inv_every=inv_every,
-            downsample=downsample,
-            coarse_weight=coarse_weight,
-            coarse_damping=coarse_damping,
-            coarse_max_groups=coarse_max_groups,
-            inverse_dtype=inverse_dtype,
-            cases=cases,
+            **{name: arguments[name] for name in Options.__dataclass_fields__},
         )
-        self.options = self.preconditioner.options
+        self.options, self.curvature = self.preconditioner.options, self.preconditioner.curvature
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `torch.optim`; its layers, if new, are left to SGD.
@@ -179,7 +170,7 @@ class KFAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
-        layers = self.preconditioner.curvature.layout.layers
+        layers = self.curvature.layout.layers
         if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
             for group in self.param_groups:
                 self._sgd(group)
@@ -253,23 +244,6 @@ class KFAC(Optimizer):
     def check(self) -> int:
         """See `Preconditioner.check`."""
         return self.preconditioner.check()
-
-    @property
-    def layers(self) -> list[str]:
-        """See `Preconditioner.layers`."""
-        return self.preconditioner.layers
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """See `Preconditioner.factors`."""
-        return self.preconditioner.factors(name)
-
-    def coarse_sums(self) -> tuple[Tensor, Tensor]:
-        """See `Preconditioner.coarse_sums`."""
-        return self.preconditioner.coarse_sums()
-
-    def coarse_fisher(self) -> Tensor:
-        """See `Preconditioner.coarse_fisher`."""
-        return self.preconditioner.coarse_fisher()
 
     def state_dict(self) -> dict[str, Any]:
         """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""

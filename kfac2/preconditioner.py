@@ -12,12 +12,13 @@ from torch.distributions import Distribution
 from kfac2.curvature import Curvature
 from kfac2.health import is_capturing
 from kfac2.options import NUMBER, Options, check_option
+from kfac2.readings import Readings
 from kfac2.step import Gathered, Step
 
 Rate = float | Tensor
 
 
-class Preconditioner:
+class Preconditioner(Readings):
     """Rewrites gradients by two-level K-FAC, for any optimizer to follow.
 
     ```python
@@ -66,29 +67,10 @@ class Preconditioner:
         self.curvature.dropping = self.check
         self.iteration = 0
 
-    # -- what the user reads --------------------------------------------------------------------------------
-
-    @property
-    def layers(self) -> list[str]:
-        """The handled modules' names, in the order of `model.named_modules()`."""
-        return self.curvature.layers
-
     @property
     def needs_fisher(self) -> bool:
         """Whether this iteration wants `accumulate_fisher`: each `cov_every`-th, and while there is nothing yet."""
         return self.options.fisher == "mc" and self._wants_statistics()
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """See `Curvature.factors`."""
-        return self.curvature.factors(name)
-
-    def coarse_sums(self) -> tuple[Tensor, Tensor]:
-        """See `Curvature.coarse_sums`."""
-        return self.curvature.coarse_sums()
-
-    def coarse_fisher(self) -> Tensor:
-        """See `Curvature.coarse_fisher`."""
-        return self.curvature.coarse_fisher()
 
     # -- the schedule ---------------------------------------------------------------------------------------
 
@@ -156,7 +138,8 @@ class Preconditioner:
             if self.options.kl_clip is not None:
                 raise ValueError("lr must be given, since the KL clip depends on it; got None (or set kl_clip=None)")
             lr = 1.0
-        rates = {name: lr[name] for name in self.layers} if isinstance(lr, Mapping) else dict.fromkeys(self.layers, lr)
+        rates: dict[str, Rate] = {}
+        rates |= {name: lr[name] for name in self.layers} if isinstance(lr, Mapping) else dict.fromkeys(self.layers, lr)
         for rate in rates.values():
             if not isinstance(rate, Tensor):
                 check_option("lr", rate, NUMBER, lambda v: v >= 0, "a number of at least 0")

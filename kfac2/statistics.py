@@ -139,6 +139,19 @@ class Averages:
         count = len(layout.layers)
         return Averages(0, A, G, (False,) * count, (True,) * count)
 
+    def moved(self, old: Layout, new: Layout, coarse: tuple[Tensor, ...]) -> Averages:
+        """Return the averages where another layout of the same layers, or of fewer, says.
+
+        Args:
+            old: where they lie now.
+            new: where they are to lie.
+            coarse: those of the coarse space, in the new layout.
+        """
+        A, G = new.moved(self.A, old), new.moved(self.G, old)
+        numbers = [old.number(layer) for layer in new.layers]
+        seen, in_coarse = (tuple(flags[number] for number in numbers) for flags in (self.seen, self.in_coarse))
+        return Averages(self.updates, A, G, seen, in_coarse, coarse)
+
 
 def kept_share(updates: int, decay: float) -> float:
     """Return ε = min(1 - 1/t, decay), what remains of the old average at update t."""

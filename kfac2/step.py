@@ -56,7 +56,7 @@ class Step:
         self.parameters = [*own, *others]
         self._own = len(own)
         numbers = {id(parameter): number for number, parameter in enumerate(own)}
-        # of each part of a layer's matrix: the number of its parameter, the view of its gradient, and its row of the table
+        # Of each part of a layer's matrix: the number of its parameter, the view of its gradient, its row of the table.
         self._parts = [
             (number, part.view, (int(layout.spans[i, 0]) + part.place, layer.matrix_shape[2], i, number))
             for i, layer in enumerate(layout.layers)

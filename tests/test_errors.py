@@ -133,7 +133,7 @@ def test_reading_statistics():
     opt = KFAC(net())
     with pytest.raises(KeyError, match=r"one of the handled layers .*got 'fc'"):
         opt.factors("fc")
-    with pytest.raises(RuntimeError, match="0 has no statistics yet: call accumulate_fisher"):
+    with pytest.raises(RuntimeError, match="0 has no statistics yet: take some first"):
         opt.factors("0")
     with pytest.raises(RuntimeError, match="there are no statistics yet"):
         opt.coarse_fisher()

@@ -231,3 +231,34 @@ def test_preconditioned_gradients_that_overflow_are_not_written():
     with pytest.warns(RuntimeWarning, match="the preconditioned gradients"):
         iterate(model, opt, x, poison=lambda: model[3].weight.grad.fill_(1e200))
     assert same(before, snapshot(model, opt))
+
+
+class OneMore(nn.Module):
+    """Its middle layer sees N + 1 rows from the second batch on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.odd, self.head, self.extra = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2), 0
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.head(h + self.odd(torch.cat([h, h[: self.extra]]))[: len(h)])
+
+
+def test_a_skipped_step_leaves_every_layer_in_the_coarse_space():
+    torch.manual_seed(0)
+    model, x = OneMore(), torch.randn(6, 3)
+    opt = KFAC(model, cov_every=1)
+    iterate(model, opt, x)
+    before = snapshot(model, opt)
+    model.extra = 1
+    with pytest.warns(RuntimeWarning, match="odd has a leading size of 7"):
+        iterate(model, opt, x, poison=lambda: model.first.weight.grad.fill_(float("nan")))
+    assert same(before, snapshot(model, opt))
+    model.extra = 0
+    iterate(model, opt, x)
+    assert opt.state_dict()["kfac"]["layers"]["odd"]["in_coarse"] and opt.coarse_fisher()[1, 1] > 0
+    model.extra = 1
+    with pytest.warns(RuntimeWarning, match="odd has a leading size of 7"):
+        iterate(model, opt, x)
+    assert not opt.state_dict()["kfac"]["layers"]["odd"]["in_coarse"]  # a step that counts does take it out

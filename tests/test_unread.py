@@ -375,3 +375,38 @@ def test_layouts_are_not_kept():
         iterate(model, opt, x, poison=lambda number=number: setattr(model[number % 6].weight, "grad", None))
         sizes.add(len(curvature_of(opt).prepared()._table))
     assert sizes == {11}
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigh"])
+def test_an_inverse_is_mended_with_the_damping_of_its_update(inverse):
+    """The state says that damping, and the other layers' inverses are of it."""
+    results = []
+    for damping_at_check in (0.01, 1.0):
+        torch.manual_seed(0)
+        model, x = net(), torch.randn(6, 3)
+        opt = unread(KFAC(model, cov_every=100, inv_every=2, damping=0.01, inverse=inverse))
+        for _ in range(2):
+            iterate(model, opt, x)
+        set_factor(opt, "0", INDEFINITE * (1 if inverse == "cholesky" else 1e-30))
+        if inverse == "eigh":
+            curvature_of(opt).solvers.fine.invert = failing(curvature_of(opt).solvers.fine.invert)
+        iterate(model, opt, x)
+        opt.options.damping = damping_at_check
+        with pytest.warns(RuntimeWarning, match="a factor of 0 is not positive definite"):
+            opt.check()
+        inverses = curvature_of(opt).inverses
+        results.append([*fields(opt, "0").values(), *(stack for part in inverses.derived.values() for stack in part)])
+        assert inverses.damping == 0.01 == opt.state_dict()["kfac"]["inverses"]["damping"]
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def failing(invert):
+    """Report that the first block of the first batch could not be decomposed."""
+
+    def wrapped(A, G, damping):
+        result, status = invert(A, G, damping)
+        status[0] = torch.cat([torch.full((1,), 2, dtype=status[0].dtype), status[0][1:]])
+        return result, status
+
+    return wrapped

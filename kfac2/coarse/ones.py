@@ -96,6 +96,8 @@ class Ones(CoarseSpace):
 
     def without(self, layout: Layout, averages: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
         """Return the sums without the rows and columns of a layer."""
+        if not averages:
+            return ()
         others = [place for place, owner in enumerate(layout.layer_of_map) if owner != number]
         kept = torch.tensor(others, dtype=torch.long, device=layout.device)
         return tuple(sums[kept][:, kept] for sums in averages)

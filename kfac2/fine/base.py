@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -25,9 +26,6 @@ class FineSolver(ABC):
     fields: ClassVar[dict[str, str]]
     """The fields that are kept and saved, each with the shape of one block's entry: a letter for each axis, `'i'` of
     length d_in, `'o'` of length d_out."""
-
-    observes: ClassVar[bool] = False
-    """Whether it looks at the rows of each statistics update, by `observe`."""
 
     @abstractmethod
     def invert(self, A: Stacks, G: Stacks, damping: float) -> tuple[Fields, Stacks]:
@@ -77,13 +75,27 @@ class FineSolver(ABC):
         """
         return new
 
-    def observe(self, layout: Layout, fields: Fields, passed: Pass, sums: Sums) -> None:
-        """Add what is seen of the rows of one pass to `sums.squares`; for a solver that observes."""
+    def shape(self, field: str, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of one block's entry of a field."""
+        return tuple({"i": batch.d_in, "o": batch.d_out}[axis] for axis in self.fields[field])
 
+    def zeros(self, layout: Layout) -> Fields:
+        """Make the fields, filled with zeros, in the dtype of the matrices that they multiply."""
+        return {field: layout.stacks(partial(self.shape, field), layout.dtype) for field in self.fields}
+
+
+class ObservingSolver(FineSolver):
+    """A solver that also looks at the rows of each statistics update, with the inverses in use."""
+
+    @abstractmethod
+    def observe(self, layout: Layout, fields: Fields, passed: Pass, sums: Sums) -> None:
+        """Add what is seen of the rows of one pass to `sums.squares`."""
+
+    @abstractmethod
     def averaged(
         self, layout: Layout, fields: Fields, known: Sequence[bool], sums: Sums, kept: float
     ) -> tuple[Fields, tuple[bool, ...]]:
-        """Average in what was observed; for a solver that observes.
+        """Average in what was observed.
 
         Args:
             layout: of the layers.
@@ -95,18 +107,6 @@ class FineSolver(ABC):
         Returns:
             The fields, and by layer whether it has been observed.
         """
-        return fields, tuple(known)
-
-    def shape(self, field: str, batch: Batch) -> tuple[int, ...]:
-        """Return the shape of one block's entry of a field."""
-        return tuple({"i": batch.d_in, "o": batch.d_out}[axis] for axis in self.fields[field])
-
-    def zeros(self, layout: Layout) -> Fields:
-        """Make the fields, filled with zeros, in the dtype of the matrices that they multiply."""
-        return {
-            field: layout.stacks(lambda batch, field=field: self.shape(field, batch), layout.dtype)
-            for field in self.fields
-        }
 
 
 def decomposed_in_float64(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac2.fine.base import Fields, decomposed_in_float64
+from kfac2.fine.base import Fields, ObservingSolver, decomposed_in_float64
 from kfac2.fine.exact import Exact, decomposed
 from kfac2.kinds import Rows
 from kfac2.layout import Layout, Stacks
@@ -23,11 +23,10 @@ from kfac2.statistics import Pass, Sums, add_to, mixed_in
 _GRADIENT_NUMBERS = 2**22  # of all gradients of single samples that are alive at a time: 16 MB
 
 
-class EKFAC(Exact):
+class EKFAC(ObservingSolver, Exact):
     """The eigenbasis comes with each inverse update, the diagonal with each statistics update."""
 
     fields = {"A_vectors": "ii", "G_vectors": "oo", "diagonal": "oi"}  # noqa: RUF012
-    observes = True
 
     def invert(self, A: Stacks, G: Stacks, damping: float) -> tuple[Fields, Stacks]:
         """Decompose both factors of all blocks; the diagonal is K-FAC's for now."""
@@ -63,13 +62,20 @@ class EKFAC(Exact):
         return {**new, "diagonal": diagonals}
 
     def observe(self, layout: Layout, fields: Fields, passed: Pass, sums: Sums) -> None:
-        """Add Σ_n (V_Gᵀ ∇_n V_A)² of each layer."""
+        """Add Σ_n (V_Gᵀ ∇_n V_A)² of each layer, n counting the samples of the pass.
+
+        A layer whose leading size is N·r has r consecutive rows of each sample; one whose size is no multiple of N (an
+        expert's share of the batch) has a sample in each row.
+        """
+        samples = passed.uses[0].samples
         for use in passed.uses:
             i = layout.number(use.layer)
             V_A, V_G = (layout.view(fields[name], i).to(use.layer.factor_dtype) for name in ("A_vectors", "G_vectors"))
             blocks = []
             for q in range(use.layer.blocks):
                 a, g = (formed(rows, q).to(V_A.dtype) for rows in (use.inputs, use.grads))
+                if use.samples % samples == 0:
+                    a, g = (rows.reshape(samples, -1, rows.shape[2]) for rows in (a, g))
                 blocks.append(squares_in_basis(a, g, V_A[q], V_G[q]))
             add_to(sums.squares, use.layer, torch.stack(blocks) * passed.scale**2)
 

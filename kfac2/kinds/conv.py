@@ -1,4 +1,4 @@
-"""`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: an im2col patch for each place of the output map (Grosse & Martens 2016)."""
+"""`nn.Conv1d`, `2d` and `3d`: an im2col patch for each place of the output map (Grosse & Martens 2016)."""
 
 from __future__ import annotations
 

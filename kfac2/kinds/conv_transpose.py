@@ -8,7 +8,7 @@ the offsets run backwards. Read from the other end of the map, u' = U - 1 - u an
 
     y'[u'] = Σ_o W[o] x̂'[u' + d·o - (d(k - 1) - p + r)],    r the output padding,
 
-so that rows in the order of the weight's own elements are those of an ordinary convolution of stride 1 on mirrored maps.
+so that rows in the order of the weight's elements are those of an ordinary convolution of stride 1 on mirrored maps.
 """
 
 from __future__ import annotations
@@ -67,12 +67,11 @@ class ConvTranspose(Layer):
         return self._for_maps(self._patches(x, g, mirrored=False)), self._for_maps(Rows(g, places(rank, self.blocks)))
 
     def _patches(self, x: Tensor, g: Tensor, mirrored: bool) -> Rows:
-        """Stuff x with zeros, and pad it so that the patches are at the places of g, whatever `output_size` asked for."""
+        """Stuff x with zeros, and pad it so that the patches are at the places of g (`output_size` may choose them)."""
         module, rank = self.module, len(self.module.kernel_size)
         x = batched(x, rank)
         stuffed = x.new_zeros(*x.shape[:2], *(s * (n - 1) + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)))
-        every = tuple(slice(None, None, s) for s in module.stride)
-        stuffed[(..., *every)] = x
+        stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in module.stride))] = x
         padding = []
         for axis in range(rank):
             low = module.dilation[axis] * (module.kernel_size[axis] - 1) - int(module.padding[axis])

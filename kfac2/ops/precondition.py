@@ -140,8 +140,9 @@ def _solved(
         return by_shape(lambda *stacks: (solve(*stacks, None, None),), *lists)[0]
     for results in (out, work or ()):
         check_same_length("out and work", results, "grads", lists[0])
-    for entries in zip(*lists, out, work or [None] * len(out), strict=True):
-        solve(*entries)
+    buffers: Sequence[Tensor | None] = work or [None] * len(out)
+    for *stacks, result, buffer in zip(*lists, out, buffers, strict=True):
+        solve(*stacks, result, buffer)
     return list(out)
 
 
