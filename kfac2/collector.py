@@ -14,6 +14,18 @@ from kfac2.layers import logger
 from kfac2.statistics import Pass, Use
 
 
+class NotFiniteError(ValueError):
+    """Statistics cannot be taken for a NaN or an infinity.
+
+    Attributes:
+        source: what holds it.
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__(f"statistics must be finite, got a NaN or an infinity in {source}")
+        self.source = source
+
+
 class Collector:
     """Makes passes of the captured calls of an iteration.
 
@@ -25,7 +37,6 @@ class Collector:
 
     Attributes:
         captures: the calls captured so far.
-        poisoned: what was not finite where labels were drawn; None where nothing was.
     """
 
     def __init__(
@@ -37,25 +48,18 @@ class Collector:
     ) -> None:
         self.captures = Captures(layers, wanted, follow_backward)
         self._drop = drop
-        self.poisoned: str | None = None
-
-    def clear(self) -> None:
-        """Free what this iteration captured."""
-        self.captures.clear()
-        self.poisoned = None
 
     def sample(self, distribution: Distribution) -> Pass | None:
         """Draw labels, and differentiate -log_prob with respect to the captured outputs.
 
         Returns:
-            The pass; None where it has no rows, or where something was not finite, which `poisoned` then names.
+            The pass; None where it has no rows.
 
         Raises:
             ValueError: if the distribution carries no graph, or none that holds a captured output.
+            NotFiniteError: if no labels can be drawn for a NaN or an infinity.
         """
         log_prob = self._log_prob_of_drawn_labels(distribution)
-        if log_prob is None:
-            return None
         if not log_prob.requires_grad:
             raise ValueError(
                 f"distribution must carry the model's graph, got a {type(distribution).__name__} of detached "
@@ -97,21 +101,20 @@ class Collector:
             for uses, count in zip([uses for uses in passes if uses], counts, strict=True)
         ]
 
-    def _log_prob_of_drawn_labels(self, distribution: Distribution) -> Tensor | None:
+    def _log_prob_of_drawn_labels(self, distribution: Distribution) -> Tensor:
         if any(_has_nan(value) for _, value in _parameters(distribution)):
             # Not drawn from: on a CUDA device that fails an assertion, after which the process can use it no more.
-            self.poisoned = self._not_finite_source(distribution)
-            return None
+            raise NotFiniteError(self._not_finite_source(distribution) or "the distribution")
         try:
             with torch.no_grad():
                 labels = distribution.sample()
             with torch.enable_grad():
                 return distribution.log_prob(labels)
-        except (RuntimeError, ValueError):  # what sampling from NaNs raises; the step will be skipped
-            self.poisoned = self._not_finite_source(distribution)
-            if self.poisoned is None:
+        except (RuntimeError, ValueError) as error:  # what sampling from NaNs raises
+            source = self._not_finite_source(distribution)
+            if source is None:
                 raise
-            return None
+            raise NotFiniteError(source) from error
 
     def _uses(self, reached: Sequence[tuple[Capture, Tensor]]) -> list[Use]:
         """Order captures as the layers are, and drop layers that were called twice."""

@@ -12,10 +12,10 @@ from torch.distributions import Distribution
 
 from kfac2 import state
 from kfac2.coarse import coarse_space
-from kfac2.collector import Collector
+from kfac2.collector import Collector, NotFiniteError
 from kfac2.fine import SOLVERS, ObservingSolver
 from kfac2.health import Health
-from kfac2.inverses import Inverses, Solvers, inverted, mended
+from kfac2.inverses import Inverses, Solvers, inverted, mended, observed
 from kfac2.kinds import Layer
 from kfac2.layers import find_layers
 from kfac2.layout import Layout
@@ -94,8 +94,7 @@ class Curvature(Readings):
         self._solved: tuple[Averages, float, float] | None = None
 
     @property
-    def curvature(self) -> Curvature:  # type: ignore[override]
-        """Itself: what `Readings` read."""
+    def _statistics(self) -> Curvature:
         return self
 
     # -- statistics -----------------------------------------------------------------------------------------
@@ -120,17 +119,26 @@ class Curvature(Readings):
                 self.collect(distribution)
             if self.options.fisher == "empirical":
                 self.collect_backward()
-            if not self.sums.A and self.collector.poisoned is None:
+            if not self.sums.A:
                 raise RuntimeError("there is nothing to accumulate: got no distribution and no backward pass")
-            bad = self.not_finite()
+            bad = self.sums.not_finite()
             if bad is not None:
-                raise ValueError(f"distributions must be finite, got a NaN or an infinity in {bad}")
+                raise NotFiniteError(bad)
             self.commit(*self.refreshed(None))
         finally:
             self.discard()
 
     def collect(self, distribution: Distribution) -> None:
-        """Add one pass to the sums of this iteration, from the model's own predictive distribution."""
+        """Add one pass to the sums of this iteration, from the model's own predictive distribution.
+
+        Args:
+            distribution: as for `accumulate`.
+
+        Raises:
+            TypeError: if it is no distribution.
+            ValueError: if it carries no graph, or none that holds a handled layer's output.
+            NotFiniteError: if no labels can be drawn from it for a NaN or an infinity.
+        """
         if not isinstance(distribution, Distribution):
             raise TypeError(
                 f"distribution must be a torch.distributions.Distribution, got {type(distribution).__name__}"
@@ -151,13 +159,9 @@ class Curvature(Readings):
         if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
             self.solvers.fine.observe(self.layout, self.inverses.fields, passed, self.sums)
 
-    def not_finite(self) -> str | None:
-        """Name what holds a NaN or an infinity of what this iteration has collected."""
-        return self.collector.poisoned or self.sums.not_finite()
-
     def discard(self) -> None:
         """Free what this iteration has captured and summed."""
-        self.collector.clear()
+        self.collector.captures.clear()
         self.sums = Sums()
 
     def drop(self, layer: Layer) -> None:
@@ -179,22 +183,14 @@ class Curvature(Readings):
         Args:
             damping: λ of new inverses; None: those in use go on.
         """
-        averages, inverses, fine = self.averages, self.inverses, self.solvers.fine
+        averages, inverses = self.averages, self.inverses
         if self.sums.A:
             sums = self.solvers.processes.add_up(self.sums)
             averages = averaged(self.layout, averages, sums, self.options.stat_decay)
             kept = kept_share(averages.updates, self.options.stat_decay)
             averages = replace(averages, coarse=self.solvers.coarse.averaged(self.layout, averages, sums, kept))
-            if isinstance(fine, ObservingSolver) and sums.squares and inverses is not None:
-                seen = kept_share(inverses.observations + 1, self.options.stat_decay)
-                fields, observed = fine.averaged(self.layout, inverses.fields, inverses.observed, sums, seen)
-                inverses = replace(
-                    inverses,
-                    fields=fields,
-                    derived=fine.derive(fields, inverses.damping),
-                    observations=inverses.observations + 1,
-                    observed=observed,
-                )
+            if inverses is not None:
+                inverses = observed(self.layout, inverses, self.solvers.fine, sums, self.options.stat_decay)
         if damping is not None and averages.updates and self.layout.layers:
             inverses = self._inverted(averages, inverses, damping)
         return averages, inverses

@@ -29,6 +29,7 @@ class Health:
 
     Attributes:
         at_once: whether the host looks after each step.
+        bad: what was not finite when this iteration's statistics were taken, so that the step is skipped; or None.
         skipped: int64 on the device, (2,): the steps skipped since the last report, and the number of the first
             parameter whose gradient was not finite in the first of them.
         found: on the device, 1 where the last step came upon something that the host does not know of; else None.
@@ -38,6 +39,7 @@ class Health:
         self.at_once = device.type == "cpu"
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
         self.found: Tensor | None = None
+        self.bad: str | None = None
         self._captured: object | None = None
         self._warned: set[str] = set()
 
@@ -82,7 +84,7 @@ class Health:
     def forget(self) -> None:
         """Forget what a run has found that is given up for another state."""
         self.skipped.zero_()
-        self.found = None
+        self.found = self.bad = None
 
     # -- CUDA graphs ----------------------------------------------------------------------------------------
 

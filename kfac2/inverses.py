@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kfac2.coarse import CoarseSpace
-from kfac2.fine import Fields, FineSolver
+from kfac2.fine import Fields, FineSolver, ObservingSolver
 from kfac2.layout import Layout
 from kfac2.processes import Processes
-from kfac2.statistics import Averages
+from kfac2.statistics import Averages, Sums, kept_share
 
 Warn = Callable[[str, str], None]
 
@@ -146,6 +146,24 @@ def _where(failed: Sequence[Tensor], last: Inverses | None, new: Fields) -> Fiel
             standing = stack.new_zeros(()) if last is None else last.fields[name][number]
             fields[name].append(torch.where(bad.reshape(-1, *[1] * (stack.dim() - 1)), standing, stack))
     return fields
+
+
+def observed(layout: Layout, inverses: Inverses, fine: FineSolver, sums: Sums, decay: float) -> Inverses:
+    """Return the inverses with what a solver that observes has seen in this iteration averaged in.
+
+    Args:
+        layout: of the layers.
+        inverses: in use; they stay as they are.
+        fine: the solver.
+        sums: of the iteration.
+        decay: bound of ε.
+    """
+    if not isinstance(fine, ObservingSolver) or not sums.squares:
+        return inverses
+    t = inverses.observations + 1
+    fields, known = fine.averaged(layout, inverses.fields, inverses.observed, sums, kept_share(t, decay))
+    derived = fine.derive(fields, inverses.damping)
+    return replace(inverses, fields=fields, derived=derived, observations=t, observed=known)
 
 
 def mended(layout: Layout, averages: Averages, inverses: Inverses, solvers: Solvers, warn: Warn) -> Inverses:

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+from kfac2.curvature import Curvature
 from kfac2.options import NUMBER, Options, check_option
 from kfac2.preconditioner import Preconditioner
 from kfac2.readings import Readings
@@ -122,6 +123,10 @@ class KFAC(Readings, Optimizer):
             **{name: arguments[name] for name in Options.__dataclass_fields__},
         )
         self.options, self.curvature = self.preconditioner.options, self.preconditioner.curvature
+
+    @property
+    def _statistics(self) -> Curvature:
+        return self.curvature
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `torch.optim`; its layers, if new, are left to SGD.

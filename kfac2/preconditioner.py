@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from kfac2.collector import NotFiniteError
 from kfac2.curvature import Curvature
 from kfac2.health import is_capturing
 from kfac2.options import NUMBER, Options, check_option
@@ -68,6 +69,10 @@ class Preconditioner(Readings):
         self.iteration = 0
 
     @property
+    def _statistics(self) -> Curvature:
+        return self.curvature
+
+    @property
     def needs_fisher(self) -> bool:
         """Whether this iteration wants `accumulate_fisher`: each `cov_every`-th, and while there is nothing yet."""
         return self.options.fisher == "mc" and self._wants_statistics()
@@ -103,8 +108,12 @@ class Preconditioner(Readings):
             TypeError: if `distribution` is none.
             ValueError: if it carries no graph, or none that holds a handled layer's output.
         """
-        if self.needs_fisher or not isinstance(distribution, Distribution):
+        if not self.needs_fisher and isinstance(distribution, Distribution):
+            return
+        try:
             self.curvature.collect(distribution)
+        except NotFiniteError as error:
+            self.curvature.health.bad = error.source
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
         """Precondition the gradients in place: statistics, inverses, both levels, KL clip.
@@ -176,6 +185,7 @@ class Preconditioner(Readings):
         if bad is not None:
             curvature.health.warn(f"a NaN or an infinity in {bad} at iteration {self.iteration}; the step is skipped")
         curvature.discard()
+        curvature.health.bad = None
         self.iteration += not capturing
         return bad is None
 
@@ -183,7 +193,7 @@ class Preconditioner(Readings):
         self.check()
         if self.options.fisher == "empirical":
             self.curvature.collect_backward()
-        if self.curvature.layout.layers and not self.curvature.sums.A and self.curvature.collector.poisoned is None:
+        if self.curvature.layout.layers and not self.curvature.sums.A and self.curvature.health.bad is None:
             self._report_missing()
 
     def _report_missing(self) -> None:
@@ -195,10 +205,13 @@ class Preconditioner(Readings):
         )
 
     def _bad_before(self, step: Step, gathered: Gathered) -> str | None:
-        """Name what the host finds not finite before the step is computed: statistics, or what only it can look at."""
-        bad = self.curvature.not_finite()
-        if bad is not None:
-            return bad
+        """Name what the host of any process finds not finite before the step is computed."""
+        bad = self.curvature.health.bad or self.curvature.sums.not_finite() or self._bad_elsewhere(step, gathered)
+        is_bad = self.curvature.solvers.processes.agree(bad is not None)
+        return (bad or "another process") if is_bad else None
+
+    def _bad_elsewhere(self, step: Step, gathered: Gathered) -> str | None:
+        """Name a gradient that is not finite among those that only the host can look at."""
         for number in gathered.elsewhere:
             grad = step.parameters[number].grad
             values = grad.coalesce().values() if grad is not None and grad.is_sparse else grad

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from kfac2.coarse import Ones
+from kfac2.inverses import Solvers
+from kfac2.layout import Layout
+from kfac2.statistics import Averages
 
-if TYPE_CHECKING:
-    from kfac2.curvature import Curvature
+
+class Statistics(Protocol):
+    """What `Readings` read: a `Curvature`."""
+
+    layout: Layout
+    averages: Averages
+    solvers: Solvers
 
 
 class Readings:
-    """Copies of the running averages, and what follows from them. A subclass has, or is, a `curvature`."""
+    """Copies of the running averages, and what follows from them."""
 
-    curvature: Curvature
+    @property
+    def _statistics(self) -> Statistics:
+        raise NotImplementedError
 
     @property
     def layers(self) -> list[str]:
         """The handled modules' names, in the order of `model.named_modules()`."""
-        return [layer.name for layer in self.curvature.layout.layers]
+        return [layer.name for layer in self._statistics.layout.layers]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Copy the current running averages of a layer's Kronecker factors.
@@ -36,7 +46,7 @@ class Readings:
             KeyError: if no handled layer has that name.
             RuntimeError: if the layer has no statistics yet.
         """
-        layout, averages = self.curvature.layout, self.curvature.averages
+        layout, averages = self._statistics.layout, self._statistics.averages
         number = layout.named(name)
         if number is None:
             raise KeyError(f"name must be one of the handled layers {self.layers}, got {name!r}")
@@ -57,7 +67,7 @@ class Readings:
             RuntimeError: with `levels=1`, or if there are no statistics yet.
         """
         self._ones()
-        input_sums, grad_sums, *_ = self.curvature.averages.coarse
+        input_sums, grad_sums, *_ = self._statistics.averages.coarse
         return input_sums.clone(), grad_sums.clone()
 
     def coarse_fisher(self) -> Tensor:
@@ -66,12 +76,12 @@ class Readings:
         Raises:
             RuntimeError: with `levels=1`, or if there are no statistics yet.
         """
-        return self._ones().fisher(self.curvature.layout, self.curvature.averages.coarse)
+        return self._ones().fisher(self._statistics.layout, self._statistics.averages.coarse)
 
     def _ones(self) -> Ones:
-        space = self.curvature.solvers.coarse
+        space = self._statistics.solvers.coarse
         if not isinstance(space, Ones):
             raise RuntimeError("there are no coarse sums with levels=1: build with levels=2")
-        if not self.curvature.averages.coarse:
+        if not self._statistics.averages.coarse:
             raise RuntimeError("there are no statistics yet: take some first")
         return space

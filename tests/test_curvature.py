@@ -153,7 +153,7 @@ def test_what_is_refused_changes_nothing():
     with pytest.raises(TypeError, match="damping is no option of kfac2; the options are levels"):
         Curvature(task.model, damping=0.1)
     out = task.model(task.x * float("nan"))
-    with pytest.raises(ValueError, match="distributions must be finite, got a NaN or an infinity in the input of 0"):
+    with pytest.raises(ValueError, match="statistics must be finite, got a NaN or an infinity in the input of 0"):
         curvature.accumulate(Categorical(logits=out, validate_args=False))
     with pytest.raises(TypeError, match=r"must be a torch.distributions.Distribution, got Tensor"):
         curvature.accumulate(out)
