@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfac2.layers import Layer
+from kfac2.kinds import Layer
 
 
 @dataclass(eq=False)
@@ -74,6 +74,11 @@ class Captures:
             hook.layer = layer
             # First of all hooks: what another hook makes of the output is no longer the layer's own.
             self._handles[layer] = layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+
+    @property
+    def layers(self) -> Collection[Layer]:
+        """The layers that are watched, in the order of the model."""
+        return self._handles.keys()
 
     def clear(self) -> None:
         """Free everything captured."""

@@ -1,4 +1,4 @@
-"""What one iteration brings to the statistics: from captured calls and their gradients to raw sums."""
+"""What one iteration brings to the statistics: captured calls and their gradients become passes."""
 
 from __future__ import annotations
 
@@ -9,71 +9,57 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from kfac2.capture import Capture, Captures
-from kfac2.layers import Layer, logger
-from kfac2.options import Options
-from kfac2.statistics import RawSums, Rows
+from kfac2.kinds import Layer
+from kfac2.layers import logger
+from kfac2.statistics import Pass, Use
+
+
+class NotFiniteError(ValueError):
+    """Statistics cannot be taken for a NaN or an infinity.
+
+    Attributes:
+        source: what holds it.
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__(f"statistics must be finite, got a NaN or an infinity in {source}")
+        self.source = source
 
 
 class Collector:
-    """Collects the rows of all passes of an iteration, and sums them.
+    """Makes passes of the captured calls of an iteration.
 
     Args:
-        layers: the handled layers.
-        options: `fisher`, `levels`, `downsample` and `cases`.
-        wanted: whether this iteration wants statistics.
+        layers: the layers to watch.
+        wanted: whether forwards are to be captured now.
+        follow_backward: whether the ordinary backward pass brings the gradients (the empirical Fisher).
         drop: called with a layer that was called twice in one pass.
 
     Attributes:
         captures: the calls captured so far.
-        raw: the sums so far.
-        poisoned: what was not finite where labels were drawn; the step is skipped then.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        options: Options,
         wanted: Callable[[], bool],
+        follow_backward: bool,
         drop: Callable[[Layer], None],
     ) -> None:
-        self._layers = list(layers)
-        self._options = options
+        self.captures = Captures(layers, wanted, follow_backward)
         self._drop = drop
-        self.captures = Captures(layers, wanted, options.fisher == "empirical")
-        self.clear()
 
-    def clear(self) -> None:
-        """Free what this iteration captured and summed."""
-        self.captures.clear()
-        self.raw = RawSums()
-        self.poisoned: str | None = None
+    def sample(self, distribution: Distribution) -> Pass | None:
+        """Draw labels, and differentiate -log_prob with respect to the captured outputs.
 
-    def forget(self, layer: Layer) -> None:
-        """Collect from a layer no longer; what was summed so far goes with it."""
-        self._layers = [other for other in self._layers if other is not layer]
-        self.captures.forget(layer)
-        self.raw = RawSums()
-
-    def sample(self, distribution: Distribution) -> None:
-        """Draw labels, differentiate -log_prob with respect to the captured outputs, and add up this pass.
+        Returns:
+            The pass; None where it has no rows.
 
         Raises:
             ValueError: if the distribution carries no graph, or none that holds a captured output.
+            NotFiniteError: if no labels can be drawn for a NaN or an infinity.
         """
-        if any(_has_nan(value) for _, value in _parameters(distribution)):
-            # Not drawn from: on a CUDA device that fails an assertion, after which the process can use it no more.
-            self.poisoned = self._not_finite_source(distribution)
-            return
-        try:
-            with torch.no_grad():
-                labels = distribution.sample()
-            with torch.enable_grad():
-                log_prob = distribution.log_prob(labels)
-        except (RuntimeError, ValueError):  # what sampling from NaNs raises; the step will be skipped
-            self.poisoned = self._not_finite_source(distribution)
-            if self.poisoned is None:
-                raise
-            return
+        log_prob = self._log_prob_of_drawn_labels(distribution)
         if not log_prob.requires_grad:
             raise ValueError(
                 f"distribution must carry the model's graph, got a {type(distribution).__name__} of detached "
@@ -82,7 +68,9 @@ class Collector:
         records = list(self.captures.records)
         # M times the gradient of the mean is the gradient of the sum
         edges = [record.edge for record in records]
-        grads = torch.autograd.grad(-log_prob.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
+        with torch.enable_grad():
+            loss = -log_prob.sum()
+        grads = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True) if edges else ()
         self.captures.records = records  # without what activation checkpointing ran, and captured, again
         reached = [(record, g) for record, g in zip(records, grads, strict=True) if g is not None]
         if not reached:
@@ -91,40 +79,54 @@ class Collector:
                 "got one whose graph holds no output of a handled layer (if the model was compiled and run before "
                 "the optimizer was built: build it first, or call torch._dynamo.reset())"
             )
-        passed = self._one_pass(reached)
-        if passed and log_prob.numel():
-            self._add(passed, log_prob.numel(), scale=1.0)
+        uses = self._uses(reached)
+        return Pass(uses, log_prob.numel()) if uses and log_prob.numel() else None
 
-    def take_backward(self) -> None:
-        """With the empirical Fisher: add up the gradients that the ordinary backward passes of this iteration left."""
+    def followed_backward(self, cases: int | None) -> list[Pass]:
+        """Return the passes that the ordinary backward passes of this iteration left (the empirical Fisher).
+
+        Args:
+            cases: M of one pass; by default its number of samples.
+        """
         rounds: dict[int, list[tuple[Capture, Tensor]]] = {}
         for record in self.captures.records:
             if record.g is not None:
                 rounds.setdefault(record.round, []).append((record, record.g))
-        passes = [self._one_pass(reached) for reached in rounds.values()]
-        passes = [[rows for rows in passed if rows.layer in self._layers] for passed in passes]  # some dropped since
-        cases = [self._options.cases or passed[0].x.shape[0] for passed in passes if passed]
-        for passed, count in zip([passed for passed in passes if passed], cases, strict=True):
-            # The losses of all passes add up to the mean over all their cases: that is what M multiplies.
-            self._add(passed, count, scale=float(sum(cases)))
+        passes = [self._uses(reached) for reached in rounds.values()]
+        passes = [[use for use in uses if use.layer in self.captures.layers] for uses in passes]  # some dropped since
+        counts = [cases or uses[0].samples for uses in passes if uses]
+        # The losses of all passes add up to the mean over all their cases: that is what M multiplies.
+        return [
+            Pass(uses, count, scale=float(sum(counts)))
+            for uses, count in zip([uses for uses in passes if uses], counts, strict=True)
+        ]
 
-    def _one_pass(self, reached: Sequence[tuple[Capture, Tensor]]) -> list[Rows]:
+    def _log_prob_of_drawn_labels(self, distribution: Distribution) -> Tensor:
+        if any(_has_nan(value) for _, value in _parameters(distribution)):
+            # Not drawn from: on a CUDA device that fails an assertion, after which the process can use it no more.
+            raise NotFiniteError(self._not_finite_source(distribution) or "the distribution")
+        try:
+            with torch.no_grad():
+                labels = distribution.sample()
+            with torch.enable_grad():
+                return distribution.log_prob(labels)
+        except (RuntimeError, ValueError) as error:  # what sampling from NaNs raises
+            source = self._not_finite_source(distribution)
+            if source is None:
+                raise
+            raise NotFiniteError(source) from error
+
+    def _uses(self, reached: Sequence[tuple[Capture, Tensor]]) -> list[Use]:
         """Order captures as the layers are, and drop layers that were called twice."""
-        by_layer: dict[Layer, list[Rows]] = {}
+        by_layer: dict[Layer, list[Use]] = {}
         for record, g in reached:
-            if not (g.numel() and record.x.numel()):
-                continue  # no rows, as of an expert without tokens: not used in this pass
-            layer = record.layer
-            by_layer.setdefault(layer, []).append(Rows(layer, layer.rows(record.x), layer.rows(g)))
-        for layer, calls in by_layer.items():
-            if len(calls) > 1:
-                logger.warning("%s is left to SGD: it is called %d times in one forward pass", layer.name, len(calls))
+            if g.numel() and record.x.numel():  # else no rows, as of an expert without tokens: not used in this pass
+                by_layer.setdefault(record.layer, []).append(Use.of(record.layer, record.x, g))
+        for layer, uses in by_layer.items():
+            if len(uses) > 1:
+                logger.warning("%s is left to SGD: it is called %d times in one forward pass", layer.name, len(uses))
                 self._drop(layer)
-        return [by_layer[layer][0] for layer in self._layers if layer in by_layer]
-
-    @torch.no_grad()
-    def _add(self, passed: Sequence[Rows], cases: int, scale: float) -> None:
-        self.raw.add_pass(passed, self._layers, cases, scale, self._options.levels, self._options.downsample)
+        return [by_layer[layer][0] for layer in self.captures.layers if layer in by_layer]
 
     def _not_finite_source(self, distribution: Distribution) -> str | None:
         """Name what is not finite where drawing labels failed: a layer's input, or a parameter of the distribution."""

@@ -1,203 +1,203 @@
-"""From running averages to what a step multiplies with; and what happens where a factor is bad."""
+"""The inverses of one update: the only place where they are kept, stacked as a step reads them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from kfac2 import ops
-from kfac2.layers import Layer
-from kfac2.ops.eigendecompose import floored_eigh
-from kfac2.options import Options
-from kfac2.statistics import Statistics
+from kfac2.coarse import CoarseSpace
+from kfac2.fine import Fields, FineSolver, ObservingSolver
+from kfac2.layout import Layout
+from kfac2.processes import Processes
+from kfac2.statistics import Averages, Sums, kept_share
 
 Warn = Callable[[str, str], None]
-Fields = dict[str, Tensor]
-
-FIELDS = {
-    "cholesky": ("A_inv", "G_inv"),
-    "eigh": ("A_values", "A_vectors", "G_values", "G_vectors"),
-}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inverses:
-    """The damped inverses of one inverse update.
+    """The damped inverses of all layers.
 
     Attributes:
-        damping: λ of that update.
-        fine: for each layer that has one its block's inverse, fields as in `FIELDS`, each (blocks, ...).
-        coarse: (F_coarse + λ_c I)⁻¹, (L, L); None with one level, or while there is none.
-        status: for each layer, (blocks,): not 0 where an inverse failed. None where that was seen to already.
+        damping: λ of their update.
+        fields: what the fine solver keeps, in the dtype of the matrices.
+        usable: float64 on the device, (L,): 1 for a layer that has an inverse; the others keep their gradients.
+        coarse: float64, (F_coarse + λ_c I)⁻¹; None without a coarse space.
+        derived: what follows from the fields.
+        failed: float64 on the device, (L + 1,): 1 for a layer whose new inverse failed, so that the last one stands in
+            its place, and last, for the coarse inverse. None once the host has seen to it.
+        observations: statistics updates that a solver which observes has seen.
+        observed: by layer, whether it has been seen.
     """
 
     damping: float
-    fine: dict[Layer, Fields]
+    fields: Fields
+    usable: Tensor
     coarse: Tensor | None
-    status: dict[Layer, Tensor] | None = None
+    derived: Fields = field(default_factory=dict)
+    failed: Tensor | None = None
+    observations: int = 0
+    observed: tuple[bool, ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """Return what a step reads, in an order that depends on the layout and the options only."""
+        stacks = [stack for part in (self.fields, self.derived) for stacks in part.values() for stack in stacks]
+        return [*stacks, self.usable, *([] if self.coarse is None else [self.coarse])]
+
+    def holding(self, new: Inverses) -> Inverses:
+        """Return the new inverses, copied to where these lie: a CUDA graph reads them there."""
+        for kept, value in zip(self.tensors(), new.tensors(), strict=True):
+            kept.copy_(value)
+        return replace(new, fields=self.fields, derived=self.derived, usable=self.usable, coarse=self.coarse)
 
 
-def invert(
-    statistics: Statistics,
-    layers: Sequence[Layer],
-    previous: Inverses | None,
-    options: Options,
-    warn: Warn,
-    unread: bool = False,
+@dataclass(frozen=True)
+class Solvers:
+    """What inverses are made with.
+
+    Attributes:
+        fine: of the blocks.
+        coarse: of the second level.
+        processes: that share the work.
+    """
+
+    fine: FineSolver
+    coarse: CoarseSpace
+    processes: Processes
+
+
+def inverted(
+    layout: Layout,
+    averages: Averages,
+    last: Inverses | None,
+    solvers: Solvers,
+    damping: float,
+    coarse_damping: float,
+    dtype: torch.dtype | None,
 ) -> Inverses:
-    """Invert every layer's damped block, and the coarse Fisher.
+    """Invert all damped blocks and the coarse Fisher; where one fails, the last inverse stands. Reads nothing back.
 
     Args:
-        statistics: the running averages.
-        layers: the handled layers; those without statistics get no inverse.
-        previous: the inverses so far, which stand in where a factor is not finite.
-        options: `inverse`, `damping`, `coarse_damping` and `inverse_dtype`.
-        warn: called with a key and a message where a factor had to be mended.
-        unread: leave the status on the device, for `mend` to see to later.
+        layout: of the layers.
+        averages: of the factors.
+        last: the inverses so far.
+        solvers: fine and coarse.
+        damping: λ.
+        coarse_damping: λ_c.
+        dtype: the factors are inverted in; by default their own.
     """
-    present = [layer for layer in layers if layer in statistics.A]
-    if not present:
-        return Inverses(options.damping, {}, None)
-    A_list, G_list = ([factors[layer] for layer in present] for factors in (statistics.A, statistics.G))
-    decompose = _factored if options.inverse == "cholesky" else _decomposed
-    if options.inverse_dtype is None:
-        results, status = decompose(A_list, G_list, options.damping)
-    else:
-        dtype = options.inverse_dtype
-        results, status = decompose([A.to(dtype) for A in A_list], [G.to(dtype) for G in G_list], options.damping)
-        results = [
-            {name: value.to(A.dtype) for name, value in fields.items()}
-            for fields, A in zip(results, A_list, strict=True)
-        ]
-    inverses = Inverses(options.damping, dict(zip(present, results, strict=True)), None)
-    if unread:
-        inverses.status = dict(zip(present, status, strict=True))
-    elif torch.cat(status).any():
-        for i in torch.stack([s.max() for s in status]).nonzero().flatten().tolist():
-            layer = present[i]
-            mended = mend(statistics, layer, options, warn)
-            if mended is None and previous is not None:
-                mended = previous.fine.get(layer)
-            if mended is None:
-                del inverses.fine[layer]
-            else:
-                inverses.fine[layer] = mended
-    inverses.coarse = _coarse(statistics, layers, previous, options, warn, unread)
-    return inverses
+    fine = solvers.fine
+    own = [number for number in range(len(layout.batches)) if solvers.processes.owns(number)]
+    A, G = ([stacks[number].to(dtype or stacks[number].dtype) for number in own] for stacks in (averages.A, averages.G))
+    fields, status = fine.invert(A, G, damping) if own else (fine.zeros(layout), [])
+    kept = {name: [_rounded(s, layout, n) for s, n in zip(stacks, own, strict=True)] for name, stacks in fields.items()}
+    fields, status = solvers.processes.share(kept, status)
+
+    is_bad = torch.cat(status) != 0 if status else layout.layer_of_block.new_zeros(0, dtype=torch.bool)
+    count = len(layout.layers)
+    failed = torch.zeros(count, dtype=torch.float64, device=layout.device)
+    failed = failed.index_add_(0, layout.layer_of_block, is_bad.double()).clamp_(max=1)
+    seen = failed.new_tensor(averages.seen)
+    failed = failed * seen  # the zeros of a layer without statistics are no failure
+    before = failed.new_zeros(count) if last is None else last.usable
+    if last is not None:
+        fields = fine.carry_over(fields, last.fields, _by_batch(layout, before > 0))
+    fields = _where(_by_batch(layout, failed > 0), last, fields)
+    usable = torch.where(failed > 0, before, seen)
+
+    coarse, coarse_failed = None, failed.new_zeros(1)
+    result = solvers.coarse.invert(layout, averages.coarse, coarse_damping)
+    if result is not None:
+        coarse, is_coarse_bad = result
+        standing = torch.zeros_like(coarse) if last is None or last.coarse is None else last.coarse
+        coarse = torch.where(is_coarse_bad, standing, coarse)
+        coarse_failed = is_coarse_bad.double().reshape(1)
+    return Inverses(
+        damping,
+        fields,
+        usable,
+        coarse,
+        fine.derive(fields, damping),
+        torch.cat([failed, coarse_failed]),
+        0 if last is None else last.observations,
+        (False,) * count if last is None else last.observed,
+    )
 
 
-def mend(statistics: Statistics, layer: Layer, options: Options, warn: Warn) -> Fields | None:
-    """Invert in float64 what could not be inverted; None, and a warning, where a factor is not finite.
+def _rounded(stack: Tensor, layout: Layout, batch: int) -> Tensor:
+    """Round to the dtype of the factors, row by row: so it is saved, and a resumed run computes the same."""
+    return stack.to(layout.batches[batch].dtype).to(layout.dtype).contiguous()
 
-    Args:
-        statistics: the running averages that were inverted.
-        layer: whose.
-        options: `inverse` and `damping`.
-        warn: called with a key and a message.
-    """
-    fields = _floored(statistics.A[layer], statistics.G[layer], options.inverse, options.damping)
-    if fields is None:
-        warn(f"not finite {layer.name}", f"kfac2: a factor of {layer.name} is not finite; its last inverse is kept")
-    else:
-        warn(
-            f"indefinite {layer.name}",
-            f"kfac2: a factor of {layer.name} is not positive definite (or its eigendecomposition did not converge); "
-            "it was decomposed in float64, its eigenvalues floored at 0",
-        )
+
+def _by_batch(layout: Layout, flags: Tensor) -> list[Tensor]:
+    """From a flag for each layer to flags for the blocks of each batch."""
+    return list(flags[layout.layer_of_block].split([batch.blocks for batch in layout.batches]))
+
+
+def _where(failed: Sequence[Tensor], last: Inverses | None, new: Fields) -> Fields:
+    """Put the last fields, or zeros, in place of those that failed."""
+    fields: Fields = {}
+    for name, stacks in new.items():
+        fields[name] = []
+        for number, (bad, stack) in enumerate(zip(failed, stacks, strict=True)):
+            standing = stack.new_zeros(()) if last is None else last.fields[name][number]
+            fields[name].append(torch.where(bad.reshape(-1, *[1] * (stack.dim() - 1)), standing, stack))
     return fields
 
 
-def _coarse(
-    statistics: Statistics,
-    layers: Sequence[Layer],
-    previous: Inverses | None,
-    options: Options,
-    warn: Warn,
-    unread: bool,
-) -> Tensor | None:
-    if statistics.input_sums is None or statistics.grad_sums is None:
-        return None
-    fisher = ops.coarse_fisher(statistics.input_sums, statistics.grad_sums, layer_of_block(layers))
-    damping = options.damping if options.coarse_damping is None else options.coarse_damping
-    coarse, failed = coarse_inverse(fisher, damping)
-    last = previous.coarse if previous is not None else None
-    if unread:
-        return torch.where(failed, torch.zeros_like(coarse) if last is None else last, coarse)
-    if failed:
-        warn("not finite coarse", "kfac2: the coarse Fisher is not finite; its last inverse is kept")
-        return last
-    return coarse
+def observed(layout: Layout, inverses: Inverses, fine: FineSolver, sums: Sums, decay: float) -> Inverses:
+    """Return the inverses with what a solver that observes has seen in this iteration averaged in.
 
-
-def layer_of_block(layers: Sequence[Layer]) -> list[int]:
-    """Return the layer number of each map of the coarse space."""
-    return [i for i, layer in enumerate(layers) for _ in range(layer.maps)]
-
-
-def coarse_inverse(fisher: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return (F_coarse + λ_c I)⁻¹, eigenvalues floored at 0, and whether that failed, on the device.
-
-    Grids that do not divide each other can make F_coarse indefinite; the floor keeps the coarse step from
-    ever turning uphill. In float64: an L×L matrix costs nothing, and its condition may be large.
+    Args:
+        layout: of the layers.
+        inverses: in use; they stay as they are.
+        fine: the solver.
+        sums: of the iteration.
+        decay: bound of ε.
     """
-    matrix = fisher.double().unsqueeze(0)
-    try:
-        values, vectors, status = (part[0] for part in floored_eigh(matrix))
-    except torch.linalg.LinAlgError:
-        return torch.zeros_like(fisher), torch.ones_like(fisher[0, 0], dtype=torch.bool)
-    return ((vectors / (values + damping)) @ vectors.mT).to(fisher.dtype), status != 0
+    if not isinstance(fine, ObservingSolver) or not sums.squares:
+        return inverses
+    t = inverses.observations + 1
+    fields, known = fine.averaged(layout, inverses.fields, inverses.observed, sums, kept_share(t, decay))
+    derived = fine.derive(fields, inverses.damping)
+    return replace(inverses, fields=fields, derived=derived, observations=t, observed=known)
 
 
-_Result = tuple[list[Fields], list[Tensor]]
+def mended(layout: Layout, averages: Averages, inverses: Inverses, solvers: Solvers, warn: Warn) -> Inverses:
+    """Look at what failed, and invert it in float64, in place, with the damping of its update.
 
-
-def _by_layer(inverse: str, lists: Sequence[list[Tensor]]) -> list[Fields]:
-    return [dict(zip(FIELDS[inverse], fields, strict=True)) for fields in zip(*lists, strict=True)]
-
-
-def _factored(A_list: list[Tensor], G_list: list[Tensor], damping: float) -> _Result:
-    A_inv, G_inv, status = ops.factored_tikhonov_inverse(A_list, G_list, damping)
-    return _by_layer("cholesky", (A_inv, G_inv)), status
-
-
-def _decomposed(A_list: list[Tensor], G_list: list[Tensor], damping: float) -> _Result:
-    try:
-        *lists, status = ops.eigendecompose(A_list, G_list)
-    except torch.linalg.LinAlgError:  # one of them did not converge: find it layer by layer
-        results, failed = [], []
-        for A, G in zip(A_list, G_list, strict=True):
-            mended = _floored(A, G, "eigh", damping)
-            zeros = {"A_values": A[..., 0], "A_vectors": A, "G_values": G[..., 0], "G_vectors": G}
-            results.append(zeros if mended is None else mended)
-            failed.append(torch.full((len(A),), int(mended is None), dtype=torch.int32, device=A.device))
-        return results, failed
-    return _by_layer("eigh", lists), status
-
-
-def _floored(A: Tensor, G: Tensor, inverse: str, damping: float) -> Fields | None:
-    """Decompose a layer's factors in float64, floor the eigenvalues at 0; None where that is impossible."""
-    if not (bool(A.isfinite().all()) and bool(G.isfinite().all())):
-        return None
-    try:
-        (A_values, A_vectors), (G_values, G_vectors) = (
-            torch.linalg.eigh(A.double()),
-            torch.linalg.eigh(G.double()),
+    Args:
+        layout: of the layers.
+        averages: that were inverted.
+        inverses: of that update.
+        solvers: fine and coarse.
+        warn: called with a key and a message for each layer.
+    """
+    if inverses.failed is None:
+        return inverses
+    *layers, coarse = inverses.failed.tolist()
+    numbers = [i for i, bad in enumerate(layers) if bad]
+    for i in numbers:
+        name = layout.layers[i].name
+        entry = solvers.fine.mend(layout.view(averages.A, i), layout.view(averages.G, i), inverses.damping)
+        if entry is None:
+            warn(f"not finite {name}", f"a factor of {name} is not finite; its last inverse is kept")
+            continue
+        for field_name, value in entry.items():
+            layout.view(inverses.fields[field_name], i).copy_(value.to(layout.layers[i].factor_dtype))
+        inverses.usable[i] = 1
+        warn(
+            f"indefinite {name}",
+            f"a factor of {name} is not positive definite (or its eigendecomposition did not converge); "
+            "it was decomposed in float64, its eigenvalues floored at 0",
         )
-    except torch.linalg.LinAlgError:
-        return None
-    A_values, G_values = A_values.clamp(min=0), G_values.clamp(min=0)
-    if inverse == "eigh":
-        fields = (A_values, A_vectors, G_values, G_vectors)
-    else:
-        A_scale, G_scale = (M.double().diagonal(dim1=-2, dim2=-1).mean(-1) for M in (A, G))
-        pi = torch.where((A_scale > 0) & (G_scale > 0), A_scale / G_scale, 1.0).sqrt()
-        root = math.sqrt(damping)
-        fields = tuple(
-            (vectors / (values + shift.unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT
-            for values, vectors, shift in ((A_values, A_vectors, root * pi), (G_values, G_vectors, root / pi))
-        )
-    return {name: value.to(A.dtype) for name, value in zip(FIELDS[inverse], fields, strict=True)}
+    if coarse:
+        warn("not finite coarse", "the coarse Fisher is not finite; its last inverse is kept")
+    if numbers:
+        for name, stacks in solvers.fine.derive(inverses.fields, inverses.damping).items():
+            for kept, value in zip(inverses.derived[name], stacks, strict=True):
+                kept.copy_(value)
+    return replace(inverses, failed=None)

@@ -1,4 +1,4 @@
-"""Which modules K-FAC handles, and how each one's tensors become rows."""
+"""Which modules of a model K-FAC handles; why others are left alone."""
 
 from __future__ import annotations
 
@@ -6,109 +6,15 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from kfac2.window import Window
+from kfac2.kinds import KINDS, Layer
 
 logger = logging.getLogger("kfac2")
-
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(eq=False)
-class Layer:
-    """A handled layer: where its parameters are and how its rows are read.
-
-    Attributes:
-        name: the module's name in the model.
-        module: the module.
-        bias: its bias where it is trained, else None (a frozen bias is no part of ā).
-        blocks: Kronecker blocks: the groups of a convolution, else 1.
-        maps: scalar maps it gives to the coarse space: one for each block, or a single summed one.
-        in_coarse: False once its batch was found not to fit the others'.
-    """
-
-    name: str
-    module: nn.Linear | Conv
-    bias: Tensor | None
-    blocks: int
-    maps: int
-    in_coarse: bool = True
-    _windows: dict[tuple[str, int], list[int]] = field(default_factory=dict, repr=False)
-
-    def encoded(self, kind: str, rank: int) -> list[int]:
-        """Return a window as the native ops take it, made once.
-
-        Args:
-            kind: `'input'` or `'grad'` for rows, `'input map'` or `'grad map'` for their sums.
-            rank: spatial axes of the tensor.
-        """
-        if (kind, rank) not in self._windows:
-            window = self.input_window(rank) if kind.startswith("input") else self.grad_window(rank)
-            self._windows[kind, rank] = (self.map_window(window) if kind.endswith("map") else window).encode()
-        return self._windows[kind, rank]
-
-    @property
-    def weight(self) -> Tensor:
-        """The module's weight."""
-        return self.module.weight
-
-    @property
-    def factor_dtype(self) -> torch.dtype:
-        """What the factors are kept in: float64 for a float64 layer, else float32."""
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-
-    @property
-    def matrix_shape(self) -> tuple[int, int, int]:
-        """Shape of the gradient as matrices: (blocks, d_out, d_in), the bias column included."""
-        d_out, d_in = self.weight.shape[0] // self.blocks, self.weight[0].numel()
-        return self.blocks, d_out, d_in + (self.bias is not None)
-
-    def rows(self, x: Tensor) -> Tensor:
-        """View an input or output gradient as (N, C, *spatial); all positions of a Linear layer are one axis."""
-        if isinstance(self.module, nn.Linear):
-            return _features_second(x)
-        return x if x.dim() == len(self.module.kernel_size) + 2 else x.unsqueeze(0)
-
-    def input_window(self, rank: int) -> Window:
-        """Return the window of the input rows: one row for each block and place."""
-        bias = int(self.bias is not None)
-        if isinstance(self.module, nn.Linear):
-            return Window.places(rank, bias=bias)
-        return Window.of_module(self.module, bias)
-
-    def grad_window(self, rank: int) -> Window:
-        """Return the window of the output-gradient rows."""
-        return Window.places(rank, self.blocks)
-
-    def map_window(self, window: Window) -> Window:
-        """Return a window of rows as one for maps: with too many groups, all of them summed into one.
-
-        The channels of all groups then count as one row, and each group's bias adds its 1.
-        """
-        if self.maps == self.blocks:
-            return window
-        return Window(
-            window.kernel_size,
-            window.stride,
-            window.padding,
-            window.dilation,
-            groups=1,
-            bias=window.bias * self.blocks,
-        )
-
-
-def _features_second(x: Tensor) -> Tensor:
-    if x.dim() <= 2:
-        return x if x.dim() == 2 else x.unsqueeze(0)
-    return x.flatten(1, -2).transpose(1, 2)
 
 
 def find_layers(
@@ -133,13 +39,16 @@ def find_layers(
     ids = {id(parameter) for parameter in trained}
     layers = []
     for name, module in model.named_modules():
-        if not isinstance(module, _KINDS):
+        kind = next((kind for kind in KINDS if isinstance(module, kind.modules)), None)
+        if kind is None:
             continue
-        reason = _why_not(module, owners, ids)
+        reason = _reason_against(kind, module, owners, ids)
         if any(pattern.fullmatch(name) for pattern in patterns):
             reason = "it is named by skip"
         if reason is None:
-            layers.append(_layer(name, module, ids, coarse_max_groups))
+            bias = module.bias
+            is_trained = bias is not None and bias.requires_grad and id(bias) in ids
+            layers.append(kind(name, module, bias if is_trained else None, coarse_max_groups))
         elif module.weight is not None:
             logger.warning("%s (%s) is left to SGD: %s", name or "the model", type(module).__name__, reason)
     if not layers:
@@ -175,32 +84,23 @@ def _skip_patterns(model: nn.Module, skip: Iterable[str]) -> list[re.Pattern[str
     return patterns
 
 
-def _why_not(module: nn.Linear | Conv, owners: Counter[int], trained: Collection[int]) -> str | None:
+def _reason_against(kind: type[Layer], module: nn.Module, owners: Counter[int], trained: Collection[int]) -> str | None:
     """Return the reason why a layer is left to SGD, or None where it is handled."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention calls its out_proj without running hooks"
     if is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is parametrised"
-    if type(module).forward not in {kind.forward for kind in _KINDS}:
+    if type(module).forward not in {cls.forward for cls in kind.modules}:
         return "its class has a forward of its own"
-    if isinstance(module.weight, UninitializedParameter):
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if isinstance(weight, UninitializedParameter):
         return "its weight has no shape yet (run the lazy module once before building the optimizer)"
-    if not module.weight.requires_grad:
+    if weight is None or not weight.requires_grad:
         return "its weight is frozen"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}"
-    if id(module.weight) not in trained:
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
+    if id(weight) not in trained:
         return "its weight is in no parameter group"
-    if owners[id(module.weight)] > 1 or (module.bias is not None and owners[id(module.bias)] > 1):
+    if owners[id(weight)] > 1 or (bias is not None and owners[id(bias)] > 1):
         return "its parameters are tied to another module's"
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return f"padding_mode={module.padding_mode!r} is not built"
-    return None
-
-
-def _layer(name: str, module: nn.Linear | Conv, trained: Collection[int], coarse_max_groups: int) -> Layer:
-    bias = module.bias
-    if bias is not None and not (bias.requires_grad and id(bias) in trained):
-        bias = None
-    blocks = 1 if isinstance(module, nn.Linear) else module.groups
-    return Layer(name, module, bias, blocks, maps=blocks if blocks <= coarse_max_groups else 1)
+    return kind.reason_against(module)

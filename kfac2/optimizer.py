@@ -11,13 +11,13 @@ from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-from kfac2.options import check_option
+from kfac2.curvature import Curvature
+from kfac2.options import NUMBER, Options, check_option
 from kfac2.preconditioner import Preconditioner
+from kfac2.readings import Readings
 
-_NUMBER = (int, float)
 
-
-class KFAC(Optimizer):
+class KFAC(Readings, Optimizer):
     """Two-level K-FAC (Tselepidis, Kohler, Orvieto, 2020) with an SGD step.
 
     For layer i with gradient matrix ∇_i (bias in the last column) and Kronecker factors A_i, G_i:
@@ -42,7 +42,7 @@ class KFAC(Optimizer):
     relative to the Fisher of that loss (see `accumulate_fisher`).
 
     Args:
-        model: the model; handled are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` whose weight
+        model: the model; handled are `nn.Linear`, `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d` whose weight
             requires grad at construction. Why another is left to SGD is logged to `kfac2`.
         lr: η, the learning rate; default 1e-2.
         params: parameters or groups as in `torch.optim` (lr, momentum, weight_decay, nesterov for each); by
@@ -54,7 +54,8 @@ class KFAC(Optimizer):
         kl_clip: κ > 0, bounds the change of the predictions of one step; None switches it off. Default 1e-2.
         levels: 2, or 1 for plain K-FAC.
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
-            of A ⊗ G + λI.
+            of A ⊗ G + λI, `'ekfac'` for EKFAC (George et al. 2018): the same eigenbasis, with the diagonal that the
+            Fisher has in it, estimated anew at each statistics update.
         fisher: `'mc'` for the true Fisher, labels drawn from the model (call `accumulate_fisher`);
             `'empirical'` for the gradients of the ordinary backward passes (no call needed), whose losses must
             add up to the mean over their cases; not with a loss that is scaled (GradScaler), since its scale
@@ -76,6 +77,8 @@ class KFAC(Optimizer):
 
     Attributes:
         options: the K-FAC options; `opt.options.damping = ...` sets one during training.
+        preconditioner: the schedule, whose gradients it steps along.
+        curvature: the statistics and inverses.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -108,6 +111,7 @@ class KFAC(Optimizer):
         cases: int | None = None,  # M
         skip: Iterable[str] = (),
     ) -> None:
+        arguments = dict(locals())  # the options go on under their own names
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
@@ -116,22 +120,13 @@ class KFAC(Optimizer):
             model,
             params=[parameter for group in self.param_groups for parameter in group["params"]],
             skip=skip,
-            damping=damping,
-            kl_clip=kl_clip,
-            levels=levels,
-            inverse=inverse,
-            fisher=fisher,
-            stat_decay=stat_decay,
-            cov_every=cov_every,
-            inv_every=inv_every,
-            downsample=downsample,
-            coarse_weight=coarse_weight,
-            coarse_damping=coarse_damping,
-            coarse_max_groups=coarse_max_groups,
-            inverse_dtype=inverse_dtype,
-            cases=cases,
+            **{name: arguments[name] for name in Options.__dataclass_fields__},
         )
-        self.options = self.preconditioner.options
+        self.options, self.curvature = self.preconditioner.options, self.preconditioner.curvature
+
+    @property
+    def _statistics(self) -> Curvature:
+        return self.curvature
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `torch.optim`; its layers, if new, are left to SGD.
@@ -146,7 +141,7 @@ class KFAC(Optimizer):
         settings = {**self.defaults, **param_group}
         for name in ("lr", "momentum", "weight_decay"):
             value = settings[name].item() if isinstance(settings[name], Tensor) else settings[name]
-            check_option(name, value, _NUMBER, lambda v: 0 <= v < float("inf"), "a number of at least 0")
+            check_option(name, value, NUMBER, lambda v: 0 <= v < float("inf"), "a number of at least 0")
         if not isinstance(settings["nesterov"], bool):
             raise TypeError(f"nesterov must be True or False, got {settings['nesterov']!r}")
         if settings["nesterov"] and settings["momentum"] == 0:
@@ -180,7 +175,8 @@ class KFAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
-        if self.preconditioner.precondition(lambda layer: rates[id(layer.weight)]):
+        layers = self.curvature.layout.layers
+        if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
             for group in self.param_groups:
                 self._sgd(group)
         return loss
@@ -253,23 +249,6 @@ class KFAC(Optimizer):
     def check(self) -> int:
         """See `Preconditioner.check`."""
         return self.preconditioner.check()
-
-    @property
-    def layers(self) -> list[str]:
-        """See `Preconditioner.layers`."""
-        return self.preconditioner.layers
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """See `Preconditioner.factors`."""
-        return self.preconditioner.factors(name)
-
-    def coarse_sums(self) -> tuple[Tensor, Tensor]:
-        """See `Preconditioner.coarse_sums`."""
-        return self.preconditioner.coarse_sums()
-
-    def coarse_fisher(self) -> Tensor:
-        """See `Preconditioner.coarse_fisher`."""
-        return self.preconditioner.coarse_fisher()
 
     def state_dict(self) -> dict[str, Any]:
         """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from kfac2.fine import SOLVERS
 from kfac2.ops.cross_layer_sums import DOWNSAMPLE
 
 _Rule = tuple[type | tuple[type, ...], Callable[[Any], bool], str]
@@ -18,23 +19,20 @@ def _one_of(*words: object) -> _Rule:
     return type(words[0]), lambda value: value in words, "one of " + ", ".join(repr(word) for word in words)
 
 
-_NUMBER = (int, float)
+NUMBER = (int, float)
+_OPTIONAL = (*NUMBER, type(None))
 _RULES: dict[str, _Rule] = {
-    "damping": (_NUMBER, lambda v: 0 < v < math.inf, "a number above 0"),
-    "kl_clip": ((*_NUMBER, type(None)), lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
+    "damping": (NUMBER, lambda v: 0 < v < math.inf, "a number above 0"),
+    "kl_clip": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
     "levels": _one_of(1, 2),
-    "inverse": _one_of("cholesky", "eigh"),
+    "inverse": _one_of(*SOLVERS),
     "fisher": _one_of("mc", "empirical"),
-    "stat_decay": (_NUMBER, lambda v: 0 <= v < 1, "a number in [0, 1)"),
+    "stat_decay": (NUMBER, lambda v: 0 <= v < 1, "a number in [0, 1)"),
     "cov_every": (int, lambda v: v >= 1, "an int of at least 1"),
     "inv_every": (int, lambda v: v >= 1, "an int of at least 1"),
     "downsample": _one_of(*DOWNSAMPLE),
-    "coarse_weight": (_NUMBER, math.isfinite, "a finite number"),
-    "coarse_damping": (
-        (*_NUMBER, type(None)),
-        lambda v: v is None or 0 < v < math.inf,
-        "a number above 0, or None",
-    ),
+    "coarse_weight": (NUMBER, math.isfinite, "a finite number"),
+    "coarse_damping": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
     "coarse_max_groups": (int, lambda v: v >= 1, "an int of at least 1"),
     "inverse_dtype": (
         (torch.dtype, type(None)),
@@ -45,27 +43,25 @@ _RULES: dict[str, _Rule] = {
 }
 STRUCTURAL = ("levels", "inverse", "fisher", "downsample", "coarse_max_groups")  # state depends on them
 
+_Any = TypeVar("_Any", bound="CurvatureOptions")
+
 
 @dataclass
-class Options:
-    """What `KFAC` and `Preconditioner` share; see `KFAC` for what each means.
+class CurvatureOptions:
+    """The options of `Curvature`; see `KFAC` for what each means.
 
-    All but `levels`, `inverse`, `fisher`, `downsample` and `coarse_max_groups` may be set during training
-    (a damping schedule, say); a value is checked when it is set.
+    All but `levels`, `inverse`, `fisher`, `downsample` and `coarse_max_groups` may be set during training; a value is
+    checked when it is set.
 
     Raises:
         TypeError: if a value has the wrong type.
         ValueError: if a value is out of its range, or a fixed option is set again.
     """
 
-    damping: float = 1e-3
-    kl_clip: float | None = 1e-2
     levels: int = 2
     inverse: str = "cholesky"
     fisher: str = "mc"
     stat_decay: float = 0.95
-    cov_every: int = 10
-    inv_every: int = 100
     downsample: str = "nearest"
     coarse_weight: float = 1.0
     coarse_damping: float | None = None
@@ -73,9 +69,19 @@ class Options:
     inverse_dtype: torch.dtype | None = None
     cases: int | None = None
 
+    @classmethod
+    def of(cls: type[_Any], options: Mapping[str, Any]) -> _Any:
+        """Make options of keyword arguments; one that is unknown is a TypeError that names those there are."""
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(names))
+        if unknown:
+            raise TypeError(f"{unknown[0]} is no option of kfac2; the options are {', '.join(names)}")
+        return cls(**options)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _RULES:
-            raise AttributeError(f"kfac2 has no option {name!r}; the options are {', '.join(_RULES)}")
+        names = [field.name for field in fields(self)]
+        if name not in names:
+            raise AttributeError(f"kfac2 has no option {name!r}; the options are {', '.join(names)}")
         check_option(name, value, *_RULES[name])
         if name in STRUCTURAL and name in self.__dict__ and self.__dict__[name] != value:
             raise ValueError(f"{name} is fixed at construction ({self.__dict__[name]!r}), got {value!r}")
@@ -86,6 +92,16 @@ class Options:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+@dataclass
+class Options(CurvatureOptions):
+    """The options of `Preconditioner` and `KFAC`: those of `Curvature` and a schedule."""
+
+    damping: float = 1e-3
+    kl_clip: float | None = 1e-2
+    cov_every: int = 10
+    inv_every: int = 100
+
+
 def check_option(
     name: str, value: Any, types: type | tuple[type, ...], allowed: Callable[[Any], bool], wanted: str
 ) -> None:
@@ -94,3 +110,8 @@ def check_option(
         raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}")
     if not allowed(value):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_damping(value: Any) -> None:
+    """Check λ."""
+    check_option("damping", value, *_RULES["damping"])

@@ -228,6 +228,18 @@ def precondition_eigh(
     return results
 
 
+def precondition_in_basis(
+    grads: Sequence[Tensor], A_vectors: Sequence[Tensor], G_vectors: Sequence[Tensor], scales: Sequence[Tensor]
+) -> list[Tensor]:
+    """V diag(vec scales) Vᵀ vec(∇) with V = V_A ⊗ V_G formed."""
+    results = []
+    for grad, V_A, V_G, scale in zip(grads, A_vectors, G_vectors, scales, strict=True):
+        V = torch.kron(V_A.contiguous(), V_G.contiguous())
+        vec = V @ torch.diag(scale.T.reshape(-1)) @ V.T @ grad.T.reshape(-1)
+        results.append(vec.reshape(grad.shape[::-1]).T)
+    return results
+
+
 def coarse_inverse(fisher: Tensor, damping: float) -> Tensor:
     """(F_coarse + λ_c I)⁻¹ by eigendecomposition, eigenvalues floored at 0 before damping."""
     values, vectors = torch.linalg.eigh(fisher)

@@ -1,4 +1,4 @@
-"""K-FAC's state as plain dicts of tensors and numbers, and back.
+"""What curvature keeps, as plain dicts of tensors and numbers, and back; layers by name.
 
 It lies outside the optimizer's per-parameter state, which `Optimizer.load_state_dict` would cast to the dtype of
 the parameter.
@@ -7,93 +7,121 @@ the parameter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from kfac2.inverses import Inverses
-from kfac2.layers import Layer
-from kfac2.options import STRUCTURAL, Options
-from kfac2.statistics import Statistics
+from kfac2.inverses import Inverses, Solvers
+from kfac2.layout import Layout
+from kfac2.options import STRUCTURAL, CurvatureOptions
+from kfac2.statistics import Averages
 
-_KEYS = ("iteration", "options", "layers", "dropped", "statistics", "inverses")
+KEYS = ("options", "layers", "dropped", "statistics", "inverses")
 State = dict[str, Any]
 
 
-def from_statistics(statistics: Statistics | None) -> State | None:
-    """Write running averages, layers by name."""
-    if statistics is None:
+def from_averages(layout: Layout, averages: Averages, solvers: Solvers) -> State | None:
+    """Copy running averages; None before the first update."""
+    if averages.updates == 0:
         return None
-    factors = {layer.name: {"A": A, "G": statistics.G[layer]} for layer, A in statistics.A.items()}
-    return {
-        "updates": statistics.updates,
-        "factors": factors,
-        "input_sums": statistics.input_sums,
-        "grad_sums": statistics.grad_sums,
+    factors = {
+        layer.name: {"A": layout.view(averages.A, i).clone(), "G": layout.view(averages.G, i).clone()}
+        for i, layer in enumerate(layout.layers)
+        if averages.seen[i]
     }
+    coarse = {name: tensor.clone() for name, tensor in zip(solvers.coarse.names, averages.coarse, strict=False)}
+    return {"updates": averages.updates, "factors": factors, **coarse}
 
 
-def to_statistics(state: State | None, layers: Sequence[Layer]) -> Statistics | None:
-    """Read what `from_statistics` wrote."""
-    if state is None:
-        return None
-    A, G = (
-        {layer: _here(state["factors"][layer.name][key], layer) for layer in layers if layer.name in state["factors"]}
-        for key in ("A", "G")
-    )
-    input_sums, grad_sums = (_here(state[key], layers[0]) for key in ("input_sums", "grad_sums"))
-    return Statistics(state["updates"], A, G, input_sums, grad_sums)
+def to_averages(state: Mapping[str, Any], layout: Layout, solvers: Solvers) -> Averages:
+    """Read what `from_averages` wrote, and which layers are in the coarse space."""
+    averages = Averages.none(layout)
+    in_coarse = tuple(bool(state["layers"][layer.name]["in_coarse"]) for layer in layout.layers)
+    saved = state["statistics"]
+    if saved is None:
+        return replace(averages, in_coarse=in_coarse)
+    for i, layer in enumerate(layout.layers):
+        for key, stacks in (("A", averages.A), ("G", averages.G)):
+            if layer.name in saved["factors"]:
+                layout.view(stacks, i).copy_(saved["factors"][layer.name][key])
+    seen = tuple(layer.name in saved["factors"] for layer in layout.layers)
+    coarse = tuple(_here(saved[name], layout) for name in solvers.coarse.names)
+    return Averages(saved["updates"], averages.A, averages.G, seen, in_coarse, coarse)
 
 
-def from_inverses(inverses: Inverses | None) -> State | None:
-    """Copy inverses, layers by name: a step may overwrite them where they are."""
+def from_inverses(layout: Layout, inverses: Inverses | None) -> State | None:
+    """Copy inverses, in the dtype of the factors; of a layer that has none nothing."""
     if inverses is None:
         return None
+    usable = inverses.usable.tolist()
     fine = {
-        layer.name: {name: value.to(layer.factor_dtype, copy=True) for name, value in fields.items()}
-        for layer, fields in inverses.fine.items()
+        layer.name: {
+            name: layout.view(stacks, i).to(layer.factor_dtype, copy=True) for name, stacks in inverses.fields.items()
+        }
+        for i, layer in enumerate(layout.layers)
+        if usable[i]
     }
-    return {"damping": inverses.damping, "fine": fine, "coarse": inverses.coarse}
+    return {
+        "damping": inverses.damping,
+        "fine": fine,
+        "coarse": None if inverses.coarse is None else inverses.coarse.clone(),
+        "observations": inverses.observations,
+        "observed": [layer.name for i, layer in enumerate(layout.layers) if inverses.observed[i]],
+    }
 
 
-def to_inverses(state: State | None, layers: Sequence[Layer]) -> Inverses | None:
+def to_inverses(state: State | None, layout: Layout, solvers: Solvers) -> Inverses | None:
     """Read what `from_inverses` wrote."""
     if state is None:
         return None
-    fine = {
-        layer: {name: _here(value, layer) for name, value in state["fine"][layer.name].items()}
-        for layer in layers
-        if layer.name in state["fine"]
-    }
-    return Inverses(state["damping"], fine, _here(state["coarse"], layers[0]))
+    fields = solvers.fine.zeros(layout)
+    for i, layer in enumerate(layout.layers):
+        for name, value in state["fine"].get(layer.name, {}).items():
+            layout.view(fields[name], i).copy_(value)
+    usable = layout.spans.new_tensor([layer.name in state["fine"] for layer in layout.layers]).double()
+    coarse = None if state["coarse"] is None else _here(state["coarse"], layout).double()
+    return Inverses(
+        state["damping"],
+        fields,
+        usable.to(layout.device),
+        coarse,
+        solvers.fine.derive(fields, state["damping"]),
+        None,
+        state["observations"],
+        tuple(layer.name in state["observed"] for layer in layout.layers),
+    )
 
 
-def check(state: Mapping[str, Any], layers: Sequence[Layer], dropped: Sequence[str], options: Options) -> None:
+def check(
+    state: Mapping[str, Any], keys: Sequence[str], layout: Layout, dropped: Sequence[str], options: CurvatureOptions
+) -> None:
     """Check that a state fits the model and the options that state depends on.
 
     Args:
-        state: what `Preconditioner.state_dict` returned.
-        layers: the layers handled now.
+        state: what `state_dict` returned.
+        keys: that it must have.
+        layout: of the layers handled now.
         dropped: names of layers given up during training so far.
         options: the options of now.
 
     Raises:
         ValueError: naming what does not fit.
     """
-    missing = [key for key in _KEYS if key not in state]
+    missing = [key for key in keys if key not in state]
     if missing:
         raise ValueError(f"state_dict must be one of kfac2, got one without {missing}")
     for name in STRUCTURAL:
         mine, theirs = getattr(options, name), state["options"][name]
         if theirs != mine:
             raise ValueError(f"state_dict must have been saved with {name}={mine!r}, got {theirs!r}")
-    names = [layer.name for layer in layers]
+    names = [layer.name for layer in layout.layers]
     expected = [name for name in names if name not in state["dropped"]]
     if list(state["layers"]) != expected or not set(state["dropped"]) <= {*names, *dropped}:
         raise ValueError(
             f"state_dict must hold the layers {names}, got {list(state['layers'])} and {state['dropped']} left to SGD"
         )
-    shapes = {layer.name: layer.matrix_shape for layer in layers}
+    shapes = {layer.name: layer.matrix_shape for layer in layout.layers}
     for name, factors in (state["statistics"] or {"factors": {}})["factors"].items():
         blocks, d_out, d_in = shapes[name]
         for key, d in (("A", d_in), ("G", d_out)):
@@ -102,6 +130,6 @@ def check(state: Mapping[str, Any], layers: Sequence[Layer], dropped: Sequence[s
                 raise ValueError(f"state_dict must have {key} of {name} in shape {(blocks, d, d)}, got {shape}")
 
 
-def _here(tensor: Tensor | None, layer: Layer) -> Any:
-    """Copy a tensor to the layer's device, its dtype as it is."""
-    return None if tensor is None else tensor.detach().clone().to(layer.weight.device)
+def _here(tensor: Tensor, layout: Layout) -> Tensor:
+    """Copy a tensor to the device of the layers, its dtype as it is."""
+    return tensor.detach().clone().to(layout.device)

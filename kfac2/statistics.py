@@ -1,8 +1,7 @@
-"""Raw sums of one iteration, and their running averages (Algorithm 1 of the paper)."""
+"""Sums over the rows of one iteration, and their running averages (Algorithm 1 of the paper)."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,234 +9,195 @@ import torch
 from torch import Tensor
 
 from kfac2 import ops
-from kfac2.layers import Layer
-from kfac2.ops.covariances import encoded_covariances
+from kfac2.kinds import Layer, Rows
+from kfac2.layout import Layout, Stacks
 from kfac2.ops.gather_gradients import first_not_finite
-from kfac2.ops.layer_maps import encoded_layer_maps
-
-MAP_NUMBERS = 2**22  # of all maps that are alive at a time: 16 MB
 
 
-@dataclass
-class Rows:
-    """What one layer contributed to one forward-backward pass: x (N, C, *spatial) and g (N, C, *grid)."""
+@dataclass(frozen=True)
+class Use:
+    """What one layer contributed to one forward-backward pass.
+
+    Attributes:
+        layer: the layer.
+        x: its input, as the module got it.
+        g: the gradient at its output.
+        inputs: the rows ā.
+        grads: the rows g.
+    """
 
     layer: Layer
     x: Tensor
     g: Tensor
+    inputs: Rows
+    grads: Rows
+
+    @staticmethod
+    def of(layer: Layer, x: Tensor, g: Tensor) -> Use:
+        """Make rows of what was captured."""
+        return Use(layer, x, g, *layer.rows(x, g))
+
+    @property
+    def samples(self) -> int:
+        """The leading size: N, or N·r where it holds r consecutive rows of each sample."""
+        return self.inputs.tensor.shape[0]
+
+    @property
+    def row_count(self) -> int:
+        """Rows g of all samples and places: N · T_i."""
+        return self.grads.tensor.numel() // self.grads.tensor.shape[1]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward-backward pass.
+
+    Attributes:
+        uses: of the layers that took part, each once, in the order of the layout.
+        cases: M of this pass.
+        scale: what each g is to be multiplied by: M where g is the gradient of a mean.
+    """
+
+    uses: list[Use]
+    cases: int
+    scale: float = 1.0
 
 
 @dataclass
-class RawSums:
-    """Sums over the rows of one iteration, not yet normalised; several passes add up.
+class Sums:
+    """Sums over the rows of one iteration, not yet normalised; those of several passes, or processes, add up.
 
     Attributes:
         A: Σ ā āᵀ by layer, (blocks, d_in, d_in).
         G: Σ g gᵀ by layer, (blocks, d_out, d_out).
         rows: number of g rows by layer, N · T_i.
         cases: M, independent cases of the loss.
-        input_sums: (B, B) over the maps of all layers, or None with one level.
-        grad_sums: likewise for g.
+        coarse: what the coarse space has summed up; empty without one.
+        misfits: layers whose batch did not fit the coarse space.
+        squares: what `inverse="ekfac"` observes, Σ_n (V_Gᵀ ∇_n V_A)² by layer, (blocks, d_out, d_in); else empty.
     """
 
     A: dict[Layer, Tensor] = field(default_factory=dict)
     G: dict[Layer, Tensor] = field(default_factory=dict)
     rows: dict[Layer, int] = field(default_factory=dict)
     cases: int = 0
-    input_sums: Tensor | None = None
-    grad_sums: Tensor | None = None
+    coarse: tuple[Tensor, ...] = ()
+    misfits: set[Layer] = field(default_factory=set)
+    squares: dict[Layer, Tensor] = field(default_factory=dict)
 
-    def add_pass(
-        self,
-        passed: Sequence[Rows],
-        layers: Sequence[Layer],
-        cases: int,
-        scale: float,
-        levels: int,
-        downsample: str,
-    ) -> None:
-        """Add one forward-backward pass.
-
-        Args:
-            passed: the layers that took part, each once, in the order of `layers`.
-            layers: all handled layers.
-            cases: M of this pass.
-            scale: what each g is to be multiplied by (M where g is the gradient of a mean).
-            levels: 1 or 2; with 1 no maps are formed.
-            downsample: how maps of different grids meet.
-        """
-        windows = [rows.layer.encoded("input", rows.x.dim() - 2) for rows in passed]
-        windows += [rows.layer.encoded("grad", rows.g.dim() - 2) for rows in passed]
-        tensors = [rows.x for rows in passed] + [rows.g for rows in passed]
-        sums = encoded_covariances(tensors, [number for window in windows for number in window])
-        for rows, A, G in zip(passed, sums, sums[len(passed) :], strict=False):
-            G = G * scale**2 if scale != 1 else G
-            self.A[rows.layer] = self.A[rows.layer] + A if rows.layer in self.A else A
-            self.G[rows.layer] = self.G[rows.layer] + G if rows.layer in self.G else G
-            self.rows[rows.layer] = self.rows.get(rows.layer, 0) + rows.g.numel() // rows.g.shape[1]
-        self.cases += cases
-        if levels == 2:
-            input_sums, grad_sums = _pair_sums(passed, layers, downsample, scale)
-            self.input_sums = input_sums if self.input_sums is None else self.input_sums + input_sums
-            self.grad_sums = grad_sums if self.grad_sums is None else self.grad_sums + grad_sums
+    def add_factors(self, passed: Pass) -> None:
+        """Add the rows of one pass to the sums of both factors, all layers in one native call."""
+        sources = [use.inputs for use in passed.uses] + [use.grads for use in passed.uses]
+        sums = ops.covariances([rows.tensor for rows in sources], [rows.window for rows in sources])
+        count = len(passed.uses)
+        for use, A, G in zip(passed.uses, sums[:count], sums[count:], strict=True):
+            add_to(self.A, use.layer, A)
+            add_to(self.G, use.layer, G * passed.scale**2 if passed.scale != 1 else G)
+            self.rows[use.layer] = self.rows.get(use.layer, 0) + use.row_count
+        self.cases += passed.cases
 
     def not_finite(self) -> str | None:
         """Name what holds a NaN or an infinity among the sums, or None."""
         if not self.A:
             return None
-        sums = [*self.A.values(), *self.G.values()]
-        if self.input_sums is not None and self.grad_sums is not None:  # a sum of features may overflow by itself
-            sums += [self.input_sums, self.grad_sums]
-        first = first_not_finite(sums)
-        if first == len(sums):
-            return None
+        sums = [*self.A.values(), *self.G.values(), *self.coarse]  # a sum of features may overflow by itself
         names = [f"the statistics of {layer.name}" for layer in (*self.A, *self.G)]
-        return [*names, "the coarse sums of inputs", "the coarse sums of output gradients"][first]
+        names += ["the coarse sums of inputs", "the coarse sums of output gradients"][: len(self.coarse)]
+        first = first_not_finite(sums)
+        return None if first == len(sums) else names[first]
+
+
+def add_to(sums: dict[Layer, Tensor], layer: Layer, new: Tensor) -> None:
+    """Add to the sum of a layer, or begin it."""
+    sums[layer] = sums[layer] + new if layer in sums else new
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Averages:
     """Running averages; never changed, only replaced, so that a step that fails leaves them as they were.
 
     Attributes:
         updates: t, statistics updates so far.
-        A: A_ii by layer, (blocks, d_in, d_in); a layer not used so far has none.
-        G: G_ii by layer, (blocks, d_out, d_out).
-        input_sums: the sums of A over all pairs of blocks, (B, B); None with one level.
-        grad_sums: the sums of G, (B, B); None with one level.
+        A: A_ii, (blocks, d_in, d_in) for each batch of the layout.
+        G: G_ii, (blocks, d_out, d_out).
+        seen: by layer, whether it has had rows: if not, its factors are zeros that say nothing.
+        in_coarse: by layer, whether it is in the coarse space.
+        coarse: the averages of the coarse space; empty without one.
     """
 
     updates: int
-    A: dict[Layer, Tensor]
-    G: dict[Layer, Tensor]
-    input_sums: Tensor | None
-    grad_sums: Tensor | None
+    A: Stacks
+    G: Stacks
+    seen: tuple[bool, ...]
+    in_coarse: tuple[bool, ...]
+    coarse: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    def none(layout: Layout) -> Averages:
+        """Return the averages before the first update."""
+        A, G = layout.stacks(lambda b: (b.d_in, b.d_in)), layout.stacks(lambda b: (b.d_out, b.d_out))
+        count = len(layout.layers)
+        return Averages(0, A, G, (False,) * count, (True,) * count)
+
+    def moved(self, old: Layout, new: Layout, coarse: tuple[Tensor, ...]) -> Averages:
+        """Return the averages where another layout of the same layers, or of fewer, says.
+
+        Args:
+            old: where they lie now.
+            new: where they are to lie.
+            coarse: those of the coarse space, in the new layout.
+        """
+        A, G = new.moved(self.A, old), new.moved(self.G, old)
+        numbers = [old.number(layer) for layer in new.layers]
+        seen, in_coarse = (tuple(flags[number] for number in numbers) for flags in (self.seen, self.in_coarse))
+        return Averages(self.updates, A, G, seen, in_coarse, coarse)
 
 
-def updated(old: Statistics | None, raw: RawSums, layers: Sequence[Layer], decay: float) -> Statistics:
-    """Average one iteration in: ε = min(1 - 1/t, decay), X ← εX + (1 - ε)X_new.
+def kept_share(updates: int, decay: float) -> float:
+    """Return ε = min(1 - 1/t, decay), what remains of the old average at update t."""
+    return min(1 - 1 / updates, decay)
 
-    A layer's first statistics are taken as they are; a layer without rows in this iteration keeps its
-    factors, and counts as a zero map in the sums.
+
+def averaged(layout: Layout, old: Averages, sums: Sums, decay: float) -> Averages:
+    """Average the factors of one iteration in: X ← εX + (1 - ε)X_new. What the coarse space has stays as it is.
+
+    A layer's first statistics are taken as they are; a layer without rows in this iteration keeps its factors.
     """
-    t = 1 if old is None else old.updates + 1
-    kept = min(1 - 1 / t, decay)
-
-    def averages(
-        before: dict[Layer, Tensor], raw_sums: dict[Layer, Tensor], scales: list[float]
-    ) -> dict[Layer, Tensor]:
-        new = dict(zip(raw_sums, torch._foreach_mul(list(raw_sums.values()), scales), strict=True))
-        known = [layer for layer in new if layer in before]
-        if known:
-            olds = [before[layer] for layer in known]
-            mixed = torch._foreach_lerp([new[layer] for layer in known], olds, kept)
-            new.update(zip(known, mixed, strict=True))
-        return {**before, **new}
-
-    before_a, before_g = (old.A, old.G) if old is not None else ({}, {})
-    A = averages(before_a, raw.A, [1 / raw.cases] * len(raw.A))
-    G = averages(before_g, raw.G, [1 / raw.rows[layer] for layer in raw.G])
-    if raw.input_sums is None or raw.grad_sums is None:
-        return Statistics(t, A, G, None, None)
-    in_coarse = [float(layer.in_coarse) for layer in layers for _ in range(layer.maps)]
-    counts = [raw.rows.get(layer, 0) for layer in layers for _ in range(layer.maps)]
-    mask = raw.input_sums.new_tensor(in_coarse)
-    # 1/√(N T_i) for each map: with √(T_i T_j) both matrices of sums stay Gram matrices.
-    root = mask * raw.grad_sums.new_tensor([count**-0.5 if count else 0.0 for count in counts])
-    return Statistics(
-        t,
-        A,
-        G,
-        _average(None if old is None else old.input_sums, raw.input_sums * torch.outer(mask, mask) / raw.cases, kept),
-        _average(None if old is None else old.grad_sums, raw.grad_sums * torch.outer(root, root), kept),
-    )
+    t = old.updates + 1
+    kept = kept_share(t, decay)
+    A = mixed_in(layout, old.A, old.seen, sums.A, [1 / sums.cases] * len(sums.A), kept)
+    G = mixed_in(layout, old.G, old.seen, sums.G, [1 / sums.rows[layer] for layer in sums.G], kept)
+    seen = tuple(was or layer in sums.A for was, layer in zip(old.seen, layout.layers, strict=True))
+    fits = tuple(was and layer not in sums.misfits for was, layer in zip(old.in_coarse, layout.layers, strict=True))
+    return Averages(t, A, G, seen, fits, old.coarse)
 
 
-def _average(before: Tensor | None, new: Tensor, kept: float) -> Tensor:
-    return new if before is None else torch.lerp(new, before, kept)
+def mixed_in(
+    layout: Layout,
+    old: Stacks,
+    known: Sequence[bool],
+    raw: dict[Layer, Tensor],
+    scales: Sequence[float],
+    kept: float,
+) -> Stacks:
+    """Return a field with the new sums averaged in; neither `old` nor `raw` is changed.
 
-
-def without(statistics: Statistics, layers: Sequence[Layer], layer: Layer) -> Statistics:
-    """Leave a layer out of the statistics."""
-    A, G = (
-        {key: value for key, value in factors.items() if key is not layer} for factors in (statistics.A, statistics.G)
-    )
-    input_sums, grad_sums = statistics.input_sums, statistics.grad_sums
-    if input_sums is not None and grad_sums is not None:
-        owners = [other for other in layers for _ in range(other.maps)]
-        others = [i for i, owner in enumerate(owners) if owner is not layer]
-        kept = torch.tensor(others, dtype=torch.long, device=input_sums.device)
-        input_sums, grad_sums = input_sums[kept][:, kept], grad_sums[kept][:, kept]
-    return Statistics(statistics.updates, A, G, input_sums, grad_sums)
-
-
-def _pair_sums(passed: Sequence[Rows], layers: Sequence[Layer], downsample: str, scale: float) -> tuple[Tensor, Tensor]:
-    """Both (B, B) matrices of sums of one pass, g multiplied by `scale`; a layer that took no part is a zero map."""
-    first, blocks = {}, 0
-    for layer in layers:
-        first[layer] = blocks
-        blocks += layer.maps
-    samples = next((rows.x.shape[0] for rows in passed if rows.layer.in_coarse), 0)
-    fitting = [rows for rows in passed if _fits(rows, samples)]
-    if not fitting:
-        dtype = torch.float64 if passed[0].x.dtype == torch.float64 else torch.float32
-        zeros = torch.zeros(blocks, blocks, dtype=dtype, device=passed[0].x.device)
-        return zeros, zeros.clone()
-    # One kind after the other, and few samples at a time, so that not all maps are alive together.
-    numbers = sum(rows.layer.maps * rows.g.numel() // rows.g.shape[1] for rows in fitting)
-    share = max(1, samples * MAP_NUMBERS // max(numbers, 1))
-    inputs = [(rows.layer.encoded("input map", rows.x.dim() - 2), rows.x) for rows in fitting]
-    grads = [(rows.layer.encoded("grad map", rows.g.dim() - 2), rows.g) for rows in fitting]
-    sums = (
-        _sums_of_maps(inputs, samples, share, downsample, 1.0),
-        _sums_of_maps(grads, samples, share, downsample, scale**2),
-    )
-    index = [first[rows.layer] + q for rows in fitting for q in range(rows.layer.maps)]
-    if len(index) == blocks:
-        return sums
-    places = torch.tensor(index, device=sums[0].device)
-    whole = (sums[0].new_zeros(blocks, blocks), sums[1].new_zeros(blocks, blocks))
-    for to, present in zip(whole, sums, strict=True):
-        to[places.unsqueeze(1), places] = present
-    return whole
-
-
-def _sums_of_maps(
-    sources: Sequence[tuple[list[int], Tensor]], samples: int, share: int, downsample: str, factor: float
-) -> Tensor:
-    """Add up one matrix of sums over all maps of one kind, `share` of the samples at a time."""
-    numbers = [number for window, _ in sources for number in window]
-    tensors = [tensor for _, tensor in sources]
-    sums: Tensor | None = None
-    for begin in range(0, samples, share):
-        count = min(share, samples - begin)
-        parts = tensors
-        if count < samples:
-            parts = [x[begin * len(x) // samples : (begin + count) * len(x) // samples] for x in tensors]
-        maps = [_on_samples(m, count) for m in encoded_layer_maps(parts, numbers)]
-        if len({m.dtype for m in maps}) > 1:  # layers of several precisions
-            maps = [m.double() for m in maps]
-        sums = ops.cross_layer_sums(maps, downsample, previous=sums, kept=1.0, scale=factor)
-    assert sums is not None
-    return sums
-
-
-def _fits(rows: Rows, samples: int) -> bool:
-    """Tell whether a layer is in the coarse space; one whose batch is no multiple of N leaves it for good."""
-    layer = rows.layer
-    if layer.in_coarse and (samples == 0 or rows.x.shape[0] % samples != 0):
-        layer.in_coarse = False
-        warnings.warn(
-            f"kfac2: {layer.name} has a leading size of {rows.x.shape[0]}, which is no multiple of the batch size "
-            f"{samples} of the first handled layer; it leaves the coarse space and keeps its own block",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return layer.in_coarse
-
-
-def _on_samples(values: Tensor, samples: int) -> Tensor:
-    """View a map (N·r, *grid) as (N, r, *grid); r = 1 adds no axis."""
-    if values.shape[0] == samples:
-        return values
-    return values.reshape(samples, values.shape[0] // samples, *values.shape[1:])
+    Args:
+        layout: where the field lies.
+        old: the averages so far.
+        known: by layer, whether `old` says something; if not, the new sums are taken as they are.
+        raw: new sums by layer; a layer without any keeps what it has.
+        scales: what these are multiplied by.
+        kept: ε.
+    """
+    numbers = [layout.number(layer) for layer in raw]
+    is_whole = len(numbers) == len(layout.layers)
+    new = [torch.empty_like(stack) if is_whole else stack.clone() for stack in old]
+    views = layout.by_layer(new, numbers)
+    torch._foreach_copy_(views, list(raw.values()))
+    torch._foreach_mul_(views, list(scales))
+    again = [place for place, i in enumerate(numbers) if known[i]]
+    if again:
+        olds = layout.by_layer(old, [numbers[place] for place in again])
+        torch._foreach_lerp_([views[place] for place in again], olds, kept)
+    return new

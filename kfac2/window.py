@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 SPATIAL_RANK = 3  # D, H, W: what the native ops are written for; fewer axes are padded in front
 NUMBERS = 5 * SPATIAL_RANK + 2  # one encoded window, see csrc/torch/row_source.h
@@ -101,18 +101,9 @@ class Window:
             zeros = [(number, number) for number in _per_axis("padding", padding, rank, 0)]
         return Window(kernel, steps, tuple(zeros), spread, groups, int(bias))
 
-    @staticmethod
-    def of_module(module: nn.Module, bias: int) -> Window:
-        """Return the window of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
-        return Window.of(
-            len(module.kernel_size),  # type: ignore[arg-type]
-            module.kernel_size,  # type: ignore[arg-type]
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
-            module.groups,  # type: ignore[arg-type]
-            bias,
-        )
+    def of_all_groups(self) -> Window:
+        """Return the window whose rows hold the channels, and the bias ones, of all groups."""
+        return dataclasses.replace(self, groups=1, bias=self.bias * self.groups)
 
     def grid(self, spatial: Sequence[int]) -> list[int]:
         """Return the places of the output map for an input map of shape `spatial`."""

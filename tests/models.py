@@ -73,6 +73,19 @@ def _grouped():
     )
 
 
+def _transposed():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 2, padding=1),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 4, (3, 2), stride=(2, 1), padding=(3, 0), output_padding=(1, 0), groups=2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 2, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+
+
 def _same(kernel):
     return nn.Sequential(
         nn.Conv2d(2, 3, kernel, padding="same"),
@@ -112,6 +125,24 @@ _BUILDERS = {
     "grouped": (_grouped, (4, 4, 4)),
     "same_odd": (lambda: _same(3), (2, 5, 4)),
     "same_even": (lambda: _same((2, 4)), (2, 5, 5)),
+    "transposed1d": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1),
+            nn.Tanh(),
+            nn.ConvTranspose1d(3, 2, 2, dilation=2, bias=False),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        ),
+        (2, 4),
+    ),
+    "transposed2d": (_transposed, (2, 3, 2)),
+    "transposed3d": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose3d(2, 2, (2, 1, 2), stride=(1, 2, 1)), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
+        ),
+        (2, 2, 2, 1),
+    ),
     "tokens": (Tokens, (5, 3)),
     "sequence": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), (5, 3)),
     "images": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), (2, 3, 3)),

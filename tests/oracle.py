@@ -12,6 +12,33 @@ import torch
 from kfac2 import reference
 
 
+def is_transposed(module):
+    return isinstance(module, torch.nn.modules.conv._ConvTransposeNd)
+
+
+def spread(module, x, g, bias):
+    """Rows of a transposed convolution: what each element of the kernel brings to each place of the output.
+
+    One-hot kernels, transposed by torch: nothing is known here of strides, padding or the order of offsets.
+    """
+    channels, places = x.shape[1], math.prod(module.kernel_size)
+    kernels = torch.eye(channels * places, dtype=x.dtype).reshape(channels, places, channels * places)
+    kernels = kernels.transpose(1, 2).reshape(channels, channels * places, *module.kernel_size)
+    convolve = getattr(torch.nn.functional, f"conv_transpose{len(module.kernel_size)}d")
+    shortest = [
+        (n - 1) * s - 2 * p + d * (k - 1) + 1
+        for n, s, p, d, k in zip(
+            x.shape[2:], module.stride, module.padding, module.dilation, module.kernel_size, strict=True
+        )
+    ]
+    extra = tuple(size - short for size, short in zip(g.shape[2:], shortest, strict=True))
+    rows = convolve(x, kernels, None, module.stride, module.padding, extra, 1, module.dilation)
+    rows = rows.flatten(2).transpose(1, 2)
+    if bias:
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], 2)
+    return rows, tuple(g.shape[2:])
+
+
 def blocks_of(module, x, g, bias):
     """Rows of each Kronecker block: (input rows, grid), (gradient rows, grid)."""
     if isinstance(module, torch.nn.Linear):
@@ -19,6 +46,9 @@ def blocks_of(module, x, g, bias):
             x, g = x.flatten(1, -2).transpose(1, 2), g.flatten(1, -2).transpose(1, 2)
         rank = x.dim() - 2
         return [(reference.patches(x, (1,) * rank, bias=bias), reference.grad_rows(g))]
+    if is_transposed(module):
+        parts = zip(x.chunk(module.groups, 1), g.chunk(module.groups, 1), strict=True)
+        return [(spread(module, xq, gq, bias), reference.grad_rows(gq)) for xq, gq in parts]
     geometry = (module.kernel_size, module.stride, module.padding, module.dilation, bias)
     parts = zip(x.chunk(module.groups, 1), g.chunk(module.groups, 1), strict=True)
     return [(reference.patches(xq, *geometry), reference.grad_rows(gq)) for xq, gq in parts]
@@ -143,7 +173,10 @@ class Oracle:
         """∇ of each block of layer i, bias last."""
         module = self.modules[i]
         q = self.layer_of_block.count(i)
-        matrix = module.weight.grad.reshape(module.weight.shape[0], -1)
+        weight = module.weight.grad
+        if is_transposed(module):  # (C_in, C_out / q, *kernel): each group's outputs become the rows
+            weight = torch.cat([part.transpose(0, 1) for part in weight.chunk(q)])
+        matrix = weight.reshape(weight.shape[0], -1)
         if self.has_bias(i):
             matrix = torch.cat([matrix, module.bias.grad.unsqueeze(1)], 1)
         return list(matrix.chunk(q, 0))
@@ -170,6 +203,10 @@ class Oracle:
             if self.has_bias(i):
                 matrix, bias = matrix[:, :-1], matrix[:, -1]
                 module.bias.grad = bias.clone()
+            if is_transposed(module):
+                c_in, c_out, *kernel = module.weight.shape
+                parts = matrix.reshape(len(parts), c_out, c_in // len(parts), *kernel)
+                matrix = torch.cat([part.transpose(0, 1) for part in parts])
             module.weight.grad = matrix.reshape(module.weight.shape).clone()
         self.k += 1
 

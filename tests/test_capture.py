@@ -113,7 +113,7 @@ def test_captures_are_freed_at_the_step():
     model = net()
     opt = KFAC(model)
     iterate(model, opt)
-    assert opt.preconditioner._collector.captures.records == []
+    assert opt.preconditioner.curvature.collector.captures.records == []
 
 
 def test_a_copy_of_the_model_does_not_disturb():
@@ -125,7 +125,7 @@ def test_a_copy_of_the_model_does_not_disturb():
     iterate(plain, opt)
     iterate(copied, other, before=lambda: (average(x), restored(x)))
     assert_same_statistics(opt, other)
-    assert len(other.preconditioner._collector.captures.records) == 0
+    assert len(other.preconditioner.curvature.collector.captures.records) == 0
     model = net()
     del opt
     KFAC(model)  # an optimizer that is gone leaves hooks that do nothing

@@ -61,7 +61,7 @@ def test_an_indefinite_coarse_fisher_never_turns_uphill():
     opt = train(other_grids(), 20)
     assert torch.equal(opt.coarse_fisher(), opt.coarse_fisher().T)
     indefinite = torch.diag(torch.tensor([1.0, -3.0, 2.0], dtype=torch.float64))
-    from kfac2.inverses import coarse_inverse
+    from kfac2.coarse.ones import coarse_inverse
 
     inverse, failed = coarse_inverse(indefinite, 0.5)
     assert not failed
@@ -103,11 +103,11 @@ def test_coarse_step_matters():
 
 @pytest.mark.parametrize("name", ["conv2d", "tokens", "grouped"])
 def test_few_samples_at_a_time_give_the_same_sums(name, monkeypatch):
-    import kfac2.statistics
+    import kfac2.coarse.ones
 
     sums = []
     for numbers in (2**22, 1, 60):  # all samples at once, one by one, a few
-        monkeypatch.setattr(kfac2.statistics, "MAP_NUMBERS", numbers)
+        monkeypatch.setattr(kfac2.coarse.ones, "MAP_NUMBERS", numbers)
         torch.manual_seed(0)
         task = models.task(name, batch=7)
         opt = KFAC(task.model, fisher="empirical")

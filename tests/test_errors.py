@@ -27,7 +27,7 @@ HYPER_PARAMETERS = [
     ({"kl_clip": 0.0}, ValueError, "kl_clip must be a number above 0, or None"),
     ({"levels": 3}, ValueError, "levels must be one of 1, 2, got 3"),
     ({"levels": "two"}, TypeError, "levels must be one of 1, 2"),
-    ({"inverse": "qr"}, ValueError, "inverse must be one of 'cholesky', 'eigh', got 'qr'"),
+    ({"inverse": "qr"}, ValueError, "inverse must be one of 'cholesky', 'eigh', 'ekfac', got 'qr'"),
     ({"fisher": "exact"}, ValueError, "fisher must be one of 'mc', 'empirical'"),
     ({"stat_decay": 1.0}, ValueError, r"stat_decay must be a number in \[0, 1\), got 1.0"),
     ({"cov_every": 0}, ValueError, "cov_every must be an int of at least 1"),
@@ -61,7 +61,7 @@ def test_models():
         KFAC(nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match="all handled layers on one device, got 0 on cpu and 2 on meta"):
         KFAC(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, device="meta")))
-    with pytest.raises(TypeError, match="dampning is no option of kfac2; the options are damping"):
+    with pytest.raises(TypeError, match="dampning is no option of kfac2; the options are levels"):
         Preconditioner(net(), dampning=1.0)
 
 
@@ -133,7 +133,7 @@ def test_reading_statistics():
     opt = KFAC(net())
     with pytest.raises(KeyError, match=r"one of the handled layers .*got 'fc'"):
         opt.factors("fc")
-    with pytest.raises(RuntimeError, match="0 has no statistics yet: call accumulate_fisher"):
+    with pytest.raises(RuntimeError, match="0 has no statistics yet: take some first"):
         opt.factors("0")
     with pytest.raises(RuntimeError, match="there are no statistics yet"):
         opt.coarse_fisher()

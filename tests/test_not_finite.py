@@ -1,20 +1,19 @@
 """NaNs, infinities and factors that cannot be inverted: warned about, never a crash, never a NaN."""
 
 import copy
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
+from inside import fields, is_usable, set_factor
 from test_state import flatten
 from torch.distributions import Categorical, Independent
 
-from kfac2 import KFAC, Preconditioner, reference
-from kfac2.inverses import invert
-from kfac2.layers import find_layers
-from kfac2.options import Options
-from kfac2.statistics import Statistics
+from kfac2 import KFAC, Curvature, Preconditioner, reference
 
 
 def net():
@@ -136,47 +135,48 @@ def test_preconditioner_drops_the_gradients():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def factors(*matrices):
-    return torch.stack([torch.as_tensor(m, dtype=torch.float64) for m in matrices])
+def linear_layers(count, size, inverse, dtype):
+    model = nn.Sequential(*(nn.Linear(size, size, bias=False, dtype=dtype) for _ in range(count)))
+    return Curvature(model, inverse=inverse, levels=1)
 
 
-@pytest.mark.parametrize("inverse", ["cholesky", "eigh"])
+def invert(curvature, A_list, G):
+    """Let an inverse update meet these factors, and commit it."""
+    layers = len(curvature.layers)
+    curvature.averages = replace(curvature.averages, updates=1, seen=(True,) * layers)
+    for i, A in enumerate(A_list):
+        set_factor(curvature, str(i), A)
+        set_factor(curvature, str(i), G, "G")
+    curvature.commit(*curvature.refreshed(0.1))
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac"])
 def test_an_indefinite_factor_is_floored_and_a_broken_one_keeps_its_last_inverse(inverse):
-    model = nn.Sequential(
-        nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-    ).double()
-    layers = find_layers(model, list(model.parameters()), (), 32)
-    good = factors([[2.0, 0.5], [0.5, 1.0]])
-    indefinite = factors([[1.0, 0.0], [0.0, -3.0]])
-    warned = []
-
-    def run(A, previous):
-        G = dict.fromkeys(layers, good)
-        statistics = Statistics(1, dict(zip(layers, A, strict=True)), G, None, None)
-        options = Options(inverse=inverse, damping=0.1)
-        return invert(statistics, layers, previous, options, lambda key, message: warned.append(message))
-
-    first = run([good, good, good], None)
+    curvature = linear_layers(3, 2, inverse, torch.float64)
+    good = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    indefinite = torch.diag(torch.tensor([1.0, -3.0], dtype=torch.float64))
     broken = good * float("nan")
-    result = run([good, indefinite, broken], first)
-    assert result.fine[layers[2]] is first.fine[layers[2]]
-    assert any("a factor of 2 is not finite" in message for message in warned)
-    if inverse == "cholesky":
-        assert any("a factor of 1 is not positive definite" in message for message in warned)
-    floored = result.fine[layers[1]]
+    invert(curvature, [good, good, good], good)
+    first = {name: value.clone() for name, value in fields(curvature, "2").items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        invert(curvature, [good, indefinite, broken], good)
+    messages = [str(warning.message) for warning in caught]
+    assert all(torch.equal(value, first[name]) for name, value in fields(curvature, "2").items())
+    assert any("a factor of 2 is not finite" in message for message in messages)
+    floored = fields(curvature, "1")
     assert all(value.isfinite().all() for value in floored.values())
-    if inverse == "eigh":
-        assert_equal(floored["A_values"][0], torch.tensor([0.0, 1.0]))
-    else:  # the trace is negative: π = 1
-        assert_equal(
-            floored["A_inv"][0],
-            torch.diag(torch.tensor([1 / (1 + 0.1**0.5), 1 / 0.1**0.5], dtype=torch.float64)),
-        )
-    expected = reference.factored_tikhonov_inverse([good[0]], [good[0]], 0.1)
     if inverse == "cholesky":
-        assert_equal(result.fine[layers[0]]["A_inv"][0], expected[0][0])
-    without = run([broken, good, good], None)
-    assert layers[0] not in without.fine and layers[1] in without.fine
+        assert any("a factor of 1 is not positive definite" in message for message in messages)
+        # the trace is negative: π = 1
+        assert_equal(floored["A_inv"][0], torch.diag(torch.tensor([1 / (1 + 0.1**0.5), 1 / 0.1**0.5]).double()), 1e-7)
+        assert_equal(fields(curvature, "0")["A_inv"][0], reference.factored_tikhonov_inverse([good], [good], 0.1)[0][0])
+    elif inverse == "eigh":
+        assert_equal(floored["A_values"][0], torch.tensor([0.0, 1.0]))
+    without = linear_layers(3, 2, inverse, torch.float64)
+    with pytest.warns(RuntimeWarning, match="a factor of 0 is not finite"):
+        invert(without, [broken, good, good], good)
+    assert not is_usable(without, "0") and is_usable(without, "1")
 
 
 def stubborn_eigh(matrix, eigh=torch.linalg.eigh):
@@ -193,16 +193,15 @@ def stubborn_native(stacks):
 @pytest.mark.parametrize("size", [2, 9])
 def test_eigendecomposition_that_does_not_converge_is_done_in_float64(size, monkeypatch):
     """Whether it is the native kernel that does not, which takes the small ones, or LAPACK."""
-    model = nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False))
-    layers = find_layers(model, list(model.parameters()), (), 32)
-    good = factors(torch.eye(size) + 0.5).float()
     monkeypatch.setattr(torch.linalg, "eigh", stubborn_eigh)
     monkeypatch.setattr(torch.ops.kfac2, "eigendecompose", stubborn_native)
-    statistics = Statistics(1, dict.fromkeys(layers, good), dict.fromkeys(layers, good), None, None)
-    result = invert(statistics, layers, None, Options(inverse="eigh", damping=0.1), lambda key, message: None)
-    for layer in layers:
-        values, vectors = result.fine[layer]["A_values"], result.fine[layer]["A_vectors"]
-        assert_equal(vectors @ torch.diag_embed(values) @ vectors.mT, good, 1e-5)
+    curvature = linear_layers(2, size, "eigh", torch.float32)
+    good = torch.eye(size) + 0.5
+    with pytest.warns(RuntimeWarning, match="its eigendecomposition did not converge"):
+        invert(curvature, [good, good], good)
+    for name in curvature.layers:
+        values, vectors = fields(curvature, name)["A_values"][0], fields(curvature, name)["A_vectors"][0]
+        assert_equal(vectors @ torch.diag(values) @ vectors.mT, good, 1e-5)
 
 
 def test_training_goes_on_with_the_plain_gradient_where_there_is_no_inverse():
@@ -232,3 +231,34 @@ def test_preconditioned_gradients_that_overflow_are_not_written():
     with pytest.warns(RuntimeWarning, match="the preconditioned gradients"):
         iterate(model, opt, x, poison=lambda: model[3].weight.grad.fill_(1e200))
     assert same(before, snapshot(model, opt))
+
+
+class OneMore(nn.Module):
+    """Its middle layer sees N + 1 rows from the second batch on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.odd, self.head, self.extra = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2), 0
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.head(h + self.odd(torch.cat([h, h[: self.extra]]))[: len(h)])
+
+
+def test_a_skipped_step_leaves_every_layer_in_the_coarse_space():
+    torch.manual_seed(0)
+    model, x = OneMore(), torch.randn(6, 3)
+    opt = KFAC(model, cov_every=1)
+    iterate(model, opt, x)
+    before = snapshot(model, opt)
+    model.extra = 1
+    with pytest.warns(RuntimeWarning, match="odd has a leading size of 7"):
+        iterate(model, opt, x, poison=lambda: model.first.weight.grad.fill_(float("nan")))
+    assert same(before, snapshot(model, opt))
+    model.extra = 0
+    iterate(model, opt, x)
+    assert opt.state_dict()["kfac"]["layers"]["odd"]["in_coarse"] and opt.coarse_fisher()[1, 1] > 0
+    model.extra = 1
+    with pytest.warns(RuntimeWarning, match="odd has a leading size of 7"):
+        iterate(model, opt, x)
+    assert not opt.state_dict()["kfac"]["layers"]["odd"]["in_coarse"]  # a step that counts does take it out

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_equal
+from inside import fields
 from oracle import Oracle
 from torch.distributions import Categorical
 
@@ -218,8 +219,7 @@ def test_factors_inverted_in_float64_on_request():
         opt.accumulate_fisher(Categorical(logits=out))
         F.cross_entropy(out, torch.arange(64) % 3).backward()
         opt.step()
-        layer = opt.preconditioner._layers[0]
-        results[dtype] = opt.preconditioner._inverses.fine[layer]["A_inv"][0]
+        results[dtype] = fields(opt, "0")["A_inv"][0]
         A, G = opt.factors("0")
     assert results[None].dtype == results[torch.float64].dtype == torch.float32
     exact = reference.factored_tikhonov_inverse([A.double()], [G.double()], 1e-10)[0][0]

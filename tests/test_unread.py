@@ -1,6 +1,7 @@
 """Steps that read nothing back, as on a CUDA device: forced on a CPU, where everything else is the same."""
 
 import copy
+from dataclasses import replace
 
 import models
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
+from inside import curvature_of, fields, is_usable, set_factor
 from test_not_finite import iterate, net, same, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +17,7 @@ from kfac2 import KFAC, Preconditioner
 
 
 def unread(opt):
-    getattr(opt, "preconditioner", opt)._unread = True
+    curvature_of(opt).health.at_once = False
     return opt
 
 
@@ -92,13 +94,6 @@ def test_statistics_report_what_was_skipped_and_skip_what_is_bad_themselves():
     assert same(before, snapshot(model, opt))
 
 
-def with_indefinite_factor(opt, matrix):
-    """Let the next inverse update meet a bad factor of layer 0."""
-    statistics = opt.preconditioner._statistics
-    layer = opt.preconditioner._layers[0]
-    statistics.A[layer].copy_(matrix)
-
-
 INDEFINITE = torch.diag(torch.tensor([2.0, 1.0, 0.5, -4.0]))
 
 
@@ -113,22 +108,19 @@ def test_a_failed_inverse_leaves_the_last_one_until_it_is_mended(inverse):
         iterate(mine, opt, x)
         iterate(mine, opt, x)
         bad = INDEFINITE if inverse == "cholesky" else INDEFINITE * float("nan")
-        with_indefinite_factor(opt, bad)
+        set_factor(opt, "0", bad)
         opts.append((mine, opt))
     (mine, opt), (other, expected) = opts
-    last = {
-        name: value.clone() for name, value in opt.preconditioner._inverses.fine[opt.preconditioner._layers[0]].items()
-    }
+    last = {name: value.clone() for name, value in fields(opt, "0").items()}
     iterate(mine, opt, x)
-    fields = opt.preconditioner._inverses.fine[opt.preconditioner._layers[0]]
-    assert all(torch.equal(fields[name], last[name]) for name in last)
+    assert all(torch.equal(fields(opt, "0")[name], last[name]) for name in last)
     with pytest.warns(RuntimeWarning, match="a factor of 0 is not"):
         opt.check()
     with pytest.warns(RuntimeWarning, match="a factor of 0 is not"):
         iterate(other, expected, x)
-    wanted = expected.preconditioner._inverses.fine[expected.preconditioner._layers[0]]
+    wanted = fields(expected, "0")
     for name in last:
-        assert_equal(fields[name], last[name] if inverse == "eigh" else wanted[name], 1e-4)
+        assert_equal(fields(opt, "0")[name], last[name] if inverse == "eigh" else wanted[name], 1e-4)
     iterate(mine, opt, x)
     assert all(p.isfinite().all() for p in mine.parameters())
 
@@ -137,7 +129,7 @@ def test_without_any_inverse_a_layer_keeps_its_gradient():
     model, x = net(), torch.randn(6, 3)
     opt = unread(KFAC(model, cov_every=100, inv_every=100, momentum=0, kl_clip=None))
     iterate(model, opt, x)
-    with_indefinite_factor(opt, INDEFINITE * float("nan"))
+    set_factor(opt, "0", INDEFINITE * float("nan"))
     state = opt.state_dict()
     state["kfac"]["inverses"] = None
     opt = unread(KFAC(model, cov_every=100, inv_every=100, momentum=0, kl_clip=None))
@@ -294,11 +286,11 @@ def test_a_failed_inverse_beside_a_layer_of_another_precision_is_saved_sound():
     opt = unread(KFAC(model, cov_every=100, inv_every=2))
     for _ in range(2):
         iterate(model, opt, x)
-    with_indefinite_factor(opt, INDEFINITE)
+    set_factor(opt, "a", INDEFINITE)
     iterate(model, opt, x)
     with pytest.warns(RuntimeWarning, match="a factor of a is not positive definite"):
-        fields = opt.state_dict()["kfac"]["inverses"]["fine"]["a"]
-    assert fields["A_inv"].dtype == torch.float32 and (torch.linalg.eigvalsh(fields["A_inv"][0]) > 0).all()
+        saved = opt.state_dict()["kfac"]["inverses"]["fine"]["a"]
+    assert saved["A_inv"].dtype == torch.float32 and (torch.linalg.eigvalsh(saved["A_inv"][0]) > 0).all()
 
 
 def test_an_inverse_that_fails_right_after_loading_leaves_the_loaded_one():
@@ -310,25 +302,24 @@ def test_an_inverse_that_fails_right_after_loading_leaves_the_loaded_one():
     wanted = saved["kfac"]["inverses"]["fine"]["0"]["A_inv"].clone()
     fresh = unread(KFAC(model, cov_every=100, inv_every=2))
     fresh.load_state_dict(saved)
-    with_indefinite_factor(fresh, INDEFINITE * float("nan"))
+    set_factor(fresh, "0", INDEFINITE * float("nan"))
     iterate(model, fresh, x)
-    layer = fresh.preconditioner._layers[0]
-    assert torch.equal(fresh.preconditioner._inverses.fine[layer]["A_inv"], wanted)
+    assert torch.equal(fields(fresh, "0")["A_inv"], wanted)
     fresh.load_state_dict(saved)  # what is pending belongs to the run that was left
-    assert fresh.check() == 0 and layer in fresh.preconditioner._inverses.fine
+    assert fresh.check() == 0 and is_usable(fresh, "0")
 
 
 @pytest.fixture
 def capture(monkeypatch):
     """Run a step as if a CUDA graph of it were captured."""
     import kfac2.preconditioner
-    import kfac2.update
+    import kfac2.step
 
     def run(step):
-        for module in (kfac2.preconditioner, kfac2.update):
+        for module in (kfac2.preconditioner, kfac2.step):
             monkeypatch.setattr(module, "is_capturing", lambda device: True)
         step()
-        for module in (kfac2.preconditioner, kfac2.update):
+        for module in (kfac2.preconditioner, kfac2.step):
             monkeypatch.setattr(module, "is_capturing", lambda device: False)
 
     return run
@@ -340,19 +331,17 @@ def test_a_graph_finds_new_inverses_where_it_looks_for_them(capture):
     iterate(model, opt, x)
     capture(lambda: iterate(model, opt, x))
     assert opt.preconditioner.iteration == 1  # what is captured has not run
-    stacks = opt.preconditioner._update._stacks.kept
-    seen = [tensor.clone() for tensor in stacks.tensors()]
+    inverses = curvature_of(opt).inverses
+    seen = [tensor.clone() for tensor in inverses.tensors()]
     iterate(model, opt, x)
     iterate(model, opt, x)  # statistics and inverses
-    after = opt.preconditioner._update._stacks.kept.tensors()
-    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(after, stacks.tensors(), strict=True))
+    after = curvature_of(opt).inverses.tensors()
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(after, inverses.tensors(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(after, seen, strict=True))
     saved = copy.deepcopy(opt.state_dict())
     opt.load_state_dict(saved)
-    after = opt.preconditioner._update._stacks.kept.tensors()
-    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(after, stacks.tensors(), strict=True))
-    iterate(model, opt, x)
-    assert opt.preconditioner._update._staged is None
+    after = curvature_of(opt).inverses.tensors()
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(after, inverses.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("how", ["dropped", "out of the coarse space"])
@@ -362,12 +351,13 @@ def test_a_graph_that_no_longer_holds_is_not_to_be_replayed(capture, how):
     iterate(model, opt, x)
     capture(lambda: iterate(model, opt, x))
     iterate(model, opt, x)
+    curvature = curvature_of(opt)
     assert opt.ordinary
     if how == "dropped":
-        opt.preconditioner._drop(opt.preconditioner._layers[0])
+        curvature.drop(curvature.layout.layers[0])
         opt.preconditioner.iteration = 100
     else:
-        opt.preconditioner._layers[0].in_coarse = False
+        curvature.averages = replace(curvature.averages, in_coarse=(False, True))
     iterate(model, opt, x)
     assert not opt.ordinary
     with pytest.raises(RuntimeError, match="replayed"):
@@ -383,5 +373,40 @@ def test_layouts_are_not_kept():
     sizes = set()
     for number in range(20):
         iterate(model, opt, x, poison=lambda number=number: setattr(model[number % 6].weight, "grad", None))
-        sizes.add(len(opt.preconditioner._update._layout))
+        sizes.add(len(curvature_of(opt).prepared()._table))
     assert sizes == {11}
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigh"])
+def test_an_inverse_is_mended_with_the_damping_of_its_update(inverse):
+    """The state says that damping, and the other layers' inverses are of it."""
+    results = []
+    for damping_at_check in (0.01, 1.0):
+        torch.manual_seed(0)
+        model, x = net(), torch.randn(6, 3)
+        opt = unread(KFAC(model, cov_every=100, inv_every=2, damping=0.01, inverse=inverse))
+        for _ in range(2):
+            iterate(model, opt, x)
+        set_factor(opt, "0", INDEFINITE * (1 if inverse == "cholesky" else 1e-30))
+        if inverse == "eigh":
+            curvature_of(opt).solvers.fine.invert = failing(curvature_of(opt).solvers.fine.invert)
+        iterate(model, opt, x)
+        opt.options.damping = damping_at_check
+        with pytest.warns(RuntimeWarning, match="a factor of 0 is not positive definite"):
+            opt.check()
+        inverses = curvature_of(opt).inverses
+        results.append([*fields(opt, "0").values(), *(stack for part in inverses.derived.values() for stack in part)])
+        assert inverses.damping == 0.01 == opt.state_dict()["kfac"]["inverses"]["damping"]
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def failing(invert):
+    """Report that the first block of the first batch could not be decomposed."""
+
+    def wrapped(A, G, damping):
+        result, status = invert(A, G, damping)
+        status[0] = torch.cat([torch.full((1,), 2, dtype=status[0].dtype), status[0][1:]])
+        return result, status
+
+    return wrapped

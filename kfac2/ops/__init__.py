@@ -9,7 +9,7 @@
 | `covariances`, with its fronts `input_covariance` and `grad_covariance` | Kronecker factors, all layers | csrc |
 | `factored_tikhonov_inverse` | damped inverses of both factors, all layers | csrc; torch for large ones on a CPU |
 | `eigendecompose` | both factors of every layer, for the exact damped inverse | torch; csrc for small sizes on CUDA |
-| `precondition`, `precondition_eigh` | their use | torch, by size |
+| `precondition`, `precondition_in_basis`, `precondition_eigh` | their use | torch, by size |
 
 The three native calls of every step are for the optimizer alone, and documented beside it in their own files:
 `gather_gradients`, `shift_and_scale`, `write_gradients`.
@@ -21,7 +21,7 @@ from kfac2.ops.cross_layer_sums import cross_layer_sums
 from kfac2.ops.eigendecompose import Eigendecomposition, eigendecompose
 from kfac2.ops.factored_tikhonov_inverse import FactoredInverse, factored_tikhonov_inverse
 from kfac2.ops.layer_maps import channel_sums, layer_maps, patch_sums
-from kfac2.ops.precondition import precondition, precondition_eigh
+from kfac2.ops.precondition import precondition, precondition_eigh, precondition_in_basis
 from kfac2.window import Window
 
 __all__ = [
@@ -42,4 +42,5 @@ __all__ = [
     "patch_sums",
     "precondition",
     "precondition_eigh",
+    "precondition_in_basis",
 ]

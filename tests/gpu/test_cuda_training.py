@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
 from device import DEVICE, needs_device
+from inside import fields, set_factor
 from torch.distributions import Categorical
 
 from kfac2 import KFAC
@@ -187,11 +188,10 @@ def test_a_failed_inverse_keeps_the_last_one_until_statistics_come():
     opt = KFAC(model, cov_every=4, inv_every=2)
     for _ in range(2):
         iterate(model, opt, x, target)
-    layer = opt.preconditioner._layers[0]
-    last = opt.preconditioner._inverses.fine[layer]["A_inv"].clone()
-    opt.preconditioner._statistics.A[layer].mul_(-1)
+    last = fields(opt, "0")["A_inv"].clone()
+    set_factor(opt, "0", -opt.factors("0")[0])
     iterate(model, opt, x, target)  # inverses, without statistics
-    assert torch.equal(opt.preconditioner._inverses.fine[layer]["A_inv"], last)
+    assert torch.equal(fields(opt, "0")["A_inv"], last)
     iterate(model, opt, x, target)
     with pytest.warns(RuntimeWarning, match="a factor of 0 is not positive definite"):
         iterate(model, opt, x, target)

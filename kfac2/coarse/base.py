@@ -1,0 +1,120 @@
+"""A coarse space: what the second level adds to the blocks (eq. 5-7)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kfac2.layout import Layout
+from kfac2.ops.shift_and_scale import ShiftAndScale, shift_and_scale
+from kfac2.statistics import Averages, Pass, Sums
+
+
+@dataclass(frozen=True)
+class FineStep:
+    """A step before the coarse correction and the KL clip; the arguments of `shift_and_scale`.
+
+    Attributes:
+        gradients: ∇ of all layers, one dimension.
+        directions: the fine update v, in the same places.
+        spans: (L, 2): begin and end of each layer.
+        rates: η_i, on the CPU.
+        device_rates: what the rates are multiplied by, or None.
+        usable: (L,): 0 for a layer that has no inverse.
+        first_bad: what `gather_gradients` returned.
+        none_bad: what it is where all gradients are finite.
+        kl_clip: κ, or None.
+        skipped: where steps that are not finite are counted.
+    """
+
+    gradients: Tensor
+    directions: Tensor
+    spans: Tensor
+    rates: Tensor
+    device_rates: Tensor | None
+    usable: Tensor
+    first_bad: Tensor
+    none_bad: int
+    kl_clip: float | None
+    skipped: Tensor
+
+
+class CoarseSpace(ABC):
+    """The second level. What it sums and averages are tuples of tensors, which only the space itself reads."""
+
+    names: ClassVar[tuple[str, ...]] = ()
+    """What the averages are called in a saved state."""
+
+    @abstractmethod
+    def add(self, layout: Layout, sums: Sums, passed: Pass, in_coarse: Sequence[bool]) -> None:
+        """Add the rows of one pass to `sums.coarse`; note in `sums.misfits` a layer whose batch does not fit.
+
+        Args:
+            layout: of the layers.
+            sums: of the iteration so far.
+            passed: the pass.
+            in_coarse: by layer, whether it is in the space.
+        """
+
+    @abstractmethod
+    def averaged(self, layout: Layout, averages: Averages, sums: Sums, kept: float) -> tuple[Tensor, ...]:
+        """Return `averages.coarse` with the sums of one iteration averaged in.
+
+        Args:
+            layout: of the layers.
+            averages: those of this iteration, of which only `coarse` is still that of the last.
+            sums: of the iteration.
+            kept: ε.
+        """
+
+    @abstractmethod
+    def without(self, layout: Layout, averages: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
+        """Return averages without a layer.
+
+        Args:
+            layout: that it is still part of.
+            averages: `Averages.coarse`.
+            number: of the layer.
+        """
+
+    @abstractmethod
+    def invert(self, layout: Layout, averages: tuple[Tensor, ...], damping: float) -> tuple[Tensor, Tensor] | None:
+        """Return the damped inverse of the coarse Fisher, float64, and whether that failed, both on the device.
+
+        Args:
+            layout: of the layers.
+            averages: `Averages.coarse`.
+            damping: λ_c.
+
+        Returns:
+            None where there is nothing to invert.
+        """
+
+    def correct(self, step: FineStep, inverse: Tensor | None, in_coarse: Tensor, weight: float) -> ShiftAndScale:
+        """Restrict the gradients, solve, prolong onto the directions, and compute the clip: one native call.
+
+        Args:
+            step: gradients and directions.
+            inverse: what `invert` returned; None: no second level in this step.
+            in_coarse: float64 on the CPU, (L,).
+            weight: ω.
+        """
+        return shift_and_scale(
+            step.gradients,
+            step.directions,
+            step.spans,
+            step.rates,
+            step.device_rates,
+            in_coarse,
+            step.usable,
+            inverse if weight != 0 else None,
+            step.first_bad,
+            step.none_bad,
+            weight,
+            step.kl_clip,
+            step.skipped,
+        )

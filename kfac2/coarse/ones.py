@@ -1,0 +1,153 @@
+"""The paper's coarse space: one vector of ones for each layer (eq. 5-7).
+
+An entry of the coarse Fisher is the sum of all elements of A_ij ⊗ G_ij, which is (sum of A_ij) · (sum of G_ij); and the
+sum of A_ij is 1/M Σ_n Σ_t s_i s_j with s_i = 1ᵀā_i. So each layer gives one scalar map, and both matrices of sums are
+inner products of maps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfac2 import ops
+from kfac2.coarse.base import CoarseSpace
+from kfac2.kinds import Rows
+from kfac2.layout import Layout
+from kfac2.ops.eigendecompose import floored_eigh
+from kfac2.statistics import Averages, Pass, Sums, Use
+
+MAP_NUMBERS = 2**22  # of all maps that are alive at a time: 16 MB
+
+
+class Ones(CoarseSpace):
+    """One vector of ones for each layer; `averages.coarse` is (sums of A, sums of G), (B, B) each.
+
+    Args:
+        downsample: how maps of different grids meet.
+    """
+
+    names = ("input_sums", "grad_sums")
+
+    def __init__(self, downsample: str) -> None:
+        self._downsample = downsample
+
+    def add(self, layout: Layout, sums: Sums, passed: Pass, in_coarse: Sequence[bool]) -> None:
+        """Add the inner products of all pairs of maps, few samples at a time."""
+        inside = [use for use in passed.uses if in_coarse[layout.number(use.layer)] and use.layer not in sums.misfits]
+        samples = inside[0].samples if inside else 0
+        fitting = [use for use in inside if _fits(use, samples, sums)]
+        new = self._pair_sums(layout, fitting, samples, passed)
+        sums.coarse = tuple(a + b for a, b in zip(sums.coarse, new, strict=True)) if sums.coarse else new
+
+    def _pair_sums(self, layout: Layout, uses: Sequence[Use], samples: int, passed: Pass) -> tuple[Tensor, Tensor]:
+        """Both (B, B) matrices of sums of one pass; a layer that took no part is a zero map."""
+        maps = len(layout.layer_of_map)
+        if not uses:
+            dtype = torch.float64 if passed.uses[0].x.dtype == torch.float64 else torch.float32
+            zeros = torch.zeros(maps, maps, dtype=dtype, device=layout.device)
+            return zeros, zeros.clone()
+        # One kind after the other, and few samples at a time, so that not all maps are alive together.
+        numbers = sum(use.layer.maps * use.row_count for use in uses)
+        share = max(1, samples * MAP_NUMBERS // max(numbers, 1))
+        inputs, grads = zip(*(use.layer.map_rows(use.x, use.g) for use in uses), strict=True)
+        sums = (
+            self._sums_of_maps(inputs, samples, share, 1.0),
+            self._sums_of_maps(grads, samples, share, passed.scale**2),
+        )
+        firsts = [(layout.first_map[layout.number(use.layer)], use.layer.maps) for use in uses]
+        index = [first + q for first, count in firsts for q in range(count)]
+        if len(index) == maps:
+            return sums
+        places = torch.tensor(index, device=layout.device)
+        whole = sums[0].new_zeros(maps, maps), sums[1].new_zeros(maps, maps)
+        for to, present in zip(whole, sums, strict=True):
+            to[places.unsqueeze(1), places] = present
+        return whole
+
+    def _sums_of_maps(self, sources: Sequence[Rows], samples: int, share: int, factor: float) -> Tensor:
+        """Add up one matrix of sums over all maps of one kind, `share` of the samples at a time."""
+        windows = [rows.window for rows in sources]
+        sums: Tensor | None = None
+        for begin in range(0, samples, share):
+            count = min(share, samples - begin)
+            parts = [_samples_of(rows.tensor, begin, count, samples) for rows in sources]
+            maps = [_on_samples(m, count) for m in ops.layer_maps(parts, windows)]
+            if len({m.dtype for m in maps}) > 1:  # layers of several precisions
+                maps = [m.double() for m in maps]
+            sums = ops.cross_layer_sums(maps, self._downsample, previous=sums, kept=1.0, scale=factor)
+        assert sums is not None
+        return sums
+
+    def averaged(self, layout: Layout, averages: Averages, sums: Sums, kept: float) -> tuple[Tensor, ...]:
+        """Normalise and average: 1/M for inputs, 1/(N √(T_i T_j)) for gradients, which keeps both Gram matrices."""
+        input_sums, grad_sums = sums.coarse
+        inside = [float(averages.in_coarse[i]) for i in layout.layer_of_map]
+        counts = [sums.rows.get(layout.layers[i], 0) for i in layout.layer_of_map]
+        mask = input_sums.new_tensor(inside)
+        root = mask * grad_sums.new_tensor([count**-0.5 if count else 0.0 for count in counts])
+        new = input_sums * torch.outer(mask, mask) / sums.cases, grad_sums * torch.outer(root, root)
+        if not averages.coarse:
+            return new
+        return tuple(torch.lerp(after, before, kept) for after, before in zip(new, averages.coarse, strict=True))
+
+    def without(self, layout: Layout, averages: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
+        """Return the sums without the rows and columns of a layer."""
+        if not averages:
+            return ()
+        others = [place for place, owner in enumerate(layout.layer_of_map) if owner != number]
+        kept = torch.tensor(others, dtype=torch.long, device=layout.device)
+        return tuple(sums[kept][:, kept] for sums in averages)
+
+    def fisher(self, layout: Layout, averages: tuple[Tensor, ...]) -> Tensor:
+        """Return F_coarse, (L, L) (eq. 7)."""
+        return ops.coarse_fisher(averages[0], averages[1], layout.layer_of_map)
+
+    def invert(self, layout: Layout, averages: tuple[Tensor, ...], damping: float) -> tuple[Tensor, Tensor] | None:
+        """Return (F_coarse + λ_c I)⁻¹, eigenvalues floored at 0, and whether that failed."""
+        return coarse_inverse(self.fisher(layout, averages), damping) if averages else None
+
+
+def coarse_inverse(fisher: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return (F_coarse + λ_c I)⁻¹ in float64, eigenvalues floored at 0, and whether that failed, on the device.
+
+    Grids that do not divide each other can make F_coarse indefinite; the floor keeps the coarse step from
+    ever turning uphill. In float64: an L×L matrix costs nothing, and its condition may be large.
+    """
+    try:
+        values, vectors, status = (part[0] for part in floored_eigh(fisher.double().unsqueeze(0)))
+    except torch.linalg.LinAlgError:
+        return torch.zeros_like(fisher.double()), torch.ones_like(fisher[0, 0], dtype=torch.bool)
+    return (vectors / (values + damping)) @ vectors.mT, status != 0
+
+
+def _fits(use: Use, samples: int, sums: Sums) -> bool:
+    """Tell whether a batch is a multiple of N; a layer whose is not leaves the coarse space with this iteration."""
+    if use.samples % samples == 0:
+        return True
+    sums.misfits.add(use.layer)
+    warnings.warn(
+        f"kfac2: {use.layer.name} has a leading size of {use.samples}, which is no multiple of the batch size "
+        f"{samples} of the first handled layer; it leaves the coarse space and keeps its own block",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def _samples_of(tensor: Tensor, begin: int, count: int, samples: int) -> Tensor:
+    """Take `count` of the samples of a tensor that has r rows of each."""
+    if count == samples:
+        return tensor
+    r = len(tensor) // samples
+    return tensor[begin * r : (begin + count) * r]
+
+
+def _on_samples(values: Tensor, samples: int) -> Tensor:
+    """View a map (N·r, *grid) as (N, r, *grid); r = 1 adds no axis."""
+    if values.shape[0] == samples:
+        return values
+    return values.reshape(samples, values.shape[0] // samples, *values.shape[1:])

@@ -1,0 +1,350 @@
+"""The curvature of a model: running averages of its Kronecker factors and their damped inverses, without a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from kfac2 import state
+from kfac2.coarse import coarse_space
+from kfac2.collector import Collector, NotFiniteError
+from kfac2.fine import SOLVERS, ObservingSolver
+from kfac2.health import Health
+from kfac2.inverses import Inverses, Solvers, inverted, mended, observed
+from kfac2.kinds import Layer
+from kfac2.layers import find_layers
+from kfac2.layout import Layout
+from kfac2.options import CurvatureOptions, check_damping
+from kfac2.processes import Alone
+from kfac2.readings import Readings
+from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
+from kfac2.step import Step
+
+
+class Curvature(Readings):
+    """The two-level K-FAC approximation of a model's Fisher: statistics and inverses, used as you like.
+
+    ```python
+    curvature = kfac2.Curvature(model)
+    for x, _ in loader:
+        curvature.accumulate(Categorical(logits=model(x)))
+    A, G = curvature.factors("0")
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    natural = curvature.solve(gradients, damping=1e-2)
+    ```
+
+    `Preconditioner` is a schedule over it, and `KFAC` an SGD step behind that.
+
+    Args:
+        model: the model; handled are `nn.Linear`, `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d` whose weight
+            requires grad. Why another is left alone is logged to `kfac2`.
+        params: the parameters that are trained; by default all of `model`.
+        skip: full names of modules, or regular expressions that match them in full, left alone.
+        options: checked options to share, in place of the following.
+        **settings: `levels`, `inverse`, `fisher`, `stat_decay`, `downsample`, `coarse_weight`, `coarse_damping`,
+            `coarse_max_groups`, `inverse_dtype` and `cases`, as in `KFAC`.
+
+    Attributes:
+        options: the options; those that state does not depend on may be set at any time.
+        wanted: called at each forward pass with grad enabled: whether it is captured. By default all are.
+        dropping: called before a layer is dropped, while what was found still has its names.
+
+    Raises:
+        TypeError: if an argument has the wrong type, or an option is unknown.
+        ValueError: if an option is out of its range, `skip` matches nothing, the model has no layer to
+            handle, or its layers are on two devices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        params: Iterable[nn.Parameter] | None = None,
+        skip: Iterable[str] = (),
+        options: CurvatureOptions | None = None,
+        **settings: Any,
+    ) -> None:
+        self.options = CurvatureOptions.of(settings) if options is None else options
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.params = list(model.parameters() if params is None else params)
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        layers = find_layers(model, self.params, skip, self.options.coarse_max_groups)
+        self.layout = Layout(layers, layers[0].weight.device)
+        self.solvers = Solvers(
+            SOLVERS[self.options.inverse](),
+            coarse_space(self.options.levels, self.options.downsample),
+            Alone(),
+        )
+        self.health = Health(self.layout.device)
+        self.averages = Averages.none(self.layout)
+        self.inverses: Inverses | None = None
+        self.sums = Sums()
+        self.dropped: list[str] = []
+        self.wanted: Callable[[], bool] = lambda: True
+        self.dropping: Callable[[], object] = lambda: None
+        follow_backward = self.options.fisher == "empirical"
+        self.collector = Collector(layers, lambda: bool(self.layers) and self.wanted(), follow_backward, self.drop)
+        self._step: Step | None = None
+        self._solved: tuple[Averages, float, float] | None = None
+
+    @property
+    def _statistics(self) -> Curvature:
+        return self
+
+    # -- statistics -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def accumulate(self, *distributions: Distribution) -> None:
+        """Average one batch into the statistics.
+
+        Args:
+            *distributions: the model's predictive distributions, whose parameters carry the graph; those of several
+                passes add up, as micro-batches of one mean loss. None with `fisher="empirical"`, which takes the
+                gradients of the ordinary backward passes since the last call.
+
+        Raises:
+            TypeError: if an argument is no distribution.
+            ValueError: if one carries no graph, or none that holds a handled layer's output; or if something is not
+                finite. Nothing is changed then.
+            RuntimeError: with `fisher="empirical"`, if no backward pass has come by.
+        """
+        try:
+            for distribution in distributions:
+                self.collect(distribution)
+            if self.options.fisher == "empirical":
+                self.collect_backward()
+            if not self.sums.A:
+                raise RuntimeError("there is nothing to accumulate: got no distribution and no backward pass")
+            bad = self.sums.not_finite()
+            if bad is not None:
+                raise NotFiniteError(bad)
+            self.commit(*self.refreshed(None))
+        finally:
+            self.discard()
+
+    def collect(self, distribution: Distribution) -> None:
+        """Add one pass to the sums of this iteration, from the model's own predictive distribution.
+
+        Args:
+            distribution: as for `accumulate`.
+
+        Raises:
+            TypeError: if it is no distribution.
+            ValueError: if it carries no graph, or none that holds a handled layer's output.
+            NotFiniteError: if no labels can be drawn from it for a NaN or an infinity.
+        """
+        if not isinstance(distribution, Distribution):
+            raise TypeError(
+                f"distribution must be a torch.distributions.Distribution, got {type(distribution).__name__}"
+            )
+        passed = self.collector.sample(distribution)
+        if passed is not None:
+            self._add(passed)
+
+    def collect_backward(self) -> None:
+        """Add the ordinary backward passes to the sums of this iteration (the empirical Fisher)."""
+        for passed in self.collector.followed_backward(self.options.cases):
+            self._add(passed)
+
+    @torch.no_grad()
+    def _add(self, passed: Pass) -> None:
+        self.sums.add_factors(passed)
+        self.solvers.coarse.add(self.layout, self.sums, passed, self.averages.in_coarse)
+        if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
+            self.solvers.fine.observe(self.layout, self.inverses.fields, passed, self.sums)
+
+    def discard(self) -> None:
+        """Free what this iteration has captured and summed."""
+        self.collector.captures.clear()
+        self.sums = Sums()
+
+    def drop(self, layer: Layer) -> None:
+        """Leave a layer alone from now on; what this iteration has summed so far is discarded with it."""
+        self.dropping()
+        old, self.layout = self.layout, self.layout.without(layer)
+        coarse = self.solvers.coarse.without(old, self.averages.coarse, old.number(layer))
+        self.averages = self.averages.moved(old, self.layout, coarse)
+        self.dropped.append(layer.name)
+        self.collector.captures.forget(layer)
+        self.sums = Sums()
+        self.inverses = self._step = None
+
+    # -- inverses -------------------------------------------------------------------------------------------
+
+    def refreshed(self, damping: float | None) -> tuple[Averages, Inverses | None]:
+        """Return averages and inverses with what this iteration has collected; commit neither.
+
+        Args:
+            damping: λ of new inverses; None: those in use go on.
+        """
+        averages, inverses = self.averages, self.inverses
+        if self.sums.A:
+            sums = self.solvers.processes.add_up(self.sums)
+            averages = averaged(self.layout, averages, sums, self.options.stat_decay)
+            kept = kept_share(averages.updates, self.options.stat_decay)
+            averages = replace(averages, coarse=self.solvers.coarse.averaged(self.layout, averages, sums, kept))
+            if inverses is not None:
+                inverses = observed(self.layout, inverses, self.solvers.fine, sums, self.options.stat_decay)
+        if damping is not None and averages.updates and self.layout.layers:
+            inverses = self._inverted(averages, inverses, damping)
+        return averages, inverses
+
+    def _inverted(self, averages: Averages, last: Inverses | None, damping: float) -> Inverses:
+        coarse_damping = self.options.coarse_damping or damping
+        dtype = self.options.inverse_dtype
+        new = inverted(self.layout, averages, last, self.solvers, damping, coarse_damping, dtype)
+        return self._mended(averages, new) if self.health.at_once else new
+
+    def _mended(self, averages: Averages, inverses: Inverses) -> Inverses:
+        return mended(self.layout, averages, inverses, self.solvers, self.health.warn_once)
+
+    def mend(self) -> None:
+        """Look at the inverses in use, and mend those that failed."""
+        if self.inverses is not None:
+            self.inverses = self._mended(self.averages, self.inverses)
+
+    def commit(self, averages: Averages, inverses: Inverses | None) -> None:
+        """Go on with these; a CUDA graph finds the inverses where it has read the last ones."""
+        self.averages = averages
+        if inverses is not None and inverses is not self.inverses:
+            pinned = self.health.is_captured and self.inverses is not None
+            self.inverses = self.inverses.holding(inverses) if pinned else inverses  # type: ignore[union-attr]
+
+    def solve(self, gradients: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        """Multiply gradients by the damped inverse of the Fisher: both levels, no clip.
+
+        Waits for the device. With the same statistics and damping the inverses are those of the last call.
+
+        Args:
+            gradients: by name of the parameter, as in `model.named_parameters()`, shaped as these.
+            damping: λ > 0, in units of the Fisher of the mean loss.
+
+        Returns:
+            By the same names. A parameter that K-FAC does not handle, or whose layer has no statistics, keeps its
+            gradient; a layer whose weight has none has no part in the coarse system.
+
+        Raises:
+            TypeError: if `damping` is no number.
+            ValueError: if `damping` is not above 0, a gradient has another shape than its parameter, or one or its
+                solution is not finite.
+            KeyError: if a name is none of a parameter.
+            RuntimeError: if there are no statistics yet.
+        """
+        check_damping(damping)
+        step = self.prepared()
+        parameters = {self._names[id(p)]: p for p in step.parameters if id(p) in self._names}
+        for name, gradient in gradients.items():
+            if name not in parameters:
+                raise KeyError(f"gradients must have names of the model's parameters, got {name!r}")
+            if gradient.shape != parameters[name].shape:
+                wanted = tuple(parameters[name].shape)
+                raise ValueError(f"the gradient of {name} must have shape {wanted}, got {tuple(gradient.shape)}")
+        if not self.averages.updates:
+            raise RuntimeError("there are no statistics yet: call accumulate first")
+        return self._solve(step, {name: g.detach().clone() for name, g in gradients.items()}, damping)
+
+    @torch.no_grad()
+    def _solve(self, step: Step, solutions: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
+        coarse_damping = self.options.coarse_damping or damping
+        if (
+            self._solved is None
+            or self._solved[0] is not self.averages
+            or self._solved[1:] != (damping, coarse_damping)
+        ):
+            self.commit(self.averages, self._inverted(self.averages, self.inverses, damping))
+            self.mend()
+            self._solved = (self.averages, damping, coarse_damping)
+        assert self.inverses is not None
+        gathered = step.gather([solutions.get(self._names.get(id(p), "")) for p in step.parameters])
+        rates = [1.0] * len(self.layout.layers)
+        skipped = torch.zeros_like(self.health.skipped)
+        weight, in_coarse = self.options.coarse_weight, self.averages.in_coarse
+        result = step.write(gathered, self.inverses, self.solvers, in_coarse, weight, None, rates, skipped)
+        if result.found.item():
+            raise ValueError(f"gradients must be finite, got a NaN or an infinity in {self.source(int(skipped[1]))}")
+        return solutions
+
+    def prepared(self) -> Step:
+        """Return the step for the layers as they are, made anew where they have moved."""
+        if not self.layout.fits():
+            old, layers = self.layout, self.layout.layers
+            self.layout = Layout(layers, layers[0].weight.device)
+            coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse)
+            self.averages = self.averages.moved(old, self.layout, coarse)
+            self.inverses = self._step = None
+            if old.device != self.layout.device:
+                self.health = Health(self.layout.device)
+        if self._step is None:
+            own = {id(parameter) for layer in self.layout.layers for parameter in (layer.weight, layer.bias)}
+            self._step = Step(self.layout, [parameter for parameter in self.params if id(parameter) not in own])
+        return self._step
+
+    def watch(self, params: Iterable[nn.Parameter]) -> None:
+        """Look for NaNs and infinities in the gradients of further parameters, too."""
+        self.params += list(params)
+        self._step = None
+
+    def source(self, number: int) -> str:
+        """Name what was not finite, by the number of a parameter of the step; what is behind them all is the result."""
+        parameters = self.prepared().parameters
+        if number >= len(parameters):
+            return "the preconditioned gradients"
+        return f"the gradient of {self._names.get(id(parameters[number]), 'a parameter outside the model')}"
+
+    # -- state ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that statistics and inverses go on from, loadable with `torch.load(weights_only=True)`.
+
+        Factors, sums and inverses keep their own dtype. On CUDA, grouped convolutions are the exception to bit
+        for bit: torch adds their blocks up in no fixed order. Labels are drawn from torch's global generator: to
+        resume bit for bit, save and restore its state too.
+        """
+        self.mend()
+        in_coarse = zip(self.layers, self.averages.in_coarse, strict=True)
+        return {
+            "options": self.options.as_dict(),
+            "layers": {name: {"in_coarse": inside} for name, inside in in_coarse},
+            "dropped": list(self.dropped),
+            "statistics": state.from_averages(self.layout, self.averages, self.solvers),
+            "inverses": state.from_inverses(self.layout, self.inverses),
+        }
+
+    def check_state_dict(self, state_dict: Mapping[str, Any], keys: Iterable[str] = ()) -> None:
+        """Check that a state fits this model and these options; changes nothing.
+
+        Args:
+            state_dict: what `state_dict` returned.
+            keys: that it must have beside its own.
+
+        Raises:
+            ValueError: naming what does not fit.
+        """
+        state.check(state_dict, [*keys, *state.KEYS], self.layout, self.dropped, self.options)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state. Options that may change during training are restored as well.
+
+        Args:
+            state_dict: what `state_dict` returned, for the same model and structural options.
+
+        Raises:
+            ValueError: if the state does not fit; nothing is changed then.
+        """
+        self.check_state_dict(state_dict)
+        for layer in [layer for layer in self.layout.layers if layer.name in state_dict["dropped"]]:
+            self.drop(layer)
+        for name, value in state_dict["options"].items():
+            setattr(self.options, name, value)
+        self.discard()
+        self.health.forget()
+        inverses = state.to_inverses(state_dict["inverses"], self.layout, self.solvers)
+        self.commit(state.to_averages(state_dict, self.layout, self.solvers), inverses)
+        if inverses is None:
+            self.inverses = None

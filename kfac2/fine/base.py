@@ -1,0 +1,125 @@
+"""An inverse of the Kronecker blocks: what is kept of it, how it is computed and applied."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kfac2.layout import Batch, Layout, Stacks
+from kfac2.statistics import Pass, Sums
+
+Fields = dict[str, Stacks]
+"""Fields of the inverses by name."""
+
+
+class FineSolver(ABC):
+    """The first level: inverts the damped block of every layer, and multiplies gradients by it.
+
+    A subclass in a file of its own is one value of the option `inverse`.
+    """
+
+    fields: ClassVar[dict[str, str]]
+    """The fields that are kept and saved, each with the shape of one block's entry: a letter for each axis, `'i'` of
+    length d_in, `'o'` of length d_out."""
+
+    @abstractmethod
+    def invert(self, A: Stacks, G: Stacks, damping: float) -> tuple[Fields, Stacks]:
+        """Invert the blocks of all batches.
+
+        Args:
+            A: factors, (blocks, d_in, d_in) for each batch.
+            G: factors, (blocks, d_out, d_out).
+            damping: λ.
+
+        Returns:
+            The fields; and by batch the status of each block, (blocks,), not 0 where its entries hold no meaning.
+        """
+
+    @abstractmethod
+    def mend(self, A: Tensor, G: Tensor, damping: float) -> dict[str, Tensor] | None:
+        """Invert the blocks of one layer in float64, eigenvalues floored at 0; None where a factor is not finite.
+
+        Args:
+            A: (blocks, d_in, d_in).
+            G: (blocks, d_out, d_out).
+            damping: λ.
+        """
+
+    @abstractmethod
+    def apply(self, fields: Fields, gradients: Stacks, work: Stacks, out: Stacks) -> None:
+        """Multiply by the inverses.
+
+        Args:
+            fields: those kept and those derived.
+            gradients: ∇, (blocks, d_out, d_in) for each batch.
+            work: memory of the same shapes.
+            out: of the same shapes: where the result is written.
+        """
+
+    def derive(self, fields: Fields, damping: float) -> Fields:
+        """Return further fields that follow from those that are kept, and are not saved."""
+        return {}
+
+    def carry_over(self, new: Fields, last: Fields, had: Sequence[Tensor]) -> Fields:
+        """Return new fields with what goes on of the last ones: here, nothing.
+
+        Args:
+            new: fields of this update.
+            last: fields of the last one.
+            had: by batch, (blocks,): whether a block had an inverse.
+        """
+        return new
+
+    def shape(self, field: str, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of one block's entry of a field."""
+        return tuple({"i": batch.d_in, "o": batch.d_out}[axis] for axis in self.fields[field])
+
+    def zeros(self, layout: Layout) -> Fields:
+        """Make the fields, filled with zeros, in the dtype of the matrices that they multiply."""
+        return {field: layout.stacks(partial(self.shape, field), layout.dtype) for field in self.fields}
+
+
+class ObservingSolver(FineSolver):
+    """A solver that also looks at the rows of each statistics update, with the inverses in use."""
+
+    @abstractmethod
+    def observe(self, layout: Layout, fields: Fields, passed: Pass, sums: Sums) -> None:
+        """Add what is seen of the rows of one pass to `sums.squares`."""
+
+    @abstractmethod
+    def averaged(
+        self, layout: Layout, fields: Fields, known: Sequence[bool], sums: Sums, kept: float
+    ) -> tuple[Fields, tuple[bool, ...]]:
+        """Average in what was observed.
+
+        Args:
+            layout: of the layers.
+            fields: those that are kept.
+            known: by layer, whether it was observed before.
+            sums: of the iteration.
+            kept: ε.
+
+        Returns:
+            The fields, and by layer whether it has been observed.
+        """
+
+
+def decomposed_in_float64(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Return eigenvalues, floored at 0, and eigenvectors of both factors; None where that is impossible.
+
+    Args:
+        A: (blocks, d_in, d_in).
+        G: (blocks, d_out, d_out).
+    """
+    if not (bool(A.isfinite().all()) and bool(G.isfinite().all())):
+        return None
+    try:
+        (A_values, A_vectors), (G_values, G_vectors) = torch.linalg.eigh(A.double()), torch.linalg.eigh(G.double())
+    except torch.linalg.LinAlgError:
+        return None
+    return A_values.clamp(min=0), A_vectors, G_values.clamp(min=0), G_vectors

@@ -1,0 +1,142 @@
+"""EKFAC (George et al. 2018): K-FAC's eigenbasis, with the diagonal that the Fisher has in it.
+
+    s = E[(V_Gᵀ ∇_n V_A)²],    v = V_G [(V_Gᵀ ∇ V_A) / (s + λ)] V_Aᵀ,
+
+∇_n the gradient of one sample: of all diagonals, the one that brings the block closest to the Fisher in Frobenius norm
+(their theorem 2); K-FAC's own is g aᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac2.fine.base import Fields, ObservingSolver, decomposed_in_float64
+from kfac2.fine.exact import Exact, decomposed
+from kfac2.kinds import Rows
+from kfac2.layout import Layout, Stacks
+from kfac2.statistics import Pass, Sums, add_to, mixed_in
+
+_GRADIENT_NUMBERS = 2**22  # of all gradients of single samples that are alive at a time: 16 MB
+
+
+class EKFAC(ObservingSolver, Exact):
+    """The eigenbasis comes with each inverse update, the diagonal with each statistics update."""
+
+    fields = {"A_vectors": "ii", "G_vectors": "oo", "diagonal": "oi"}  # noqa: RUF012
+
+    def invert(self, A: Stacks, G: Stacks, damping: float) -> tuple[Fields, Stacks]:
+        """Decompose both factors of all blocks; the diagonal is K-FAC's for now."""
+        A_values, A_vectors, G_values, G_vectors, status = decomposed(A, G)
+        diagonal = [_outer(g, a) for g, a in zip(G_values, A_values, strict=True)]
+        return {"A_vectors": A_vectors, "G_vectors": G_vectors, "diagonal": diagonal}, status
+
+    def mend(self, A: Tensor, G: Tensor, damping: float) -> dict[str, Tensor] | None:
+        """Decompose in float64; the diagonal is K-FAC's."""
+        parts = decomposed_in_float64(A, G)
+        if parts is None:
+            return None
+        A_values, A_vectors, G_values, G_vectors = parts
+        return {"A_vectors": A_vectors, "G_vectors": G_vectors, "diagonal": _outer(G_values, A_values)}
+
+    def derive(self, fields: Fields, damping: float) -> Fields:
+        """Return what a step multiplies with in the eigenbasis, 1 / (s + λ)."""
+        return {"scales": [(diagonal + damping).reciprocal_() for diagonal in fields["diagonal"]]}
+
+    def carry_over(self, new: Fields, last: Fields, had: Sequence[Tensor]) -> Fields:
+        """Turn the diagonal into the new basis, where a block had one.
+
+        With U_A = V_Aᵀ V_A,last and U_G likewise, the diagonal of U diag(s) Uᵀ is U_G² s (U_A²)ᵀ, squares by element.
+        """
+        diagonals = []
+        for batch, before in enumerate(had):
+            turn_a, turn_g = (
+                (new[name][batch].to(last[name][batch]).mT @ last[name][batch]).square()
+                for name in ("A_vectors", "G_vectors")
+            )
+            turned = turn_g @ last["diagonal"][batch] @ turn_a.mT
+            diagonals.append(torch.where(before[:, None, None], turned, new["diagonal"][batch]))
+        return {**new, "diagonal": diagonals}
+
+    def observe(self, layout: Layout, fields: Fields, passed: Pass, sums: Sums) -> None:
+        """Add Σ_n (V_Gᵀ ∇_n V_A)² of each layer, n counting the samples of the pass.
+
+        A layer whose leading size is N·r has r consecutive rows of each sample; one whose size is no multiple of N (an
+        expert's share of the batch) has a sample in each row.
+        """
+        samples = passed.uses[0].samples
+        for use in passed.uses:
+            i = layout.number(use.layer)
+            V_A, V_G = (layout.view(fields[name], i).to(use.layer.factor_dtype) for name in ("A_vectors", "G_vectors"))
+            blocks = []
+            for q in range(use.layer.blocks):
+                a, g = (formed(rows, q).to(V_A.dtype) for rows in (use.inputs, use.grads))
+                if use.samples % samples == 0:
+                    a, g = (rows.reshape(samples, -1, rows.shape[2]) for rows in (a, g))
+                blocks.append(squares_in_basis(a, g, V_A[q], V_G[q]))
+            add_to(sums.squares, use.layer, torch.stack(blocks) * passed.scale**2)
+
+    def averaged(
+        self, layout: Layout, fields: Fields, known: Sequence[bool], sums: Sums, kept: float
+    ) -> tuple[Fields, tuple[bool, ...]]:
+        """Average the diagonals in; a layer's first one takes the place of K-FAC's."""
+        scales = [1 / sums.cases] * len(sums.squares)
+        diagonal = mixed_in(layout, fields["diagonal"], known, sums.squares, scales, kept)
+        observed = tuple(was or layer in sums.squares for was, layer in zip(known, layout.layers, strict=True))
+        return {**fields, "diagonal": diagonal}, observed
+
+
+def squares_in_basis(a: Tensor, g: Tensor, V_A: Tensor, V_G: Tensor) -> Tensor:
+    """Return Σ_n (V_Gᵀ ∇_n V_A)² by element, ∇_n = Σ_t g[n, t] a[n, t]ᵀ.
+
+    Args:
+        a: rows (N, T, d_in).
+        g: rows (N, T, d_out).
+        V_A: (d_in, d_in), eigenvectors in columns.
+        V_G: (d_out, d_out).
+
+    Returns:
+        (d_out, d_in).
+    """
+    samples, places, d_in = a.shape
+    d_out = g.shape[2]
+    if places == 1:  # (g aᵀ)² = g² (a²)ᵀ: no gradient of a single sample is formed
+        return (g[:, 0] @ V_G).square().mT @ (a[:, 0] @ V_A).square()
+    share = max(1, _GRADIENT_NUMBERS // (d_in * d_out))
+    turns_rows = places * (d_in + d_out) < 2 * d_in * d_out  # few places: rows are fewer numbers than the gradient
+    total = a.new_zeros(d_out, d_in)
+    for begin in range(0, samples, share):
+        rows_a, rows_g = a[begin : begin + share], g[begin : begin + share]
+        if turns_rows:
+            total += torch.bmm((rows_g @ V_G).mT, rows_a @ V_A).square_().sum(0)
+        else:
+            total += (V_G.mT @ torch.bmm(rows_g.mT, rows_a) @ V_A).square_().sum(0)
+    return total
+
+
+def formed(rows: Rows, block: int) -> Tensor:
+    """Form the rows of one block, which nothing else needs.
+
+    Args:
+        rows: of a layer.
+        block: which of its groups.
+
+    Returns:
+        (N, T, d): channel slowest, then kernel offsets, then the bias 1.
+    """
+    x, window = rows
+    channels, rank = x.shape[1] // window.groups, len(window.kernel_size)
+    part = x[:, block * channels : (block + 1) * channels]
+    if any(zeros != (0, 0) for zeros in window.padding):
+        part = F.pad(part, [number for zeros in reversed(window.padding) for number in zeros])
+    for axis, (k, step, d) in enumerate(zip(window.kernel_size, window.stride, window.dilation, strict=True)):
+        part = part.unfold(2 + axis, d * (k - 1) + 1, step)[..., ::d]
+    patches = part.movedim(1, 1 + rank).reshape(x.shape[0], -1, window.row_length(x.shape[1]) - window.bias)
+    return F.pad(patches, (0, window.bias), value=1.0)
+
+
+def _outer(g: Tensor, a: Tensor) -> Tensor:
+    return g.unsqueeze(-1) * a.unsqueeze(-2)

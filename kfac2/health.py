@@ -1,0 +1,107 @@
+"""What was found, skipped and not yet reported; and whether a captured CUDA graph still holds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Health:
+    """The one place that knows what went wrong, and who has been told.
+
+    The rules:
+
+    - A step that comes upon a NaN or an infinity changes nothing but the iteration count. The kernels decide that on
+      the device: they write zeros into all gradients, and count the step in `skipped`.
+    - On a CPU each step is reported at once. On a CUDA device an ordinary step reads nothing back; what it found is
+      reported with the next statistics, which are looked at before they are averaged in, or by `check`.
+    - An inverse that failed is replaced by the last one on the device. It is mended, and the warning given, when the
+      host next looks: at once on a CPU.
+    - A warning that would come again and again is given once.
+    - A captured CUDA graph holds the layout and the layers of the coarse space as they were at its capture. It is
+      stale once either is another; new inverses do not make it so, since they are copied to where it reads them.
+
+    Args:
+        device: of the layers.
+
+    Attributes:
+        at_once: whether the host looks after each step.
+        bad: what was not finite when this iteration's statistics were taken, so that the step is skipped; or None.
+        skipped: int64 on the device, (2,): the steps skipped since the last report, and the number of the first
+            parameter whose gradient was not finite in the first of them.
+        found: on the device, 1 where the last step came upon something that the host does not know of; else None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.at_once = device.type == "cpu"
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
+        self.found: Tensor | None = None
+        self.bad: str | None = None
+        self._captured: object | None = None
+        self._warned: set[str] = set()
+
+    # -- reports --------------------------------------------------------------------------------------------
+
+    def warn(self, message: str, stacklevel: int = 4) -> None:
+        """Warn of something that the user has to know each time."""
+        warnings.warn(f"kfac2: {message}", RuntimeWarning, stacklevel=stacklevel)
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn of something that would be said again and again."""
+        if key not in self._warned:
+            self._warned.add(key)
+            self.warn(message, stacklevel=5)
+
+    def take_skipped(self) -> tuple[int, int]:
+        """Wait for the device; return how many steps were skipped, and the number of the first bad gradient; forget."""
+        count, first = self.skipped.tolist()
+        if count:
+            self.skipped.zero_()
+        self.found = None
+        return count, first
+
+    def report_skipped(self, iteration: int, name_of: Callable[[int], str]) -> int:
+        """Warn of steps that were skipped without a report.
+
+        Args:
+            iteration: that of now.
+            name_of: names what was not finite by the number of the gradient.
+
+        Returns:
+            How many there were.
+        """
+        count, first = self.take_skipped()
+        if count:
+            self.warn(
+                f"{count} steps before iteration {iteration} were skipped; the first for a NaN or an infinity in "
+                f"{name_of(first)}"
+            )
+        return count
+
+    def forget(self) -> None:
+        """Forget what a run has found that is given up for another state."""
+        self.skipped.zero_()
+        self.found = self.bad = None
+
+    # -- CUDA graphs ----------------------------------------------------------------------------------------
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph may read the inverses where they are."""
+        return self._captured is not None
+
+    def capture(self, held: object) -> None:
+        """Note what a graph that is captured now holds."""
+        self._captured = held
+
+    def is_stale(self, held: object) -> bool:
+        """Tell whether a captured graph holds something else than is so now."""
+        return self._captured is not None and self._captured != held
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph is being captured, so that nothing runs yet."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,183 @@
+"""Where everything of the handled layers lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac2.kinds import Layer
+
+Stacks = list[Tensor]
+"""A field of all layers, one tensor for each batch of the layout; its first axis counts the blocks of the batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Layers whose blocks have one shape and whose factors have one dtype: they are solved together.
+
+    Attributes:
+        members: the numbers of the layers.
+        sizes: how many blocks each of them has.
+        d_out: rows of a block.
+        d_in: its columns, the bias included.
+        dtype: of the factors.
+        begin: of the batch's part of the matrices.
+    """
+
+    members: tuple[int, ...]
+    sizes: tuple[int, ...]
+    d_out: int
+    d_in: int
+    dtype: torch.dtype
+    begin: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all members."""
+        return sum(self.sizes)
+
+    @property
+    def end(self) -> int:
+        """End of the batch's part of the matrices."""
+        return self.begin + self.blocks * self.d_out * self.d_in
+
+    def of(self, matrices: Tensor) -> Tensor:
+        """View the batch's part of the matrices of all layers, (blocks, d_out, d_in)."""
+        return matrices[self.begin : self.end].view(-1, self.d_out, self.d_in)
+
+
+class Layout:
+    """Where a fixed list of layers lies among matrices, stacks of blocks and maps. Never changed, only replaced.
+
+    The *matrices* of all layers, (blocks, d_out, d_in) each, share one tensor, batch after batch. A field with one
+    entry for each block is kept as `Stacks`. The *maps* of the coarse space are counted in the order of the layers.
+
+    Args:
+        layers: the handled layers.
+        device: of the layers; what there is where no layer is left.
+
+    Attributes:
+        layers: the handled layers; a layer's number is its place here.
+        device: of all tensors.
+        dtype: of the matrices: float64 if any layer's is, else float32.
+        batches: the batches.
+        size: elements of all matrices.
+        spans: int64 on the CPU, (L, 2): begin and end of each layer among the matrices.
+        layer_of_block: int64 on the device: the number of the layer of each block, batch after batch.
+        layer_of_map: the number of the layer of each map.
+        first_map: the first map of each layer.
+    """
+
+    def __init__(self, layers: Sequence[Layer], device: torch.device) -> None:
+        self.layers = tuple(layers)
+        self.device = device
+        self.dtype = _widest(self.layers)
+        self.batches = _batches(self.layers)
+        self.size = self.batches[-1].end if self.batches else 0
+        self.spans = torch.zeros(len(self.layers), 2, dtype=torch.int64)
+        self._places = {}  # of each layer: its batch, begin and end among the batch's blocks
+        for number, batch in enumerate(self.batches):
+            block, size = 0, batch.d_out * batch.d_in
+            for i, blocks in zip(batch.members, batch.sizes, strict=True):
+                self._places[i] = (number, block, block + blocks)
+                begin = batch.begin + block * size
+                self.spans[i] = torch.tensor([begin, begin + blocks * size])
+                block += blocks
+        in_order = [
+            i for batch in self.batches for i, n in zip(batch.members, batch.sizes, strict=True) for _ in range(n)
+        ]
+        self.layer_of_block = torch.tensor(in_order, dtype=torch.int64, device=device)
+        self.layer_of_map = [i for i, layer in enumerate(self.layers) for _ in range(layer.maps)]
+        self.first_map = {i: self.layer_of_map.index(i) for i in range(len(self.layers))}
+        self._numbers = {layer: i for i, layer in enumerate(self.layers)}
+
+    def number(self, layer: Layer) -> int:
+        """Return the number of a layer."""
+        return self._numbers[layer]
+
+    def named(self, name: str) -> int | None:
+        """Return the number of the layer of that name, None where no layer has it."""
+        return next((i for i, layer in enumerate(self.layers) if layer.name == name), None)
+
+    def fits(self) -> bool:
+        """Tell whether the layers are still on the device, and in the dtypes, that this was made for."""
+        here = all(layer.weight.device == self.device for layer in self.layers[:1])
+        return here and all(self.layers[i].factor_dtype == batch.dtype for batch in self.batches for i in batch.members)
+
+    def without(self, layer: Layer) -> Layout:
+        """Return the layout of the other layers."""
+        return Layout([other for other in self.layers if other is not layer], self.device)
+
+    # -- stacks ---------------------------------------------------------------------------------------------
+
+    def stacks(self, shape_of: Callable[[Batch], Sequence[int]], dtype: torch.dtype | None = None) -> Stacks:
+        """Make a field of zeros.
+
+        Args:
+            shape_of: gives the shape of one block's entry.
+            dtype: by default that of the factors.
+        """
+        return [
+            torch.zeros(batch.blocks, *shape_of(batch), dtype=dtype or batch.dtype, device=self.device)
+            for batch in self.batches
+        ]
+
+    def view(self, stacks: Stacks, i: int) -> Tensor:
+        """View the entries of layer i, (blocks, ...)."""
+        batch, begin, end = self._places[i]
+        return stacks[batch][begin:end]
+
+    def by_layer(self, stacks: Stacks, numbers: Sequence[int]) -> list[Tensor]:
+        """View the entries of some layers."""
+        return [self.view(stacks, i) for i in numbers]
+
+    def moved(self, stacks: Stacks, old: Layout, dtype: torch.dtype | None = None) -> Stacks:
+        """Copy a field that lies as another layout says, which has at least these layers.
+
+        Args:
+            stacks: the field.
+            old: where it lies now.
+            dtype: by default that of the factors.
+        """
+        numbers = [old.number(layer) for layer in self.layers]
+        new = [
+            torch.zeros(
+                batch.blocks,
+                *old.view(stacks, numbers[batch.members[0]]).shape[1:],
+                dtype=dtype or batch.dtype,
+                device=self.device,
+            )
+            for batch in self.batches
+        ]
+        for i, number in enumerate(numbers):
+            self.view(new, i).copy_(old.view(stacks, number))
+        return new
+
+    # -- matrices -------------------------------------------------------------------------------------------
+
+    def of_batches(self, matrices: Tensor) -> Stacks:
+        """View the matrices of all layers by batch, (blocks, d_out, d_in) each."""
+        return [batch.of(matrices) for batch in self.batches]
+
+    def row_length(self, i: int) -> int:
+        """Return the length of a row of layer i's matrix."""
+        return self.layers[i].matrix_shape[2]
+
+
+def _widest(layers: Sequence[Layer]) -> torch.dtype:
+    return torch.float64 if any(layer.factor_dtype == torch.float64 for layer in layers) else torch.float32
+
+
+def _batches(layers: Sequence[Layer]) -> tuple[Batch, ...]:
+    classes: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    for i, layer in enumerate(layers):
+        _, d_out, d_in = layer.matrix_shape
+        classes.setdefault((d_out, d_in, layer.factor_dtype), []).append(i)
+    batches: list[Batch] = []
+    for (d_out, d_in, dtype), members in classes.items():
+        sizes = tuple(layers[i].blocks for i in members)
+        batches.append(Batch(tuple(members), sizes, d_out, d_in, dtype, batches[-1].end if batches else 0))
+    return tuple(batches)

@@ -1,0 +1,87 @@
+"""What a user reads of a curvature, the same for `KFAC`, `Preconditioner` and `Curvature`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from kfac2.coarse import Ones
+from kfac2.inverses import Solvers
+from kfac2.layout import Layout
+from kfac2.statistics import Averages
+
+
+class Statistics(Protocol):
+    """What `Readings` read: a `Curvature`."""
+
+    layout: Layout
+    averages: Averages
+    solvers: Solvers
+
+
+class Readings:
+    """Copies of the running averages, and what follows from them."""
+
+    @property
+    def _statistics(self) -> Statistics:
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> list[str]:
+        """The handled modules' names, in the order of `model.named_modules()`."""
+        return [layer.name for layer in self._statistics.layout.layers]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Copy the current running averages of a layer's Kronecker factors.
+
+        Args:
+            name: a name from `layers`.
+
+        Returns:
+            A (d_in, d_in), the bias last, and G (d_out, d_out); for a convolution of q groups
+            (q, d_in, d_in) and (q, d_out, d_out).
+
+        Raises:
+            KeyError: if no handled layer has that name.
+            RuntimeError: if the layer has no statistics yet.
+        """
+        layout, averages = self._statistics.layout, self._statistics.averages
+        number = layout.named(name)
+        if number is None:
+            raise KeyError(f"name must be one of the handled layers {self.layers}, got {name!r}")
+        if not averages.seen[number]:
+            raise RuntimeError(f"{name} has no statistics yet: take some first")
+        A, G = (layout.view(stacks, number).clone() for stacks in (averages.A, averages.G))
+        return (A, G) if layout.layers[number].blocks > 1 else (A[0], G[0])
+
+    def coarse_sums(self) -> tuple[Tensor, Tensor]:
+        """Copy the running averages of the two matrices of sums.
+
+        Returns:
+            The sums of A and the sums of G over every pair of blocks, (B, B) each: entry (q, r) is the sum of
+            all elements of A_qr, or G_qr. A layer is one block, a convolution of q groups q of them (one,
+            with more than `coarse_max_groups`).
+
+        Raises:
+            RuntimeError: with `levels=1`, or if there are no statistics yet.
+        """
+        self._ones()
+        input_sums, grad_sums, *_ = self._statistics.averages.coarse
+        return input_sums.clone(), grad_sums.clone()
+
+    def coarse_fisher(self) -> Tensor:
+        """Return F_coarse, (L, L), from the current running averages (eq. 7), layers as in `layers`.
+
+        Raises:
+            RuntimeError: with `levels=1`, or if there are no statistics yet.
+        """
+        return self._ones().fisher(self._statistics.layout, self._statistics.averages.coarse)
+
+    def _ones(self) -> Ones:
+        space = self._statistics.solvers.coarse
+        if not isinstance(space, Ones):
+            raise RuntimeError("there are no coarse sums with levels=1: build with levels=2")
+        if not self._statistics.averages.coarse:
+            raise RuntimeError("there are no statistics yet: take some first")
+        return space

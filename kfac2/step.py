@@ -1,0 +1,185 @@
+"""The step of every iteration (eq. 6, 10): gather, fine, coarse, clip, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac2.coarse import FineStep
+from kfac2.health import is_capturing
+from kfac2.inverses import Inverses, Solvers
+from kfac2.layout import Layout
+from kfac2.ops.gather_gradients import gather_gradients
+from kfac2.ops.shift_and_scale import ShiftAndScale
+from kfac2.ops.write_gradients import write_gradients
+
+_MOST_AXES = 5  # of a tensor of any strides, see csrc/include/gradient_part.h
+_TOO_MANY = 2**31
+_GATHERED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The gradients of one step.
+
+    Attributes:
+        gradients: those that the native calls see, those of layers first.
+        table: where they belong, see `gather_gradients`.
+        first_bad: on the device, the number of the first parameter whose gradient is not finite.
+        elsewhere: numbers of parameters whose gradients only the host can look at: sparse ones, say, or on another
+            device.
+    """
+
+    gradients: list[Tensor]
+    table: Tensor
+    first_bad: Tensor
+    elsewhere: list[int]
+
+
+class Step:
+    """Computes and writes the update of all layers at once: three native calls, and few products for each shape.
+
+    Args:
+        layout: of the layers.
+        others: further parameters, whose gradients are looked at for NaNs and infinities.
+
+    Attributes:
+        parameters: those of the layers, then the others; their numbers are their places here.
+    """
+
+    def __init__(self, layout: Layout, others: Sequence[Tensor]) -> None:
+        self._layout = layout
+        own = list(dict.fromkeys(part.parameter for layer in layout.layers for part in layer.parts()))
+        self.parameters = [*own, *others]
+        self._own = len(own)
+        numbers = {id(parameter): number for number, parameter in enumerate(own)}
+        # Of each part of a layer's matrix: the number of its parameter, the view of its gradient, its row of the table.
+        self._parts = [
+            (number, part.view, (int(layout.spans[i, 0]) + part.place, layer.matrix_shape[2], i, number))
+            for i, layer in enumerate(layout.layers)
+            for part in layer.parts()
+            for number in [numbers[id(part.parameter)]]
+        ]
+        self._weights = [numbers[id(layer.weight)] for layer in layout.layers]
+        self._matrices, self._work, self._directions = (
+            torch.zeros(layout.size, dtype=layout.dtype, device=layout.device) for _ in range(3)
+        )
+        self._by_batch = [layout.of_batches(m) for m in (self._matrices, self._work, self._directions)]
+        self._table = torch.zeros(0, 4, dtype=torch.int64)
+        self._tabled: tuple[tuple[bool, ...], tuple[int, ...]] | None = None
+        self._filled: tuple[bool, ...] = ()
+        self._rate_index: dict[tuple[int, ...], Tensor] = {}
+        self._one = torch.ones((), dtype=torch.float64, device=layout.device)
+
+    @property
+    def none_bad(self) -> int:
+        """What `first_bad` is where all gradients are finite."""
+        return len(self.parameters)
+
+    # -- gradients ------------------------------------------------------------------------------------------
+
+    def gather(self, gradients: Sequence[Tensor | None]) -> Gathered:
+        """Copy the gradients of all layers into their matrices; what has none is 0 there. Reads nothing back.
+
+        Args:
+            gradients: of `parameters`.
+        """
+        present = tuple(gradient is not None for gradient in gradients[: self._own])
+        # What a captured step leaves out, other steps may fill before it is replayed.
+        if present != self._filled or (not all(present) and is_capturing(self._layout.device)):
+            self._matrices.zero_()
+            self._filled = present
+        seen = [g if view is None else view(g) for n, view, _ in self._parts if (g := gradients[n]) is not None]
+        elsewhere: list[int] = []
+        looked_at: list[int] = []
+        for number in range(self._own, len(gradients)):
+            gradient = gradients[number]
+            if gradient is None or not gradient.numel():
+                continue
+            if self._can_look_at(gradient):
+                seen.append(gradient)
+                looked_at.append(number)
+            else:
+                elsewhere.append(number)
+        if self._tabled != (present, tuple(looked_at)):
+            self._tabled = (present, tuple(looked_at))
+            self._table = self._make_table(*self._tabled)
+        count = len(self._layout.layers)
+        first_bad = gather_gradients(seen, self._table, count, self.none_bad, self._matrices)
+        return Gathered(seen, self._table, first_bad, elsewhere)
+
+    def _can_look_at(self, grad: Tensor) -> bool:
+        """Tell whether the native call takes a gradient that it only looks at."""
+        if grad.is_sparse or grad.dtype not in _GATHERED or grad.device != self._layout.device:
+            return False
+        return (grad.dim() <= _MOST_AXES or grad.is_contiguous()) and grad.numel() < _TOO_MANY
+
+    def _make_table(self, present: tuple[bool, ...], others: tuple[int, ...]) -> Tensor:
+        """For each gradient its place, row length, layer and number; -1 for one that is only looked at."""
+        rows = []
+        for number, _, row in self._parts:
+            if present[number]:  # without its weight's gradient a bias keeps its own
+                rows.append(row if present[self._weights[row[2]]] else (-1, 0, -1, number))
+        rows += [(-1, 0, -1, number) for number in others]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
+
+    # -- the update -----------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        gathered: Gathered,
+        inverses: Inverses,
+        solvers: Solvers,
+        in_coarse: Sequence[bool],
+        coarse_weight: float,
+        kl_clip: float | None,
+        rates: Sequence[float | Tensor],
+        skipped: Tensor,
+    ) -> ShiftAndScale:
+        """Precondition the gathered gradients in place; where anything is not finite, write zeros. Reads nothing back.
+
+        Args:
+            gathered: what `gather` returned.
+            inverses: to multiply with.
+            solvers: that the inverses were made with.
+            in_coarse: by layer, whether it is in the coarse space.
+            coarse_weight: ω.
+            kl_clip: κ, or None.
+            rates: η_i by layer; a tensor on the device is not read.
+            skipped: see `Health`.
+        """
+        matrices, work, directions = self._by_batch
+        solvers.fine.apply({**inverses.fields, **inverses.derived}, matrices, work, directions)
+        host_rates, device_rates = self._rates(rates)
+        step = FineStep(
+            self._matrices,
+            self._directions,
+            self._layout.spans,
+            host_rates,
+            device_rates,
+            inverses.usable,
+            gathered.first_bad,
+            self.none_bad,
+            kl_clip,
+            skipped,
+        )
+        mask = torch.tensor(in_coarse, dtype=torch.float64)
+        result = solvers.coarse.correct(step, inverses.coarse, mask, coarse_weight)
+        write_gradients(gathered.gradients, gathered.table, self._directions, result, inverses.usable)
+        return result
+
+    def _rates(self, rates: Sequence[float | Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Split η_i into numbers and, where rates lie on the device, what the numbers are multiplied by."""
+        on_device = {id(rate): rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"}
+        host = torch.tensor([1.0 if id(r) in on_device else float(r) for r in rates], dtype=torch.float64)
+        if not on_device:
+            return host, None
+        order = {key: place for place, key in enumerate(on_device, start=1)}
+        places = tuple(order.get(id(rate), 0) for rate in rates)
+        if places not in self._rate_index:
+            self._rate_index[places] = torch.tensor(places, device=self._layout.device)
+        factors = torch.stack([self._one, *(rate.reshape(()).double() for rate in on_device.values())])
+        return host, factors[self._rate_index[places]]

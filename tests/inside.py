@@ -1,0 +1,28 @@
+"""What tests look at, or change, inside of a Curvature: views, so that writing into them counts."""
+
+import torch
+
+
+def curvature_of(opt):
+    preconditioner = getattr(opt, "preconditioner", opt)
+    return getattr(preconditioner, "curvature", preconditioner)
+
+
+def fields(opt, name):
+    """The inverse of a layer as it is kept."""
+    curvature = curvature_of(opt)
+    number = curvature.layout.named(name)
+    return {key: curvature.layout.view(stacks, number) for key, stacks in curvature.inverses.fields.items()}
+
+
+def is_usable(opt, name):
+    curvature = curvature_of(opt)
+    return bool(curvature.inverses.usable[curvature.layout.named(name)])
+
+
+def set_factor(opt, name, matrix, factor="A"):
+    """Let the next inverse update meet another factor."""
+    curvature = curvature_of(opt)
+    curvature.layout.view(getattr(curvature.averages, factor), curvature.layout.named(name)).copy_(
+        torch.as_tensor(matrix)
+    )
