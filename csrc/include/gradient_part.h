@@ -42,25 +42,27 @@ struct GradientPart {
     return sum + column * stride[0];
   }
 
-  // Takes the strided axes of a tensor: rows along the first, the others merged where their strides allow. Returns
-  // false where more than kColumnAxes of them are left.
-  bool read_axes(int64_t rank, const int64_t* sizes, const int64_t* strides) {
-    rows = rank == 0 ? 1 : sizes[0];
-    row_stride = rank == 0 ? 1 : strides[0];
+  // Takes the axes of a tensor, of size_of(d) and stride_of(d): rows along the first, the others merged where their
+  // strides allow. Returns false where more than kColumnAxes of them are left.
+  template <typename SizeOf, typename StrideOf>
+  bool read_axes(int64_t rank, const SizeOf& size_of, const StrideOf& stride_of) {
+    rows = rank == 0 ? 1 : size_of(0);
+    row_stride = rank == 0 ? 1 : stride_of(0);
     columns = 1;
     int axis = kColumnAxes - 1;  // filled from the fastest
     for (int i = 0; i < kColumnAxes; ++i) extent[i] = 1, stride[i] = i == axis ? 1 : 0;
     bool open = false;
     for (int64_t d = rank - 1; d > 0; --d) {
-      columns *= sizes[d];
-      if (sizes[d] == 1) continue;
-      if (open && strides[d] == stride[axis] * extent[axis]) {
-        extent[axis] *= sizes[d];
+      const int64_t size = size_of(d), step = stride_of(d);
+      columns *= size;
+      if (size == 1) continue;
+      if (open && step == stride[axis] * extent[axis]) {
+        extent[axis] *= size;
         continue;
       }
       if (open && --axis < 0) return false;
-      extent[axis] = sizes[d];
-      stride[axis] = strides[d];
+      extent[axis] = size;
+      stride[axis] = step;
       open = true;
     }
     return true;

@@ -37,12 +37,6 @@ inline std::vector<int64_t> shape_vector(const torch::stable::Tensor& tensor) {
   return shape;
 }
 
-inline std::vector<int64_t> stride_vector(const torch::stable::Tensor& tensor) {
-  std::vector<int64_t> strides;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) strides.push_back(tensor.stride(axis));
-  return strides;
-}
-
 // [d, d], or a stack of q such blocks.
 inline bool is_square(const torch::stable::Tensor& tensor) {
   return (tensor.dim() == 2 || tensor.dim() == 3) && tensor.size(-1) == tensor.size(-2);

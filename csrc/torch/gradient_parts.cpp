@@ -34,10 +34,10 @@ std::vector<GradientPart> gradient_parts(const char* op, const std::vector<Tenso
     GradientPart part;
     part.data = gradient.data_ptr();
     part.element_type = element_type(op, gradient, i);
-    const std::vector<int64_t> sizes = shape_vector(gradient), strides = stride_vector(gradient);
-    check(part.read_axes(gradient.dim(), sizes.data(), strides.data()), op, "expected gradient ", i,
-          " to have at most ", kColumnAxes, " axes of strides that do not merge, behind the first; got shape ",
-          shape_of(gradient));
+    const auto size_of = [&](int64_t d) { return gradient.size(d); };
+    const auto stride_of = [&](int64_t d) { return gradient.stride(d); };
+    check(part.read_axes(gradient.dim(), size_of, stride_of), op, "expected gradient ", i, " to have at most ",
+          kColumnAxes, " axes of strides that do not merge, behind the first; got shape ", shape_of(gradient));
     check(part.elements() <= kMaxPartElements, op, "expected gradient ", i, " to have at most ", kMaxPartElements,
           " elements, got ", shape_of(gradient));
     check(same_device(gradient, matrices), op, "expected gradient ", i, " on the device of the matrices");

@@ -140,16 +140,21 @@ void test_inverse(Random& random, int64_t d_in, int64_t d_out) {
   expect_true(status == 0, "a sound pair of factors was reported");
 }
 
+bool read_axes(GradientPart& part, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  return part.read_axes(
+      static_cast<int64_t>(sizes.size()), [&](int64_t d) { return sizes[d]; }, [&](int64_t d) { return strides[d]; });
+}
+
 // Axes of a tensor in any order, some without elements between them: each element is found where torch has it.
 void test_axes_of_a_gradient(Random& random) {
-  const int64_t rank = draw(random, 0, 5);
+  const int64_t rank = draw(random, 0, 5);  // four behind the rows
   std::vector<int64_t> sizes(rank), strides(rank), order(rank);
   for (int64_t d = 0; d < rank; ++d) sizes[d] = draw(random, 1, 3), order[d] = d;
   std::shuffle(order.begin(), order.end(), random);
   int64_t stride = 1;
   for (const int64_t d : order) strides[d] = stride, stride *= sizes[d] + draw(random, 0, 3) / 3;
   GradientPart part{};
-  expect_true(part.read_axes(rank, sizes.data(), strides.data()), "four axes or fewer do not fit into a part");
+  expect_true(read_axes(part, sizes, strides), "four axes or fewer do not fit into a part");
   for (int64_t element = 0; element < part.elements(); ++element) {
     int64_t rest = element, offset = 0;
     for (int64_t d = rank - 1; d >= 0; rest /= sizes[d--]) offset += rest % sizes[d] * strides[d];
@@ -159,8 +164,8 @@ void test_axes_of_a_gradient(Random& random) {
 }
 
 void test_too_many_axes() {
-  const int64_t sizes[] = {1, 2, 2, 2, 2, 2}, strides[] = {1, 1, 3, 9, 27, 81};
-  expect_true(!GradientPart{}.read_axes(6, sizes, strides), "five axes fit into a part");
+  GradientPart part{};
+  expect_true(!read_axes(part, {1, 2, 2, 2, 2, 2}, {1, 1, 3, 9, 27, 81}), "five axes fit into a part");
 }
 
 }  // namespace
