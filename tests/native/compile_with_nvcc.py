@@ -1,8 +1,6 @@
-""
-    "Compile every CUDA kernel with nvcc, warnings as errors, and print registers, shared memory and spills.
+"""Compile every CUDA kernel with nvcc, warnings as errors, and print registers, shared memory and spills.
 
-    Needs a CUDA toolkit and no device.Fails on a warning or
-    a spill; says so and passes where there is no nvcc.
+Needs a CUDA toolkit and no device. Fails on a warning or a spill; says so and passes where there is no nvcc.
 """
 
 import re
