@@ -109,7 +109,7 @@ def inverted(
     usable = torch.where(failed > 0, before, seen)
 
     coarse, coarse_failed = None, failed.new_zeros(1)
-    result = solvers.coarse.invert(layout, averages.coarse, coarse_damping)
+    result = solvers.coarse.invert(averages.coarse, coarse_damping)
     if result is not None:
         coarse, is_coarse_bad = result
         standing = torch.zeros_like(coarse) if last is None or last.coarse is None else last.coarse

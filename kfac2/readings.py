@@ -66,8 +66,7 @@ class Readings:
         Raises:
             RuntimeError: with `levels=1`, or if there are no statistics yet.
         """
-        self._ones()
-        input_sums, grad_sums, *_ = self._statistics.averages.coarse
+        input_sums, grad_sums, _ = self._coarse()
         return input_sums.clone(), grad_sums.clone()
 
     def coarse_fisher(self) -> Tensor:
@@ -76,12 +75,11 @@ class Readings:
         Raises:
             RuntimeError: with `levels=1`, or if there are no statistics yet.
         """
-        return self._ones().fisher(self._statistics.layout, self._statistics.averages.coarse)
+        return self._coarse()[2].clone()
 
-    def _ones(self) -> Ones:
-        space = self._statistics.solvers.coarse
-        if not isinstance(space, Ones):
+    def _coarse(self) -> tuple[Tensor, ...]:
+        if not isinstance(self._statistics.solvers.coarse, Ones):
             raise RuntimeError("there are no coarse sums with levels=1: build with levels=2")
         if not self._statistics.averages.coarse:
             raise RuntimeError("there are no statistics yet: take some first")
-        return space
+        return self._statistics.averages.coarse

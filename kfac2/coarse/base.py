@@ -82,11 +82,10 @@ class CoarseSpace(ABC):
         """
 
     @abstractmethod
-    def invert(self, layout: Layout, averages: tuple[Tensor, ...], damping: float) -> tuple[Tensor, Tensor] | None:
+    def invert(self, averages: tuple[Tensor, ...], damping: float) -> tuple[Tensor, Tensor] | None:
         """Return the damped inverse of the coarse Fisher, float64, and whether that failed, both on the device.
 
         Args:
-            layout: of the layers.
             averages: `Averages.coarse`.
             damping: λ_c.
 

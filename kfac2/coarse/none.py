@@ -25,5 +25,5 @@ class NoSpace(CoarseSpace):
         """Return nothing."""
         return ()
 
-    def invert(self, layout: Layout, averages: tuple[Tensor, ...], damping: float) -> None:
+    def invert(self, averages: tuple[Tensor, ...], damping: float) -> None:
         """Return nothing."""

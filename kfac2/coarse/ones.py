@@ -24,13 +24,13 @@ MAP_NUMBERS = 2**22  # of all maps that are alive at a time: 16 MB
 
 
 class Ones(CoarseSpace):
-    """One vector of ones for each layer; `averages.coarse` is (sums of A, sums of G), (B, B) each.
+    """One vector of ones for each layer; `averages.coarse` is what `ops.average_coarse_sums` returns.
 
     Args:
         downsample: how maps of different grids meet.
     """
 
-    names = ("input_sums", "grad_sums")
+    names = ("input_sums", "grad_sums", "fisher")
 
     def __init__(self, downsample: str) -> None:
         self._downsample = downsample
@@ -83,32 +83,38 @@ class Ones(CoarseSpace):
         return sums
 
     def averaged(self, layout: Layout, averages: Averages, sums: Sums, kept: float) -> tuple[Tensor, ...]:
-        """Normalise and average: 1/M for inputs, 1/(N √(T_i T_j)) for gradients, which keeps both Gram matrices."""
-        input_sums, grad_sums = sums.coarse
-        inside = [float(averages.in_coarse[i]) for i in layout.layer_of_map]
-        counts = [sums.rows.get(layout.layers[i], 0) for i in layout.layer_of_map]
-        mask = input_sums.new_tensor(inside)
-        root = mask * grad_sums.new_tensor([count**-0.5 if count else 0.0 for count in counts])
-        new = input_sums * torch.outer(mask, mask) / sums.cases, grad_sums * torch.outer(root, root)
-        if not averages.coarse:
-            return new
-        return tuple(torch.lerp(after, before, kept) for after, before in zip(new, averages.coarse, strict=True))
+        """Normalise, average and multiply, in one native call: 1/M for inputs, 1/(N √(T_i T_j)) for gradients.
+
+        With √(T_i T_j) both matrices stay Gram matrices. A layer outside of the space, or not used, is a zero map.
+        """
+        inside = torch.tensor([averages.in_coarse[i] for i in layout.layer_of_map]).double()
+        counts = torch.tensor([sums.rows.get(layout.layers[i], 0) for i in layout.layer_of_map]).double()
+        return ops.average_coarse_sums(
+            *sums.coarse,
+            input_scales=inside / sums.cases**0.5,
+            grad_scales=inside * torch.where(counts > 0, counts.rsqrt(), 0.0),
+            previous=(averages.coarse[0], averages.coarse[1]) if averages.coarse else None,
+            kept=kept,
+            layer_of_block=layout.layer_of_map,
+        )
 
     def without(self, layout: Layout, averages: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
-        """Return the sums without the rows and columns of a layer."""
+        """Return the averages without the rows and columns of a layer."""
         if not averages:
             return ()
-        others = [place for place, owner in enumerate(layout.layer_of_map) if owner != number]
-        kept = torch.tensor(others, dtype=torch.long, device=layout.device)
-        return tuple(sums[kept][:, kept] for sums in averages)
+        owners = layout.layer_of_map, layout.layer_of_map, range(len(layout.layers))
+        others = [
+            torch.tensor([place for place, owner in enumerate(owner_of) if owner != number], dtype=torch.long)
+            for owner_of in owners
+        ]
+        return tuple(
+            matrix[places][:, places]
+            for matrix, places in zip(averages, (kept.to(layout.device) for kept in others), strict=True)
+        )
 
-    def fisher(self, layout: Layout, averages: tuple[Tensor, ...]) -> Tensor:
-        """Return F_coarse, (L, L) (eq. 7)."""
-        return ops.coarse_fisher(averages[0], averages[1], layout.layer_of_map)
-
-    def invert(self, layout: Layout, averages: tuple[Tensor, ...], damping: float) -> tuple[Tensor, Tensor] | None:
+    def invert(self, averages: tuple[Tensor, ...], damping: float) -> tuple[Tensor, Tensor] | None:
         """Return (F_coarse + λ_c I)⁻¹, eigenvalues floored at 0, and whether that failed."""
-        return coarse_inverse(self.fisher(layout, averages), damping) if averages else None
+        return coarse_inverse(averages[2], damping) if averages else None
 
 
 def coarse_inverse(fisher: Tensor, damping: float) -> tuple[Tensor, Tensor]:
