@@ -32,12 +32,7 @@ def covariances(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Te
     check_tensors("tensors", tensors)
     check_same_length("windows", windows, "tensors", tensors)
     numbers = [number for window in windows for number in window.encode()]
-    return encoded_covariances(detached(tensors), numbers)
-
-
-def encoded_covariances(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
-    """Do what `covariances` does, windows as `Window.encode` writes them; for callers that keep them."""
-    return torch.ops.kfac2.covariances(tensors, numbers)
+    return torch.ops.kfac2.covariances(detached(tensors), numbers)
 
 
 def input_covariance(

@@ -33,12 +33,7 @@ def layer_maps(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Ten
     check_tensors("tensors", tensors)
     check_same_length("windows", windows, "tensors", tensors)
     numbers = [number for window in windows for number in window.encode()]
-    return encoded_layer_maps(detached(tensors), numbers)
-
-
-def encoded_layer_maps(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
-    """Do what `layer_maps` does, windows as `Window.encode` writes them; for callers that keep them."""
-    return torch.ops.kfac2.layer_maps(tensors, numbers)
+    return torch.ops.kfac2.layer_maps(detached(tensors), numbers)
 
 
 def channel_sums(g: Tensor) -> Tensor:
