@@ -130,9 +130,13 @@ class Layout:
         batch, begin, end = self._places[i]
         return stacks[batch][begin:end]
 
-    def by_layer(self, stacks: Stacks, numbers: Sequence[int]) -> list[Tensor]:
-        """View the entries of some layers."""
-        return [self.view(stacks, i) for i in numbers]
+    def views(self, stacks: Stacks) -> list[Tensor]:
+        """View the entries of all layers, in their order."""
+        views = [stacks[0]] * len(self.layers)
+        for batch, stack in zip(self.batches, stacks, strict=True):
+            for i, view in zip(batch.members, stack.split(batch.sizes), strict=True):
+                views[i] = view
+        return views
 
     def moved(self, stacks: Stacks, old: Layout, dtype: torch.dtype | None = None) -> Stacks:
         """Copy a field that lies as another layout says, which has at least these layers.

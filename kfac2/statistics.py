@@ -37,6 +37,10 @@ class Use:
         """Make rows of what was captured."""
         return Use(layer, x, g, *layer.rows(x, g))
 
+    def map_rows(self) -> tuple[Rows, Rows]:
+        """Return the rows whose sums are the maps of the coarse space."""
+        return self.layer.map_rows(self.x, self.g, (self.inputs, self.grads))
+
     @property
     def samples(self) -> int:
         """The leading size: N, or N·r where it holds r consecutive rows of each sample."""
@@ -193,11 +197,12 @@ def mixed_in(
     numbers = [layout.number(layer) for layer in raw]
     is_whole = len(numbers) == len(layout.layers)
     new = [torch.empty_like(stack) if is_whole else stack.clone() for stack in old]
-    views = layout.by_layer(new, numbers)
+    of_all = layout.views(new)
+    views = [of_all[i] for i in numbers]
     torch._foreach_copy_(views, list(raw.values()))
     torch._foreach_mul_(views, list(scales))
     again = [place for place, i in enumerate(numbers) if known[i]]
     if again:
-        olds = layout.by_layer(old, [numbers[place] for place in again])
-        torch._foreach_lerp_([views[place] for place in again], olds, kept)
+        before = layout.views(old)
+        torch._foreach_lerp_([views[place] for place in again], [before[numbers[place]] for place in again], kept)
     return new

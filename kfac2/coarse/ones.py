@@ -53,7 +53,7 @@ class Ones(CoarseSpace):
         # One kind after the other, and few samples at a time, so that not all maps are alive together.
         numbers = sum(use.layer.maps * use.row_count for use in uses)
         share = max(1, samples * MAP_NUMBERS // max(numbers, 1))
-        inputs, grads = zip(*(use.layer.map_rows(use.x, use.g) for use in uses), strict=True)
+        inputs, grads = zip(*(use.map_rows() for use in uses), strict=True)
         sums = (
             self._sums_of_maps(inputs, samples, share, 1.0),
             self._sums_of_maps(grads, samples, share, passed.scale**2),

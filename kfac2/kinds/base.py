@@ -100,10 +100,15 @@ class Layer(ABC):
             g: the gradient at its output.
         """
 
-    def map_rows(self, x: Tensor, g: Tensor) -> tuple[Rows, Rows]:
-        """Return the rows whose sums are the maps of the coarse space, at the places of the output as they lie."""
-        inputs, grads = self.rows(x, g)
-        return self._for_maps(inputs), self._for_maps(grads)
+    def map_rows(self, x: Tensor, g: Tensor, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
+        """Return the rows whose sums are the maps of the coarse space, at the places of the output as they lie.
+
+        Args:
+            x: the input as the module got it.
+            g: the gradient at its output.
+            rows: what `rows` made of them.
+        """
+        return self._for_maps(rows[0]), self._for_maps(rows[1])
 
     def _for_maps(self, rows: Rows) -> Rows:
         """With too many groups, sum all of them into one map.

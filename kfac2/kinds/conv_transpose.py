@@ -60,7 +60,7 @@ class ConvTranspose(Layer):
         mirrored = g.flip(tuple(range(2, 2 + rank)))
         return self._patches(x, g, mirrored=True), Rows(mirrored, places(rank, self.blocks))
 
-    def map_rows(self, x: Tensor, g: Tensor) -> tuple[Rows, Rows]:
+    def map_rows(self, x: Tensor, g: Tensor, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
         """Return the rows of maps that are not mirrored: the order of offsets does not count in a sum over a patch."""
         rank = len(self.module.kernel_size)
         g = batched(g, rank)
