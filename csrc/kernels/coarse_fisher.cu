@@ -36,7 +36,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     coarse_fisher_kernel(const Kind<T> inputs, const Kind<T> grads, const int* first, const int* order, T* fisher,
                          int blocks, int layers) {
-  const unsigned warp = (blockIdx.x * kThreads + threadIdx.x) / kWarp, i = warp / layers, j = warp % layers;
+  const unsigned warp = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp, i = warp / layers, j = warp % layers;
   if (i >= static_cast<unsigned>(layers)) return;  // the same for all lanes of a warp
   const unsigned low = i < j ? i : j, high = i < j ? j : i;
   const int* rows = order + first[low];
@@ -82,7 +82,7 @@ class CoarseFisher : public TableLaunch {
       return Kind<T>{static_cast<const T*>(sums.raw), static_cast<const T*>(sums.previous), at(workspace, scales),
                      static_cast<T*>(sums.averages), average_factors(sums, params_.kept)};
     };
-    const dim3 grid(static_cast<unsigned>(ceil_div(params_.layers * params_.layers * kWarp, kThreads)));
+    const dim3 grid(static_cast<unsigned>(ceil_div(params_.layers * params_.layers, kThreads / kWarp)));
     return launch(coarse_fisher_kernel<T>, grid, dim3(kThreads), 0, stream, kind(params_.inputs, input_scales_),
                   kind(params_.grads, grad_scales_), at(workspace, first_), at(workspace, order_),
                   static_cast<T*>(params_.fisher), static_cast<int>(params_.blocks), static_cast<int>(params_.layers));
