@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
-from networks import Network, torch_batch
+from networks import Network
+from timing import Mark
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,7 +23,6 @@ import kfac2
 
 RATE = 1e-4  # small, so that forty steps on one batch leave the numbers ordinary
 COV_EVERY, INV_EVERY = 10, 100
-Mark = Callable[[], None]
 
 
 class NotInstalledError(Exception):
@@ -31,20 +31,13 @@ class NotInstalledError(Exception):
 
 @dataclass
 class Contender:
-    """An optimizer with a network of its own.
-
-    Attributes:
-        model: the network.
-        optimizers: stepped one after the other.
-        at: for each kind what makes the next step one of that kind.
-        accumulate: called with the network's output before the backward pass.
-    """
+    """An optimizer with a network of its own."""
 
     model: nn.Module
-    optimizers: list[Optimizer]
-    at: dict[str, Callable[[], None]]
-    accumulate: Callable[[Tensor], None] | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True)
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizers: list[Optimizer]  # stepped one after the other
+    at: dict[str, Callable[[], None]]  # for each kind what makes the next step one of that kind
+    accumulate: Callable[[Tensor], None] = lambda _: None  # called with the output before the backward pass
 
     def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
         """Take one whole step; `mark` is called at the start and after forward, statistics, backward and step."""
@@ -53,8 +46,7 @@ class Contender:
             optimizer.zero_grad()
         out = self.model(x)
         mark()
-        if self.accumulate is not None:
-            self.accumulate(out)
+        self.accumulate(out)
         mark()
         self.loss(out, y).backward()
         mark()
@@ -70,18 +62,18 @@ def _needed(module: str) -> ModuleType:
         raise NotInstalledError(f"{module} is not installed") from error
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """Mark nothing, prepare nothing."""
 
 
 def _sgd(network: Network, model: nn.Module) -> Contender:
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=1e-3, foreach=True)
-    return Contender(model, [optimizer], {"c": _nothing}, loss=network.loss)
+    return Contender(model, network.prediction.loss, [optimizer], {"c": nothing})
 
 
 def _adamw(network: Network, model: nn.Module) -> Contender:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, foreach=True)
-    return Contender(model, [optimizer], {"c": _nothing}, loss=network.loss)
+    return Contender(model, network.prediction.loss, [optimizer], {"c": nothing})
 
 
 def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
@@ -93,10 +85,11 @@ def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
     def iteration(number: int) -> Callable[[], None]:
         return lambda: setattr(optimizer.preconditioner, "iteration", number)
 
+    def accumulate(out: Tensor) -> None:
+        optimizer.accumulate_fisher(network.prediction.distribution(out))
+
     kinds = {"b": iteration(INV_EVERY), "a": iteration(COV_EVERY), "c": iteration(1)}
-    return Contender(
-        model, [optimizer], kinds, lambda out: optimizer.accumulate_fisher(network.distribution(out)), loss=network.loss
-    )
+    return Contender(model, network.prediction.loss, [optimizer], kinds, accumulate)
 
 
 def _singd(network: Network, model: nn.Module, structure: str) -> Contender:
@@ -114,7 +107,7 @@ def _singd(network: Network, model: nn.Module, structure: str) -> Contender:
     def period(number: int) -> Callable[[], None]:
         return lambda: main.param_groups[0].update(T=number)  # statistics where the count of steps divides by T
 
-    return Contender(model, [main, others], {"a": period(1), "c": period(10**9)}, loss=network.loss)
+    return Contender(model, network.prediction.loss, [main, others], {"a": period(1), "c": period(10**9)})
 
 
 def _counted(optimizer: Optimizer, number: int) -> Callable[[], None]:
@@ -131,7 +124,7 @@ def _soap(network: Network, model: nn.Module) -> Contender:
     """SOAP updates its statistics in each step; every tenth renews the eigenbases (`b`)."""
     optimizer = _needed("pytorch_optimizer").SOAP(model.parameters(), lr=RATE, precondition_frequency=COV_EVERY)
     kinds = {"b": _counted(optimizer, COV_EVERY), "c": _counted(optimizer, COV_EVERY + 1)}
-    return Contender(model, [optimizer], kinds, loss=network.loss)
+    return Contender(model, network.prediction.loss, [optimizer], kinds)
 
 
 def _shampoo(network: Network, model: nn.Module) -> Contender:
@@ -144,7 +137,7 @@ def _shampoo(network: Network, model: nn.Module) -> Contender:
         shape_interpretation=False,
     )  # fmt: skip
     kinds = {"b": _counted(optimizer, COV_EVERY - 1), "c": _counted(optimizer, COV_EVERY)}
-    return Contender(model, [optimizer], kinds, loss=network.loss)
+    return Contender(model, network.prediction.loss, [optimizer], kinds)
 
 
 BUILDERS: dict[str, Callable[[Network, nn.Module], Contender]] = {
@@ -161,11 +154,7 @@ OWN = ["sgd", "adamw", "kfac2-1", "kfac2-2"]
 
 
 def build(name: str, network: Network, device: str) -> Contender:
-    """Build an optimizer and its network, the same weights for each.
-
-    Raises:
-        NotInstalledError: if it is a peer that this environment does not have.
-    """
+    """Build an optimizer and its network, the same weights for each; see `prepared`."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peers say about torch's deprecations
@@ -184,11 +173,15 @@ def shares(kinds: Any, cov_every: int, inv_every: int) -> dict[str, float]:
 
 
 def prepared(name: str, network: Network, batch: int, device: str) -> tuple[Contender, Tensor, Tensor]:
-    """Build a contender and its batch, and take a step of each kind twice, so that all state is there."""
+    """Build a contender and its batch, and take a step of each kind twice, so that all state is there.
+
+    Raises:
+        NotInstalledError: if it is a peer that this environment does not have.
+    """
     contender = build(name, network, device)
-    x, y = torch_batch(network, batch, device)
+    x, y = network.sample(batch, device)
     for _ in range(2):
         for prepare in contender.at.values():
             prepare()
-            contender.step(x, y, _nothing)
+            contender.step(x, y, nothing)
     return contender, x, y

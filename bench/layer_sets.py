@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from networks import NETWORKS, torch_batch
+from networks import NETWORKS
 from torch import Tensor, nn
 
 from kfac2.ops import Window
@@ -15,21 +15,13 @@ from kfac2.ops import Window
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shapes of one layer; rows as the ops take them, features at dim 1.
+    """Shapes of one layer; rows as the ops take them, features at dim 1."""
 
-    Attributes:
-        input_window: how its input rows are read.
-        grad_window: how its output-gradient rows are read.
-        x: shape of its input.
-        g: shape of its output's gradient.
-        features_last: whether both come as a Linear layer has them, (N, S, d), and are only viewed as (N, d, S).
-    """
-
-    input_window: Window
-    grad_window: Window
-    x: tuple[int, ...]
-    g: tuple[int, ...]
-    features_last: bool
+    input_window: Window  # how its input rows are read
+    grad_window: Window  # how its output-gradient rows are read
+    x: tuple[int, ...]  # shape of its input
+    g: tuple[int, ...]  # shape of its output's gradient
+    features_last: bool  # as a Linear layer has them: (N, S, d), only viewed as (N, d, S)
 
     @property
     def d_in(self) -> int:
@@ -64,19 +56,13 @@ def shapes_of(name: str, batch: int) -> list[LayerShape]:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.register_forward_hook(note)
-    x, _ = torch_batch(network, batch, "meta")
+    x, _ = network.sample(batch, "meta")
     model(x)
     return shapes
 
 
 class LayerSet:
-    """The layers of one network at one batch size, filled with noise; each list is made when it is first used.
-
-    Args:
-        name: of the network.
-        batch: samples.
-        device: where the tensors are.
-    """
+    """The layers of one network at one batch size, filled with noise; each list is made when it is first used."""
 
     def __init__(self, name: str, batch: int, device: str = "cpu") -> None:
         self.name, self.batch, self.device = name, batch, device

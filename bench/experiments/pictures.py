@@ -9,10 +9,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from measure import into_place
+from output import into_place
 
-from experiments.intervals import mean_and_half
-from experiments.records import Group, Record, by_settings, clock_of, labels, networks, survivors
+from experiments.records import Group, Record, by_settings, clock_of, labels, mean_and_half, networks, survivors
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -85,9 +84,9 @@ def windows(records: Sequence[Record], path: Path) -> None:
         style = *_IN_ORDER[i % len(_IN_ORDER)], _MARKERS[i // len(_IN_ORDER) % len(_MARKERS)]
         some = survivors(group)
         _line(axes[0, 0], _epochs(group), [record.values("train_loss") for record in some], style, label)
-        steps = [step["step"] + 1 for step in group[0].steps]
+        steps = np.array(group[0].values("step")) + 1
         for axis, metric in zip(axes.flat[1:], metrics, strict=True):
-            samples = [record.step_values(metric) for record in some]
+            samples = [record.values(metric) for record in some]
             _line(axis, steps, samples, style, label, by_logarithm=metric not in _SHARES)
     for axis, metric in zip(axes.flat[1:], metrics, strict=True):
         _name(axis, "step (the first is 1)", metric)
@@ -98,7 +97,7 @@ def windows(records: Sequence[Record], path: Path) -> None:
 
 
 def _epochs(group: Group) -> list[int]:
-    return [row["epoch"] for row in group[0].epochs]
+    return list(range(1, group[0].settings.epochs + 1))
 
 
 def _curves(axis: Axes, groups: Sequence[Group], metric: str, by_time: bool) -> None:
@@ -175,6 +174,6 @@ def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
     }
     columns = 2 if max(map(len, handles), default=0) * 2 < figure.get_figwidth() * 13 else 1
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
-    with into_place(path) as part:  # processes that share runs end together
+    with into_place(path) as part:
         figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
