@@ -21,8 +21,8 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its timer
 def pytest_configure(config):
-    now = Clock(config.getoption("--device"), config.getoption("--threads")).now
-    config.option.benchmark_timer = f"{now.__module__}.{now.__name__}"
+    config.clock = Clock(config.getoption("--device"), config.getoption("--threads"))
+    config.option.benchmark_timer = f"{config.clock.now.__module__}.{config.clock.now.__name__}"
 
 
 def pytest_generate_tests(metafunc):
@@ -30,28 +30,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("layer_set", metafunc.config.getoption("--sets"), indirect=True, scope="session")
 
 
-@pytest.fixture(autouse=True)
-def _threads(pytestconfig):
-    before = torch.get_num_threads()
-    torch.set_num_threads(pytestconfig.getoption("--threads"))
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
-def device(pytestconfig):
-    return pytestconfig.getoption("--device")
-
-
-@pytest.fixture(scope="session")
-def batch(pytestconfig):
-    return pytestconfig.getoption("--batch")
-
-
-@pytest.fixture(scope="session")
-def layer_set(request, device, batch):
+def layer_set(request, pytestconfig):
     """One set at a time: pytest runs all tests of a set before it makes the next."""
-    return LayerSet(request.param, batch, device)
+    return LayerSet(request.param, pytestconfig.getoption("--batch"), pytestconfig.getoption("--device"))
 
 
 @lru_cache(maxsize=1)
@@ -63,7 +45,7 @@ def checked(build, *arguments):
 
 
 @pytest.fixture
-def compare(benchmark, device, pytestconfig):
+def compare(benchmark, pytestconfig):
     """Check, then time one function of a case; a sample's time is for the reader to scale, as its name says."""
 
     def run(how, build, *arguments):
@@ -71,12 +53,13 @@ def compare(benchmark, device, pytestconfig):
         benchmark.group = case.title + (f" ({case.note})" if case.note else "")
         scale = benchmark.extra_info["scale"] = case.scale(how)
         benchmark.name = how if scale == 1 else f"{how} (times {scale:.4g})"
-        clock = Clock(device, pytestconfig.getoption("--threads"))
-        begin = clock.now()
-        case.functions[how]()
-        if clock.now() - begin > 0.3:
+        (once,) = pytestconfig.clock.laps(lambda mark: [mark(), case.functions[how](), mark()])
+        if once > 0.3:
             benchmark.pedantic(case.functions[how], rounds=3)
         else:
             benchmark(case.functions[how])
 
-    return run
+    before = torch.get_num_threads()
+    torch.set_num_threads(pytestconfig.getoption("--threads"))
+    yield run
+    torch.set_num_threads(before)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +37,7 @@ class Contender:
     model: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizers: list[Optimizer]  # stepped one after the other
-    at: dict[str, Callable[[], None]]  # for each kind what makes the next step one of that kind
+    at: Mapping[str, Callable[[], object]]  # for each kind what makes the next step one of that kind
     accumulate: Callable[[Tensor], None] = lambda _: None  # called with the output before the backward pass
 
     def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
@@ -82,13 +83,11 @@ def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
         cov_every=COV_EVERY, inv_every=INV_EVERY,
     )  # fmt: skip
 
-    def iteration(number: int) -> Callable[[], None]:
-        return lambda: setattr(optimizer.preconditioner, "iteration", number)
-
     def accumulate(out: Tensor) -> None:
         optimizer.accumulate_fisher(network.prediction.distribution(out))
 
-    kinds = {"b": iteration(INV_EVERY), "a": iteration(COV_EVERY), "c": iteration(1)}
+    iterations = {"b": INV_EVERY, "a": COV_EVERY, "c": 1}
+    kinds = {k: partial(setattr, optimizer.preconditioner, "iteration", number) for k, number in iterations.items()}
     return Contender(model, network.prediction.loss, [optimizer], kinds, accumulate)
 
 
@@ -110,21 +109,20 @@ def _singd(network: Network, model: nn.Module, structure: str) -> Contender:
     return Contender(model, network.prediction.loss, [main, others], {"a": period(1), "c": period(10**9)})
 
 
-def _counted(optimizer: Optimizer, number: int) -> Callable[[], None]:
-    """Return what sets the counter of steps that `pytorch_optimizer` keeps in its groups."""
+def _periodic(network: Network, model: nn.Module, optimizer: Optimizer, renewing: int) -> Contender:
+    """An optimizer of `pytorch_optimizer`, which renews what it inverts where its groups' counter is `renewing`."""
 
-    def count() -> None:
-        for group in optimizer.param_groups:
-            group["step"] = number
+    def count(number: int) -> Callable[[], object]:
+        return lambda: [group.update(step=number) for group in optimizer.param_groups]
 
-    return count
+    kinds = {"b": count(renewing), "c": count(renewing + 1)}
+    return Contender(model, network.prediction.loss, [optimizer], kinds)
 
 
 def _soap(network: Network, model: nn.Module) -> Contender:
     """SOAP updates its statistics in each step; every tenth renews the eigenbases (`b`)."""
-    optimizer = _needed("pytorch_optimizer").SOAP(model.parameters(), lr=RATE, precondition_frequency=COV_EVERY)
-    kinds = {"b": _counted(optimizer, COV_EVERY), "c": _counted(optimizer, COV_EVERY + 1)}
-    return Contender(model, network.prediction.loss, [optimizer], kinds)
+    soap = _needed("pytorch_optimizer").SOAP(model.parameters(), lr=RATE, precondition_frequency=COV_EVERY)
+    return _periodic(network, model, soap, COV_EVERY)
 
 
 def _shampoo(network: Network, model: nn.Module) -> Contender:
@@ -132,12 +130,11 @@ def _shampoo(network: Network, model: nn.Module) -> Contender:
 
     Each axis is preconditioned, as SOAP does: merging axes, its default, leaves small weights without a preconditioner.
     """
-    optimizer = _needed("pytorch_optimizer").ScalableShampoo(
+    shampoo = _needed("pytorch_optimizer").ScalableShampoo(
         model.parameters(), lr=RATE, start_preconditioning_step=1, preconditioning_compute_steps=COV_EVERY,
         shape_interpretation=False,
     )  # fmt: skip
-    kinds = {"b": _counted(optimizer, COV_EVERY - 1), "c": _counted(optimizer, COV_EVERY)}
-    return Contender(model, network.prediction.loss, [optimizer], kinds)
+    return _periodic(network, model, shampoo, COV_EVERY - 1)
 
 
 BUILDERS: dict[str, Callable[[Network, nn.Module], Contender]] = {
@@ -153,21 +150,10 @@ BUILDERS: dict[str, Callable[[Network, nn.Module], Contender]] = {
 OWN = ["sgd", "adamw", "kfac2-1", "kfac2-2"]
 
 
-def build(name: str, network: Network, device: str) -> Contender:
-    """Build an optimizer and its network, the same weights for each; see `prepared`."""
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what peers say about torch's deprecations
-        return BUILDERS[name](network, network.make().to(device))
-
-
 def shares(kinds: Any, cov_every: int, inv_every: int) -> dict[str, float]:
     """Return how often each kind comes at a schedule; a peer with one period has it every `cov_every` steps."""
-    if "b" not in kinds:
-        often = {"a": 1 / cov_every} if "a" in kinds else {}
-    elif "a" not in kinds:
-        often = {"b": 1 / cov_every}
-    else:
+    often = {kind: 1 / cov_every for kind in "ab" if kind in kinds}
+    if len(often) == 2:
         often = {"b": 1 / inv_every, "a": 1 / cov_every - 1 / inv_every}
     return {**often, "c": 1 - sum(often.values())}
 
@@ -178,7 +164,10 @@ def prepared(name: str, network: Network, batch: int, device: str) -> tuple[Cont
     Raises:
         NotInstalledError: if it is a peer that this environment does not have.
     """
-    contender = build(name, network, device)
+    torch.manual_seed(0)  # the same weights for each
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peers say about torch's deprecations
+        contender = BUILDERS[name](network, network.make().to(device))
     x, y = network.sample(batch, device)
     for _ in range(2):
         for prepare in contender.at.values():

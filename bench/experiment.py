@@ -21,7 +21,7 @@ from experiments.runs import run
 from experiments.settings import INVERSES, OPTIMIZERS, Settings, coarse, recipe
 from output import write
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 FOLDER = Path(__file__).parent
 PROBLEMS = ("deep-linear", "resnet")
@@ -30,15 +30,9 @@ ENTRIES = ("epochs", "train", "test", "layers", "width", "batch", "lr", "milesto
 
 
 def plan(options: argparse.Namespace) -> tuple[str, list[Settings]]:
-    """Turn options into the name of an experiment and its runs, seed by seed: an early stop leaves whole comparisons.
-
-    Raises:
-        ValueError: if options do not go together.
-    """
-    name = options.experiment
-    if name == "coarse":
-        bases = coarse()
-    else:
+    """Return the name of an experiment and its runs, seed by seed: an early stop leaves whole comparisons."""
+    name, bases = options.experiment, coarse()
+    if name != "coarse":
         inverses = options.inverses or (list(INVERSES) if name == "deep-linear" else ["cholesky"])
         kinds = [(o, i) for o in options.optimizers for i in (inverses if o.startswith("kfac") else inverses[:1])]
         bases = [recipe(name, *kind) for kind in kinds]
@@ -55,26 +49,25 @@ def plan(options: argparse.Namespace) -> tuple[str, list[Settings]]:
 def _changed(base: Settings, options: argparse.Namespace) -> Settings:
     names = ENTRIES if base.is_kfac else ENTRIES[:-2]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if "milestones" in given:
-        given["milestones"] = tuple(given["milestones"])
+    given["milestones"] = tuple(given.get("milestones", base.milestones))
     return replace(base, device=options.device, threads=options.threads, **given)
 
 
-def do(runs: Sequence[Settings], folder: Path, path: Path, console: Console) -> list[records.Record]:
-    """Do those runs that a file does not hold yet, and add them; return all that it then holds."""
+def do(runs: Sequence[Settings], folder: Path, path: Path) -> None:
+    """Do those runs that a file does not hold yet, and add them."""
     print(f"{len(runs)} runs; writing to {path}", file=sys.stderr)
     known = {record.settings for record in records.load(path)}
     left = [settings for settings in runs if settings not in known]
-    parts = (TextColumn("{task.description:<46}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*parts, console=console) as progress:
-        for number, settings in enumerate(left, start=1):
-            title = f"{number}/{len(left)} {settings.label}, seed {settings.seed}"
-            bar = progress.add_task(title, total=None)
-            record = run(settings, folder, partial(progress.advance, bar))
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("runs", total=len(left))
+        for settings in left:
+            title = f"{settings.label}, seed {settings.seed}"
+            step = progress.add_task(f"steps of {title}", total=None)
+            record = run(settings, folder, partial(progress.advance, step))
             records.append(path, record)
-            progress.remove_task(bar)
+            progress.remove_task(step)
+            progress.advance(bar)
             progress.console.print(f"{title}: training loss {record.values('train_loss')[-1]:.4f}", highlight=False)
-    return records.load(path)
 
 
 def figures(out: Path) -> str:
@@ -117,13 +110,8 @@ def parser() -> argparse.ArgumentParser:
     add("--first-seed", type=int, default=0, metavar="N", help="so that tuned runs see none of their grid's seeds")
     add_some(result, "--optimizers", OPTIMIZERS, list(OPTIMIZERS))
     add("--inverses", nargs="+", choices=INVERSES, help="of K-FAC (default: the paper's)")
-    for name, what in (
-        ("--epochs", "epochs of each run"), ("--train", "training samples (default: all)"),
-        ("--test", "test samples (default: all)"), ("--layers", "hidden layers; a ResNet's depth, 6n + 2"),
-        ("--width", "units of a layer; channels of the first stage"), ("--batch", "samples of a step, for all"),
-        ("--cov-every", "steps between statistics"), ("--inv-every", "steps between inverses"),
-    ):  # fmt: skip
-        add(name, type=positive, metavar="N", help=what)
+    for name in ("--epochs", "--train", "--test", "--layers", "--width", "--batch", "--cov-every", "--inv-every"):
+        add(name, type=positive, metavar="N", help="of each run (default: the paper's)")
     add("--lr", type=float, help="for all optimizers that are run (default: the paper's)")
     add("--milestones", type=positive, nargs="*", metavar="N", help="epochs after which the rate is divided by 10")
     add("--data", choices=READERS, help="a ResNet's images (default: fashion-mnist)")
@@ -139,7 +127,7 @@ def main() -> None:
     try:
         if options.experiment != "figures":
             name, runs = plan(options)
-            do(runs, options.folder, options.out / f"records/{name}.jsonl", Console(stderr=True))
+            do(runs, options.folder, options.out / f"records/{name}.jsonl")
         elif not any((options.out / "records").glob("*.jsonl")):
             raise ValueError(f"argument --out: {options.out} must hold records, and there are none")
         print(figures(options.out))

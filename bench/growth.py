@@ -7,7 +7,6 @@ Fisher. Exponents are least-squares fits of log time to log size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,42 +30,30 @@ from matplotlib.ticker import LogLocator, NullFormatter
 NETS = {"resnet-8": 10, "resnet-20": 22, "resnet-32": 34, "resnet-56": 58, "resnet-110": 112}  # layers of each
 LAYERS = 16  # of the uniform stack
 SIZES = {"batch": [16, 32, 64, 128, 256], "channels": [8, 16, 32, 64, 128], "extent": [4, 8, 16, 32, 64]}
-TITLES = {
-    "layers": "layers of ResNet-8 to -110",
-    "batch": "batch",
-    "channels": "channels",
-    "extent": "places of a map",
-}
+TITLES = {"layers": "layers of ResNet-8 to -110", "batch": "batch", "channels": "channels", "extent": "places of a map"}
 COLOURS = {"time": "#D55E00", "memory": "#0072B2"}  # Okabe and Ito's
 
 
-@dataclass
-class Rows:
-    """What all layers hand over: their inputs, then their output gradients."""
-
-    tensors: list[Tensor]
-    windows: list[Window]
-
-    def second_level(self) -> list[Tensor]:
-        """Compute what the second level adds to a statistics step; return all that is alive at the end."""
-        maps = ops.layer_maps(self.tensors, self.windows)
-        half = len(maps) // 2
-        input_sums, grad_sums = ops.cross_layer_sums(maps[:half]), ops.cross_layer_sums(maps[half:])
-        return [*maps, input_sums, grad_sums, ops.coarse_fisher(input_sums, grad_sums)]
+SecondLevel = Callable[[], list[Tensor]]
 
 
-def of_network(name: str, batch: int, device: str) -> Rows:
-    """Return the rows of a ResNet."""
-    layers = LayerSet(name, batch, device)
-    return Rows(layers.inputs + layers.grads, layers.input_windows + layers.grad_windows)
+def second_level(tensors: list[Tensor], windows: list[Window]) -> list[Tensor]:
+    """Compute what the second level adds to a statistics step; return all that is alive at the end.
+
+    The layers' inputs come first, then the gradients of their outputs.
+    """
+    maps = ops.layer_maps(tensors, windows)
+    half = len(maps) // 2
+    input_sums, grad_sums = ops.cross_layer_sums(maps[:half]), ops.cross_layer_sums(maps[half:])
+    return [*maps, input_sums, grad_sums, ops.coarse_fisher(input_sums, grad_sums)]
 
 
-def uniform(device: str, batch: int = 32, channels: int = 16, extent: int = 16) -> Rows:
-    """Return the rows of equal 3×3 convolutions, one after the other."""
+def uniform(device: str, batch: int = 32, channels: int = 16, extent: int = 16) -> SecondLevel:
+    """Return the second level of equal 3×3 convolutions, one after the other."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, channels, extent, extent)
     tensors = [torch.randn(shape, generator=generator).to(device) for _ in range(2 * LAYERS)]
-    return Rows(tensors, [Window.of(2, 3, padding=1)] * LAYERS + [Window.places(2)] * LAYERS)
+    return partial(second_level, tensors, [Window.of(2, 3, padding=1)] * LAYERS + [Window.places(2)] * LAYERS)
 
 
 def fitted(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
@@ -75,12 +62,13 @@ def fitted(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, floa
     return round(float(exponent), 3) + 0.0, float(np.exp(intercept))  # 0.0 makes -0 a 0
 
 
-def series(what: str, batch: int, largest: int, device: str) -> dict[int, Callable[[], Rows]]:
-    """Return what makes the rows of each size up to the largest; the batch is that of the networks."""
+def series(what: str, batch: int, largest: int, device: str) -> dict[int, SecondLevel]:
+    """Return the second level at each size up to the largest; the batch is that of the networks."""
     if what == "layers":
-        return {count: partial(of_network, name, batch, device) for name, count in NETS.items() if count <= largest}
+        sets = {count: LayerSet(name, batch, device) for name, count in NETS.items() if count <= largest}
+        return {count: partial(second_level, layers.tensors, layers.windows) for count, layers in sets.items()}
     power = 2 if what == "extent" else 1
-    return {size**power: partial(uniform, device, **{what: size}) for size in SIZES[what] if size <= largest}
+    return {size**power: uniform(device, **{what: size}) for size in SIZES[what] if size <= largest}
 
 
 def measure(
@@ -88,12 +76,11 @@ def measure(
 ) -> dict[str, Any]:
     """Time all sizes of one series in turns, and count bytes; for the arguments see `series` and `timing`."""
     torch.set_num_threads(threads)
-    rows = {size: make() for size, make in series(what, batch, largest, device).items()}
-    functions = {str(size): each.second_level for size, each in rows.items()}
-    times = interleaved(functions, Clock(device, threads), rounds, budget)
+    functions = series(what, batch, largest, device)
+    times = interleaved({str(size): f for size, f in functions.items()}, Clock(device, threads), rounds, budget)
     milliseconds = [1e3 * median(taken) for taken in times.values()]
-    megabytes = [sum(t.untyped_storage().nbytes() for t in each.second_level()) / 1e6 for each in rows.values()]
-    sizes = list(rows)
+    megabytes = [sum(t.untyped_storage().nbytes() for t in each()) / 1e6 for each in functions.values()]
+    sizes = list(functions)
     return {
         "what": what,
         "sizes": sizes,

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from arguments import add_some, add_where, positive
 from cases import BY_LAYERS, OPS, SINGLE, Case
 from layer_sets import LayerSet
 from networks import NETWORKS
-from output import table, write_json
-from timing import Clock, Spread, digits, interleaved, machine, ratios
+from output import table
+from timing import Clock, Spread, digits, interleaved, ratios
 
 SETS = ["deep-linear", "resnet-20", "resnet-32", "resnet-56", "resnet-110", "transformer"]
 
@@ -37,15 +36,7 @@ def all_cases(names: Sequence[str], sets: Sequence[str], batch: int, device: str
 
 
 def compare(build: Callable[[], Case], rounds: int, budget: float, device: str, threads: int) -> dict[str, Any]:
-    """Build and check a case, time it, and divide by the time of kfac2 in the same round.
-
-    Args:
-        build: makes the case.
-        rounds: at most.
-        budget: seconds, after which no further round starts.
-        device: where.
-        threads: of torch on the CPU.
-    """
+    """Build and check a case, time it, and divide by the time of kfac2 in the same round; see `timing`."""
     torch.set_num_threads(threads)
     case = build()
     case.check()
@@ -81,7 +72,6 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=128, help="samples (default: 128)")
     parser.add_argument("--rounds", type=positive, default=25, help="of each case, at most (default: 25)")
     parser.add_argument("--seconds", type=float, default=5.0, help="then no further round of a case (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers there")
     add_where(parser)
     args = parser.parse_args()
     results = []
@@ -89,8 +79,6 @@ def main() -> None:
         results.append(compare(build, args.rounds, args.seconds, args.device, args.threads))
         print(f"  {results[-1]['case']}", file=sys.stderr)
     print(report(results))
-    if args.json:
-        write_json(args.json, {"machine": machine(args.device, args.threads), "kernels": results})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.hidden = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -153,12 +154,9 @@ class Network:
         return x.to(device), y.to(device)
 
 
-def _resnet(layers: int, batch: int) -> Network:
-    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        x = torch.randn(n, 3, 32, 32, generator=generator)
-        return x, torch.randint(10, (n,), generator=generator)
-
-    return Network(f"ResNet-{layers}", lambda: ResNet(layers), draw, CLASSES, batch)
+def _images(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x = torch.randn(n, 3, 32, 32, generator=generator)
+    return x, torch.randint(10, (n,), generator=generator)
 
 
 def _points(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -173,10 +171,8 @@ def _words(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 NETWORKS = {
     "deep-linear": Network("deep linear network", DeepLinear, _points, BINARY, 512),
-    "resnet-8": _resnet(8, 128),
-    "resnet-20": _resnet(20, 128),
-    "resnet-32": _resnet(32, 128),
-    "resnet-56": _resnet(56, 32),
-    "resnet-110": _resnet(110, 128),
     "transformer": Network("transformer", Transformer, _words, CLASSES, 128),
 }
+for _depth in (8, 20, 32, 56, 110):
+    _make = partial(ResNet, _depth)
+    NETWORKS[f"resnet-{_depth}"] = Network(f"ResNet-{_depth}", _make, _images, CLASSES, 32 if _depth == 56 else 128)

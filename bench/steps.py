@@ -12,15 +12,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from arguments import add_some, add_where, positive
 from contenders import BUILDERS, Contender, NotInstalledError, nothing, prepared, shares
 from networks import NETWORKS
-from output import table, write_json
-from timing import Clock, Mark, Spread, Work, digits, interleaved, machine, ratios, take_turns
+from output import table
+from timing import Clock, Mark, Spread, Work, digits, interleaved, ratios, take_turns
 from torch import Tensor
 
 SCHEDULES = ((10, 100), (200, 2000))  # cov_every, inv_every
@@ -71,19 +70,7 @@ def summary(laps: dict[tuple[str, str], list[list[float]]]) -> dict[str, Any]:
 
 
 def measure(net: str, batch: int, rounds: int, optimizers: Sequence[str], device: str, threads: int) -> dict[str, Any]:
-    """Measure the steps of one network.
-
-    Args:
-        net: its name.
-        batch: samples.
-        rounds: how many.
-        optimizers: names; SGD is measured in any case.
-        device: where.
-        threads: of torch on the CPU.
-
-    Returns:
-        See `summary`; and what could not be measured, and why.
-    """
+    """Measure the steps of one network, SGD's in any case; see `summary`. `missing` says which were not, and why."""
     torch.set_num_threads(threads)
     works: dict[tuple[str, str], Work] = {}
     missing = {}
@@ -148,11 +135,10 @@ def report(result: dict[str, Any], clock: str) -> str:
         for kind, by_part in found["kinds"].items():
             parts.append([f"{name}, {kind}", *(digits(by_part[part]["median"]) for part in PARTS)])
     header = ["optimizer", "ordinary (c)", "statistics (a)", "inverses (b)", *(f"mean at {s}" for s in schedules)]
-    lines = [
-        f"{NETWORKS[result['net']].title}, batch {result['batch']}, rounds: {result['rounds']}; {clock}, ratios to "
-        f"SGD's whole step ({Spread(**result['sgd_milliseconds'])} ms), medians [quartiles]",
-        "", table(header, wholes), "", table(["of which", *PARTS], parts),
-    ]  # fmt: skip
+    title = f"{NETWORKS[result['net']].title}, batch {result['batch']}, rounds: {result['rounds']}"
+    below = f"SGD's whole step ({Spread(**result['sgd_milliseconds'])} ms)"
+    lines = [f"{title}; {clock}, ratios to {below}, medians [quartiles]", "", table(header, wholes), ""]
+    lines.append(table(["of which", *PARTS], parts))
     if result["levels"]:
         words = [f"{kind} {Spread(**spread)}" for kind, spread in result["levels"].items()]
         lines += ["", "Two levels over one level: " + ", ".join(words)]
@@ -173,18 +159,13 @@ def main() -> None:
     add_some(parser, "--optimizers", BUILDERS, list(BUILDERS))
     parser.add_argument("--batch", type=positive, help="samples (default: what the comparison states for each)")
     parser.add_argument("--rounds", type=positive, default=25, help="default: 25")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers there")
     add_where(parser)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="singd|pytorch_optimizer")
-    results = []
     for net in args.net:
         batch = args.batch or NETWORKS[net].batch
         result = measure(net, batch, args.rounds, args.optimizers, args.device, args.threads)
         print(report(result, Clock(args.device, args.threads).kind), end="\n\n", flush=True)
-        results.append(result)
-    if args.json:
-        write_json(args.json, {"machine": machine(args.device, args.threads), "steps": results})
 
 
 if __name__ == "__main__":

@@ -14,5 +14,6 @@ def test_all_layers(compare, layer_set, op, how):
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("op, which", [(op, i) for op, builds in cases.SINGLE.items() for i in range(len(builds))])
-def test_one_tensor(compare, batch, device, op, which, how):
-    compare(how, cases.SINGLE[op][which], batch, device)
+def test_one_tensor(compare, pytestconfig, op, which, how):
+    where = (pytestconfig.getoption("--batch"), pytestconfig.getoption("--device"))
+    compare(how, cases.SINGLE[op][which], *where)

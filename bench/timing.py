@@ -31,12 +31,8 @@ class Clock:
     """Times work: by CPU time with one thread on the CPU, by wall time with several, by events on a CUDA device.
 
     CPU time leaves out what other processes take from a shared machine. With several threads it would add them up.
-
-    Args:
-        device: where the work is done.
-        threads: of torch on the CPU.
-        cold: on a CUDA device the caches are flushed before each measurement, and the host gets a head start, so that
-            the device's part alone is timed; else the host's launches count as well.
+    With `cold`, on a CUDA device, the caches are flushed before each measurement, and the host gets a head start, so
+    that the device's part alone is timed; else the host's launches count as well.
     """
 
     def __init__(self, device: str | torch.device, threads: int, cold: bool = False) -> None:
@@ -46,13 +42,8 @@ class Clock:
             self.now = synchronised
         elif threads == 1:
             self.now = time.process_time
-        self._flush = torch.empty(2**28, dtype=torch.int8, device=device) if cold and self.on_cuda else None
+        self.flush = torch.empty(2**28, dtype=torch.int8, device=device) if cold and self.on_cuda else None
         self.kind = "CPU time" if self.now is time.process_time else "wall time"
-
-    @property
-    def repeats(self) -> bool:
-        """Whether short functions may be repeated within a measurement; the second run would find a warm cache."""
-        return self._flush is None
 
     def laps(self, work: Work) -> list[float]:
         """Return the seconds of each part of some work."""
@@ -67,8 +58,8 @@ class Clock:
             events[-1].record()
 
         torch.cuda.synchronize()
-        if self._flush is not None:
-            self._flush.zero_()
+        if self.flush is not None:
+            self.flush.zero_()
             torch.cuda._sleep(4_000_000)
         work(mark)
         torch.cuda.synchronize()
@@ -80,11 +71,7 @@ def take_turns(
 ) -> dict[Key, list[list[float]]]:
     """Time works in turns, in a new order each round, so that drift and neighbours hit all alike.
 
-    Args:
-        works: what to time.
-        clock: what is read.
-        rounds: at most.
-        budget: seconds of wall time, after which no further round starts; three rounds are run in any case.
+    After `budget` seconds no further round starts; three rounds are run in any case, if so many are asked for.
 
     Returns:
         For each work the seconds of its parts, in each round.
@@ -109,13 +96,13 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return for each function the seconds of one run in each round; see `take_turns`.
 
-    A function that takes less than `shortest` seconds is repeated in each round.
+    A function that takes less than `shortest` seconds is repeated in each round, except where caches are to be cold.
     """
     works, counts = {}, {}
     for name, function in functions.items():
         function()
         (once,) = clock.laps(partial(_repeated, function, 1))
-        counts[name] = max(1, round(shortest / max(once, 1e-7))) if clock.repeats else 1
+        counts[name] = max(1, round(shortest / max(once, 1e-7))) if clock.flush is None else 1
         works[name] = partial(_repeated, function, counts[name])
     laps = take_turns(works, clock, rounds, budget)
     return {name: [parts[0] / counts[name] for parts in each] for name, each in laps.items()}
@@ -151,8 +138,7 @@ class Spread:
 
 def digits(number: float) -> str:
     """Write a number with three digits, and no exponent."""
-    places = next((places for bound, places in ((100, 0), (10, 1), (1, 2)) if abs(number) >= bound), 3)
-    return f"{number:.{places}f}"
+    return f"{number:.{sum(abs(number) < bound for bound in (100, 10, 1))}f}"
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
@@ -162,10 +148,10 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 def machine(device: str, threads: int) -> dict[str, Any]:
     """Describe what the numbers are measured on."""
-    name, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    name = models[0] if models else platform.machine()
     on_cuda = torch.device(device).type == "cuda"
     return {
         "cpu": f"{name}, {os.cpu_count()} cores",

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from networks import Prediction
@@ -34,45 +33,26 @@ class Problem:
     augment: Callable[[Tensor, torch.Generator], Tensor] = lambda x, _: x  # changes a training batch at random
 
 
-class Observer(Protocol):
-    """Looks at each step of the optimizer."""
-
-    def before(self, step: int) -> None:
-        """See the gradients of a step that is to be taken."""
-
-    def after(self, step: int, logits: Tensor) -> None:
-        """See what the optimizer made of them."""
-
-
 def finite(number: float) -> float | None:
     """Return a number as JSON can hold it."""
     return number if math.isfinite(number) else None
 
 
 def train(
-    problem: Problem,
+    problem: Problem,  # its model is changed
     optimizer: Optimizer,
     epochs: int,
-    seed: int,
+    seed: int,  # of order, augmentation, and the labels that K-FAC draws
     clock: Clock,
-    rate: Callable[[int], float] | None = None,
-    observer: Observer | None = None,
-    on_step: Callable[[], object] = lambda: None,
+    rate: Callable[[int], float],  # learning rate of an epoch, counted from 1
+    take_step: Callable[[int, Tensor], object]
+    | None = None,  # instead of the optimizer's; gets its number, the outputs
+    on_step: Callable[[], object] = lambda: None,  # called after each step
 ) -> Iterator[Epoch]:
     """Train, and yield after each epoch.
 
     `train_` numbers are means over the samples of an epoch, each taken before its step and in training mode; `test_`
     numbers are taken after the epoch, in evaluation mode. `seconds` are of training so far, testing left out.
-
-    Args:
-        problem: what to train; its model is changed.
-        optimizer: of the model.
-        epochs: how many.
-        seed: of order, augmentation, and the labels that K-FAC draws.
-        clock: read for `seconds`.
-        rate: learning rate of an epoch, counted from 1; None leaves the optimizer's.
-        observer: looks at each step.
-        on_step: called after each step.
     """
     (x, y), model, prediction = problem.train, problem.model, problem.prediction
     torch.manual_seed(seed + 1000)  # streams apart from each other and from the one that drew weights and data
@@ -80,9 +60,8 @@ def train(
     generator = torch.Generator(x.device).manual_seed(seed + 3000)
     seconds, wall_seconds, step = 0.0, 0.0, 0
     for epoch in range(1, epochs + 1):
-        if rate is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(epoch)
         losses, right = [], []
         start, wall_start = clock.now(), time.perf_counter()
         for batch in torch.randperm(len(x), generator=order).to(x.device).split(problem.batch):
@@ -92,11 +71,10 @@ def train(
                 optimizer.accumulate_fisher(prediction.distribution(out))
             loss = prediction.loss(out, y[batch])
             loss.backward()
-            if observer:
-                observer.before(step)
-            optimizer.step()
-            if observer:
-                observer.after(step, out.detach())
+            if take_step:
+                take_step(step, out.detach())
+            else:
+                optimizer.step()
             losses.append(loss.detach().double() * len(batch))
             right.append(prediction.correct(out.detach(), y[batch]).sum())
             step += 1

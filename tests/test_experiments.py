@@ -257,11 +257,7 @@ def test_the_coarse_step_is_measured_right(kappa):
         out = problem.model(problem.train[0])
         optimizer.accumulate_fisher(problem.prediction.distribution(out))
         problem.prediction.loss(out, problem.train[1]).backward()
-        if follower:
-            follower.before(0)
-        optimizer.step()
-        if follower:
-            follower.after(0, out.detach())
+        (follower.step(0, out.detach()) if follower else optimizer.step())
         grads[each.optimizer] = [problem.model.get_submodule(n).weight.grad.double() for n in optimizer.layers]
     (row,) = follower.rows
     assert (row["clip"] < 0.9) == (kappa < 1)
@@ -351,10 +347,9 @@ def test_names_tell_what_differs():
 
 def test_curves_are_means_with_intervals():
     group = [record(1.0, 2.0, 3.0), record(3.0, 2.0, 1.0, seed=1), record(1.0, None, None, seed=2)]
-    figure, (by_epoch, by_time, mixed) = pictures.plt.subplots(1, 3)
-    pictures._curves(by_epoch, [group], "train_loss", False)
-    pictures._curves(by_time, [group], "train_loss", True)
-    pictures._curves(mixed, [group, [record(1.0, 1.0, 1.0, threads=2)]], "train_loss", True)
+    figure, (by_epoch, by_time, other, mixed) = pictures.plt.subplots(1, 4)
+    pictures._column((by_epoch, by_time), [group], "train_loss")
+    pictures._column((other, mixed), [group, [record(1.0, 1.0, 1.0, threads=2)]], "train_loss")
     (curve,) = by_epoch.lines
     assert curve.get_xdata().tolist() == [1, 2, 3] and curve.get_ydata().tolist() == [2, 2, 2]
     assert curve.get_label() == "SGD (1 of 3 diverged)"

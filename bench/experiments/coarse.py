@@ -17,68 +17,49 @@ class Follower:
 
     From the gradients ∇_i and what the optimizer made of them, ν v_i, it takes ν (the KL clip's) and the coarse
     step c = (F_coarse + λ I)⁻¹ y, with the F_coarse of the last inverses; what is left of v_i is the fine step.
-
-    Args:
-        model: of the run.
-        optimizer: of two levels.
-        settings: of the run.
-
-    Attributes:
-        rows: a row for each step that was measured.
     """
 
     def __init__(self, model: nn.Module, optimizer: kfac2.KFAC, settings: Settings) -> None:
-        self.rows: list[dict[str, float | None]] = []
+        self.rows: list[dict[str, float | None]] = []  # of each step that was measured
         self._optimizer, self._settings = optimizer, settings
         self._layers = [list(model.get_submodule(name).parameters(recurse=False)) for name in optimizer.layers]
         self._inverse = torch.empty(0)  # (F_coarse + λ I)⁻¹
-        self._before: list[list[Tensor]] = []
-        self._weight = 1.0
-
-    def before(self, step: int) -> None:
-        """Keep the gradients, and set ω: 1 inside the window, 0 outside."""
-        first, last = self._settings.coarse_from, self._settings.coarse_until
-        self._weight = self._optimizer.options.coarse_weight = float(first <= step and (last is None or step < last))
-        self._before = self._gradients()
 
     @torch.no_grad()
-    def after(self, step: int, logits: Tensor) -> None:
-        """Measure a step that was just taken; renew the coarse inverse when the optimizer has."""
+    def step(self, number: int, logits: Tensor) -> None:
+        """Take a step, with ω = 1 inside the window and 0 outside, and measure it."""
         assert self._settings.inv_every and self._settings.damping
-        if step % self._settings.inv_every == 0:  # as the optimizer has it: eigenvalues floored at 0
+        first, last = self._settings.coarse_from, self._settings.coarse_until
+        weight = float(first <= number and (last is None or number < last))
+        self._optimizer.options.coarse_weight = weight
+        before = self._gradients()
+        self._optimizer.step()
+        if number % self._settings.inv_every == 0:  # as the optimizer has it: eigenvalues floored at 0
             values, vectors = torch.linalg.eigh(self._optimizer.coarse_fisher().double())
             self._inverse = vectors / (values.clamp_min(0) + self._settings.damping) @ vectors.mT
-        if step >= _EACH_STEP and step % _EVERY:
+        if number >= _EACH_STEP and number % _EVERY:
             return
-        ratio, clip = self._ratio()
+        ratio, clip = self._ratio(before, weight)
         weights = [layer[0].double() for layer in self._layers[:-1]]  # of hidden layers
         all_ones = torch.stack([w.sum().square() / (w.numel() * w.square().sum()) for w in weights]).mean().item()
         scale = logits.double().square().mean().sqrt().item()
         found = {"coarse_to_fine": ratio, "clip": clip, "all_ones": all_ones, "logits": scale}
-        self.rows.append({"step": step, **{name: finite(number) for name, number in found.items()}})
+        self.rows.append({"step": number, **{name: finite(value) for name, value in found.items()}})
 
-    def _ratio(self) -> tuple[float, float]:
+    def _ratio(self, before: list[list[Tensor]], weight: float) -> tuple[float, float]:
         """Return |coarse step| / |fine step|, of all handled weights as the step is or would be with ω = 1, and ν."""
-        shifts = self._inverse @ torch.stack([_total([grad.sum() for grad in layer]) for layer in self._before])
+        shifts = self._inverse @ torch.stack([_total([grad.sum() for grad in layer]) for layer in before])
         after = self._gradients()
-        clip = self._clip(after)
-        fine = [
-            (grad.double() / clip - self._weight * shift).square().sum()
-            for layer, shift in zip(after, shifts, strict=True)
-            for grad in layer
-        ]
-        coarse = [
-            shift.square() * sum(grad.numel() for grad in layer) for layer, shift in zip(after, shifts, strict=True)
-        ]
+        clip, layers = self._clip(before, after), list(zip(after, shifts, strict=True))
+        fine = [(g.double() / clip - weight * shift).square().sum() for layer, shift in layers for g in layer]
+        coarse = [shift.square() * sum(g.numel() for g in layer) for layer, shift in layers]
         return (_total(coarse) / _total(fine)).sqrt().item(), clip
 
-    def _clip(self, after: list[list[Tensor]]) -> float:
+    def _clip(self, before: list[list[Tensor]], after: list[list[Tensor]]) -> float:
         """ν. Σ η²|ν v_i · ∇_i| is ν Σ; where Σ is above κ it is √(κ Σ), above κ too, and ν is κ / (ν Σ)."""
         kappa, rate = self._settings.kl_clip, self._optimizer.param_groups[0]["lr"]
-        products = [
-            _total([(a.double() * b).sum() for a, b in zip(layer, before, strict=True)]).abs()
-            for layer, before in zip(after, self._before, strict=True)
-        ]
+        layers = [zip(*layer, strict=True) for layer in zip(after, before, strict=True)]
+        products = [_total([(a.double() * b).sum() for a, b in layer]).abs() for layer in layers]
         clipped = rate**2 * torch.stack(products).sum().item()
         return min(1.0, kappa / clipped) if kappa is not None and clipped > 0 else 1.0
 

@@ -97,11 +97,7 @@ READERS = {"fashion-mnist": read_mnist, "mnist": read_mnist, "cifar10": read_cif
 
 @cache
 def image_set(name: str, folder: Path) -> tuple[Images, Images]:
-    """Read images to train on and to test on.
-
-    Raises:
-        DataError: if a file is missing or wrong.
-    """
+    """Read images to train on and to test on."""
     return READERS[name](folder)
 
 
@@ -116,14 +112,8 @@ def normalisation(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Crop each image at random out of itself with a margin of 4 black pixels, and flip every second one, at random.
-
-    Args:
-        x: (N, C, H, W).
-        generator: on the device of `x`; the same state gives the same images.
-    """
-    count, channels, height, width = x.shape
-    device = x.device
+    """Crop each image at random out of itself with a margin of 4 black pixels, and flip half of them, at random."""
+    (count, channels, height, width), device = x.shape, x.device
     top, left = torch.randint(2 * _MARGIN + 1, (2, count, 1), generator=generator, device=device)
     flip = torch.randint(2, (count, 1), generator=generator, device=device).bool()
     columns = torch.arange(width, device=device).expand(count, -1)

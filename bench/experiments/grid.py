@@ -47,15 +47,7 @@ def _ordered(groups: Sequence[Group]) -> list[Group]:
 
 
 def tuned(base: Settings, records: Iterable[Record]) -> Settings:
-    """Give a run the numbers of its optimizer's winner.
-
-    Args:
-        base: the run.
-        records: of grids.
-
-    Raises:
-        ValueError: if there is no grid of this optimizer and network, or several.
-    """
+    """Give a run the numbers of its optimizer's winner on its network; there must be one such grid."""
     winners = [groups[0][0].settings for groups in ranked(records)]
     found = [winner for winner in winners if (winner.label, winner.network) == (base.label, base.network)]
     if len(found) != 1:

@@ -56,11 +56,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def load(path: Path) -> list[Record]:
-    """Read a file, in the order of optimizers, windows and rates, seeds in order; no file is no record.
-
-    Raises:
-        ValueError: naming the line that is no record.
-    """
+    """Read a file, in the order of optimizers, windows and rates, seeds in order; no file is no record."""
     records = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         try:
@@ -81,44 +77,37 @@ def _order(record: Record) -> tuple[Any, ...]:
 
 def by_settings(records: Iterable[Record]) -> list[Group]:
     """Group records that differ in nothing but the seed, in the order in which they come."""
-    groups: dict[Settings, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.settings.of_seed(0), []).append(record)
-    return [*groups.values()]
+    return [*_grouped(records, lambda settings: settings.of_seed(0)).values()]
 
 
 def networks(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Sort records by network and data, which go into one picture."""
-    result: dict[str, list[Record]] = {}
+    return _grouped(records, lambda settings: settings.network)
+
+
+def _grouped(records: Iterable[Record], key: Callable[[Settings], Any]) -> dict[Any, list[Record]]:
+    result: dict[Any, list[Record]] = {}
     for record in records:
-        result.setdefault(record.settings.network, []).append(record)
+        result.setdefault(key(record.settings), []).append(record)
     return result
 
 
 def labels(groups: Sequence[Group], name: Callable[[Settings], str] = lambda settings: settings.label) -> list[str]:
     """Name curves: by `name`, by all that tells two of one name apart, and by what became of the seeds."""
-    settings = [group[0].settings for group in groups]
     same_seeds = len({len(group) for group in groups}) == 1
     result = []
-    for group, one in zip(groups, settings, strict=True):
-        alike = [other for other in settings if name(other) == name(one)]
-        parts = [name(one), *_differences(one, alike)]
+    for group in groups:
+        one, diverged = group[0].settings, sum(record.has_diverged for record in group)
+        alike = [other[0].settings for other in groups if name(other[0].settings) == name(one)]
+        parts = [name(one)]
+        for field, value in asdict(one).items():
+            if field != "seed" and any(getattr(other, field) != value for other in alike):
+                shown = f"{value:g}" if isinstance(value, float) else str(value)
+                parts.append(f"{_SYMBOLS.get(field, field.replace('_', ' '))} {shown}")
         if not same_seeds:
             parts.append(f"{len(group)} seed" + "s" * (len(group) > 1))
-        diverged = sum(record.has_diverged for record in group)
         result.append(", ".join(parts) + (f" ({diverged} of {len(group)} diverged)" if diverged else ""))
     return result
-
-
-def _differences(one: Settings, alike: Sequence[Settings]) -> list[str]:
-    """Write those numbers of `one` that not all of `alike` have."""
-    parts = []
-    for field in fields(Settings):
-        value = getattr(one, field.name)
-        if field.name != "seed" and any(getattr(other, field.name) != value for other in alike):
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            parts.append(f"{_SYMBOLS.get(field.name, field.name.replace('_', ' '))} {shown}")
-    return parts
 
 
 def survivors(group: Group) -> list[Record]:
@@ -133,11 +122,7 @@ def clock_of(groups: Iterable[Group]) -> tuple[str, str]:
 
 
 def mean_and_half(samples: Sequence[Sequence[float]] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the means of the columns, and half the width of their 95 % confidence intervals (Student's t).
-
-    Args:
-        samples: a row for each seed; of a single one the width is NaN.
-    """
+    """Return means over rows and half the width of their 95 % intervals (Student's t), NaN with a single row."""
     values = np.array(samples, dtype=np.float64)
     count = len(values)
     if count == 1:

@@ -16,20 +16,12 @@ from training import Problem, train
 import kfac2
 from experiments.coarse import Follower
 from experiments.data import DataError, augmented, image_set, normalisation
-from experiments.records import Record, columns
+from experiments.records import Columns, Record, columns
 from experiments.settings import DRAWN_SAMPLES, Settings
 
 
 def problem_of(settings: Settings, folder: Path) -> Problem:
-    """Build what is trained, on its device.
-
-    Args:
-        settings: of the run.
-        folder: where the images are; unused for data that is drawn.
-
-    Raises:
-        DataError: if a file of data is missing or wrong.
-    """
+    """Build what is trained, on its device. Images are in `folder`, which drawn data does not need."""
     return _deep_linear(settings) if settings.problem == "deep-linear" else _resnet(settings, folder)
 
 
@@ -66,52 +58,37 @@ def _resnet(settings: Settings, folder: Path) -> Problem:
 
 def optimizer_of(settings: Settings, model: nn.Module) -> Optimizer:
     """Build the optimizer of a run."""
+    lr, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
     if settings.optimizer == "sgd":
-        return SGD(model.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+        return SGD(model.parameters(), lr, momentum, weight_decay=decay)
     if settings.optimizer == "adam":
-        betas = (settings.momentum, 0.999)
-        return Adam(model.parameters(), settings.lr, betas, weight_decay=settings.weight_decay)
+        return Adam(model.parameters(), lr, (momentum, 0.999), weight_decay=decay)
     assert settings.damping and settings.cov_every and settings.inv_every and settings.inverse
     return kfac2.KFAC(
-        model,
-        settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        damping=settings.damping,
-        kl_clip=settings.kl_clip,
-        levels=1 if settings.optimizer == "kfac1" else 2,
-        inverse=settings.inverse,
-        cov_every=settings.cov_every,
+        model, lr, momentum=momentum, weight_decay=decay, damping=settings.damping, kl_clip=settings.kl_clip,
+        levels=int(settings.optimizer[-1]), inverse=settings.inverse, cov_every=settings.cov_every,
         inv_every=settings.inv_every,
-    )
+    )  # fmt: skip
 
 
 def run(settings: Settings, folder: Path = Path(), on_step: Callable[[], object] = lambda: None) -> Record:
-    """Do a run.
-
-    Args:
-        settings: of the run.
-        folder: where the images are; unused for data that is drawn.
-        on_step: called after each step.
-
-    Raises:
-        DataError: if a file of data is missing or wrong.
-    """
+    """Do a run; see `problem_of` for the folder. `on_step` is called after each step."""
     # One kind of arithmetic everywhere, sums in one order: no TF32; and nothing here uses AMP.
     torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     problem = problem_of(settings, folder)
     optimizer = optimizer_of(settings, problem.model)
-    follower = None
-    if settings.follow:
-        assert isinstance(optimizer, kfac2.KFAC)
-        follower = Follower(problem.model, optimizer, settings)
     clock = Clock(settings.device, settings.threads)
+    arguments = (problem, optimizer, settings.epochs, settings.seed, clock, settings.rate)
+    steps: Columns = {}
     with warnings.catch_warnings():  # a run that diverges warns thousands of times; its record says so
         warnings.filterwarnings("ignore", "kfac2: .* the step is skipped")
-        epochs = list(
-            train(problem, optimizer, settings.epochs, settings.seed, clock, settings.rate, follower, on_step)
-        )
-    about = machine(settings.device, settings.threads)
-    return Record(settings, about, columns(epochs), columns(follower.rows) if follower else {})
+        if settings.follow:
+            assert isinstance(optimizer, kfac2.KFAC)
+            follower = Follower(problem.model, optimizer, settings)
+            epochs = list(train(*arguments, follower.step, on_step))
+            steps = columns(follower.rows)
+        else:
+            epochs = list(train(*arguments, on_step=on_step))
+    return Record(settings, machine(settings.device, settings.threads), columns(epochs), steps)

@@ -87,18 +87,16 @@ class Settings:
 
 def recipe(problem: str, optimizer: str, inverse: str | None = None) -> Settings:
     """Return the paper's settings: figure 2 (Appendix B.1) or figure 3, the latter on Fashion-MNIST."""
-    kfac: dict[str, Any]
     if problem == "deep-linear":
         settings = Settings(problem, optimizer, seed=0, epochs=50, batch=512, lr=1e-3, layers=64, width=10)
-        kfac = {"damping": 1e-2, "kl_clip": 1e-3, "cov_every": 10, "inv_every": 100, "inverse": inverse or "eigh"}
+        kfac: dict[str, Any] = {"damping": 1e-2, "kl_clip": 1e-3, "cov_every": 10, "inv_every": 100}
     else:
-        settings = Settings(
-            problem, optimizer, seed=0, epochs=100, batch=64, lr=1e-3 if optimizer == "adam" else 1e-2, layers=110,
-            width=16, milestones=(40, 80), data="fashion-mnist",
-        )  # fmt: skip
+        lr = 1e-3 if optimizer == "adam" else 1e-2
+        settings = Settings(problem, optimizer, seed=0, epochs=100, batch=64, lr=lr, layers=110, width=16)
+        settings = replace(settings, milestones=(40, 80), data="fashion-mnist")
         kfac = {"damping": 1e-3, "kl_clip": 1e-2, "cov_every": 200, "inv_every": 2000, "batch": 128}
-        kfac["inverse"] = inverse or "cholesky"
-    return replace(settings, **kfac) if settings.is_kfac else settings
+    usual = "eigh" if problem == "deep-linear" else "cholesky"
+    return replace(settings, **kfac, inverse=inverse or usual) if settings.is_kfac else settings
 
 
 def coarse() -> list[Settings]:

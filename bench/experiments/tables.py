@@ -24,11 +24,7 @@ def comparison(records: Sequence[Record], what: str = "") -> str:
     """Write a section for each network: the last epoch of each optimizer, mean ± 95 % interval.
 
     The last column tells when the mean training loss first is where one-level K-FAC's ends (the lower one's, if
-    several were run): the gain by epoch and by time.
-
-    Args:
-        records: to compare.
-        what: added to the title.
+    several were run): the gain by epoch and by time. `what` is added to the title.
     """
     return "\n\n".join(_section(title + what, by_settings(some)) for title, some in networks(records).items())
 
