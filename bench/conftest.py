@@ -8,7 +8,7 @@ from arguments import device_name, positive
 from kernels import SETS
 from layer_sets import LayerSet
 from networks import NETWORKS
-from timing import Clock
+from timing import Clock, configure
 
 
 def pytest_addoption(parser):
@@ -60,6 +60,6 @@ def compare(benchmark, pytestconfig):
             benchmark(case.functions[how])
 
     before = torch.get_num_threads()
-    torch.set_num_threads(pytestconfig.getoption("--threads"))
+    configure(pytestconfig.getoption("--threads"))
     yield run
     torch.set_num_threads(before)

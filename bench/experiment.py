@@ -32,6 +32,8 @@ ENTRIES = ("epochs", "train", "test", "layers", "width", "batch", "lr", "milesto
 def plan(options: argparse.Namespace) -> tuple[str, list[Settings]]:
     """Return the name of an experiment and its runs, seed by seed: an early stop leaves whole comparisons."""
     name, bases = options.experiment, coarse()
+    if name == "coarse" and (options.grid or options.tuned):
+        raise ValueError("coarse has no grid: leave out --grid and --tuned")
     if name != "coarse":
         inverses = options.inverses or (list(INVERSES) if name == "deep-linear" else ["cholesky"])
         kinds = [(o, i) for o in options.optimizers for i in (inverses if o.startswith("kfac") else inverses[:1])]

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from output import write, write_json
+from output import write
 
 ROOT = Path(__file__).parent.parent
 INSTALLED, LOGS = ROOT / "build/gpu-check", ROOT / "build/gpu-check-logs"
@@ -111,7 +111,7 @@ def save(record: dict[str, Any], folder: Path) -> str:
     device = found.get("machine", {}).get("device", "unknown")
     stem = folder / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     text = found.get("text", "\n".join(found["failed"])) + f"\n## Checked\n\n{checked}\n"
-    write_json(stem.with_suffix(".json"), record)
+    write(stem.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     write(stem.with_suffix(".md"), text)
     return text
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from layer_sets import LayerSet
 from output import into_place, table
-from timing import Clock, digits, interleaved
+from timing import Clock, configure, digits, interleaved
 from torch import Tensor
 
 from kfac2 import ops
@@ -75,7 +75,7 @@ def measure(
     what: str, batch: int, largest: int, rounds: int, budget: float, device: str, threads: int
 ) -> dict[str, Any]:
     """Time all sizes of one series in turns, and count bytes; for the arguments see `series` and `timing`."""
-    torch.set_num_threads(threads)
+    configure(threads)
     functions = series(what, batch, largest, device)
     times = interleaved({str(size): f for size, f in functions.items()}, Clock(device, threads), rounds, budget)
     milliseconds = [1e3 * median(taken) for taken in times.values()]

@@ -12,13 +12,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
 from arguments import add_some, add_where, positive
 from cases import BY_LAYERS, OPS, SINGLE, Case
 from layer_sets import LayerSet
 from networks import NETWORKS
 from output import table
-from timing import Clock, Spread, digits, interleaved, ratios
+from timing import Clock, Spread, configure, digits, interleaved, ratios
 
 SETS = ["deep-linear", "resnet-20", "resnet-32", "resnet-56", "resnet-110", "transformer"]
 
@@ -37,7 +36,7 @@ def all_cases(names: Sequence[str], sets: Sequence[str], batch: int, device: str
 
 def compare(build: Callable[[], Case], rounds: int, budget: float, device: str, threads: int) -> dict[str, Any]:
     """Build and check a case, time it, and divide by the time of kfac2 in the same round; see `timing`."""
-    torch.set_num_threads(threads)
+    configure(threads)
     case = build()
     case.check()
     times = interleaved(case.functions, Clock(device, threads, cold=True), rounds, budget)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +27,6 @@ def write(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with into_place(path) as part:
         part.write_text(text)
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write data as JSON, whole or not at all."""
-    write(path, json.dumps(data, indent=1) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,6 +7,7 @@ that one that breaks, or takes too long, does not take the others with it.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import traceback
@@ -24,7 +25,7 @@ import kernels
 import steps
 from arguments import add_some, add_where
 from networks import NETWORKS
-from output import table, write, write_json
+from output import table, write
 from timing import Spread, machine
 
 import kfac2
@@ -136,7 +137,7 @@ def save(found: Found, how: str, out: Path) -> str:
     """Write all that was found so far; return the text."""
     stem, text = re.sub(r"[^a-z0-9]+", "-", found["machine"]["device"].lower()).strip("-"), markdown(found, how)
     lines = [{"name": name, "found": str(spread)} for name, spread, _, _ in measured(found)]
-    write_json(out / f"{stem}.json", {**found, "measured": lines})
+    write(out / f"{stem}.json", json.dumps({**found, "measured": lines}, indent=1) + "\n")
     write(out / f"{stem}.md", text)
     if found["growth"]:
         growth.draw(found["growth"], found["machine"]["clock"], out / "growth.png")

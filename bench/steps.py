@@ -19,7 +19,7 @@ from arguments import add_some, add_where, positive
 from contenders import BUILDERS, Contender, NotInstalledError, nothing, prepared, shares
 from networks import NETWORKS
 from output import table
-from timing import Clock, Mark, Spread, Work, digits, interleaved, ratios, take_turns
+from timing import Clock, Mark, Spread, Work, configure, digits, interleaved, ratios, take_turns
 from torch import Tensor
 
 SCHEDULES = ((10, 100), (200, 2000))  # cov_every, inv_every
@@ -71,7 +71,7 @@ def summary(laps: dict[tuple[str, str], list[list[float]]]) -> dict[str, Any]:
 
 def measure(net: str, batch: int, rounds: int, optimizers: Sequence[str], device: str, threads: int) -> dict[str, Any]:
     """Measure the steps of one network, SGD's in any case; see `summary`. `missing` says which were not, and why."""
-    torch.set_num_threads(threads)
+    configure(threads)
     works: dict[tuple[str, str], Work] = {}
     missing = {}
     for name in dict.fromkeys(["sgd", *optimizers]):

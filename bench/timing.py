@@ -21,6 +21,12 @@ Work = Callable[[Mark], object]  # calls its argument at its start and after eac
 Key = TypeVar("Key", bound=Hashable)
 
 
+def configure(threads: int) -> None:
+    """Set the threads of torch on the CPU, and one kind of arithmetic everywhere: no TF32 (and nothing uses AMP)."""
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def synchronised() -> float:
     """Return the seconds of wall time so far, all work on the CUDA device done."""
     torch.cuda.synchronize()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from networks import BINARY, CLASSES, DeepLinear, ResNet, initialised
-from timing import Clock, machine
+from timing import Clock, configure, machine
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from training import Problem, train
@@ -16,7 +16,7 @@ from training import Problem, train
 import kfac2
 from experiments.coarse import Follower
 from experiments.data import DataError, augmented, image_set, normalisation
-from experiments.records import Columns, Record, columns
+from experiments.records import Record, columns
 from experiments.settings import DRAWN_SAMPLES, Settings
 
 
@@ -73,22 +73,18 @@ def optimizer_of(settings: Settings, model: nn.Module) -> Optimizer:
 
 def run(settings: Settings, folder: Path = Path(), on_step: Callable[[], object] = lambda: None) -> Record:
     """Do a run; see `problem_of` for the folder. `on_step` is called after each step."""
-    # One kind of arithmetic everywhere, sums in one order: no TF32; and nothing here uses AMP.
-    torch.set_num_threads(settings.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    configure(settings.threads)
+    torch.backends.cudnn.deterministic = True  # sums in one order
     problem = problem_of(settings, folder)
     optimizer = optimizer_of(settings, problem.model)
     clock = Clock(settings.device, settings.threads)
     arguments = (problem, optimizer, settings.epochs, settings.seed, clock, settings.rate)
-    steps: Columns = {}
+    follower = None
+    if settings.follow:
+        assert isinstance(optimizer, kfac2.KFAC)
+        follower = Follower(problem.model, optimizer, settings)
     with warnings.catch_warnings():  # a run that diverges warns thousands of times; its record says so
         warnings.filterwarnings("ignore", "kfac2: .* the step is skipped")
-        if settings.follow:
-            assert isinstance(optimizer, kfac2.KFAC)
-            follower = Follower(problem.model, optimizer, settings)
-            epochs = list(train(*arguments, follower.step, on_step))
-            steps = columns(follower.rows)
-        else:
-            epochs = list(train(*arguments, on_step=on_step))
+        epochs = list(train(*arguments, follower.step if follower else None, on_step))
+    steps = columns(follower.rows) if follower else {}
     return Record(settings, machine(settings.device, settings.threads), columns(epochs), steps)
