@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from cases import BY_LAYERS, OPS, SINGLE, Case
 from layer_sets import LayerSet
 from networks import NETWORKS
 from output import table
-from timing import Clock, Spread, configure, digits, interleaved, ratios
+from timing import Clock, Spread, configure, digits, interleaved
 
 SETS = ["deep-linear", "resnet-20", "resnet-32", "resnet-56", "resnet-110", "transformer"]
 
@@ -44,8 +43,8 @@ def compare(build: Callable[[], Case], rounds: int, budget: float, device: str, 
     own = times["kfac2"]
     return {
         "case": case.title,
-        "milliseconds": {name: asdict(Spread.of([1e3 * s for s in taken])) for name, taken in times.items()},
-        "over_kfac2": {name: asdict(Spread.of(ratios(taken, own))) for name, taken in times.items() if name != "kfac2"},
+        "milliseconds": {name: Spread.of([1e3 * s for s in taken]) for name, taken in times.items()},
+        "over_kfac2": {name: Spread.of(taken, own) for name, taken in times.items() if name != "kfac2"},
         "rounds": len(own),
         "note": case.note,
     }
@@ -55,10 +54,10 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     """Write the table: how many times as long as kfac2 the others take."""
     rows = []
     for result in results:
-        over = {name: Spread(**spread) for name, spread in result["over_kfac2"].items()}
+        over = result["over_kfac2"]
         others = "; ".join(f"{name} {spread}" for name, spread in over.items() if name not in ("paper", "torch"))
         notes = "; ".join(filter(None, (others, result["note"])))
-        own = digits(result["milliseconds"]["kfac2"]["median"])
+        own = digits(result["milliseconds"]["kfac2"].median)
         rows.append([result["case"], own, str(over["paper"]), str(over["torch"]), str(result["rounds"]), notes])
     return table(["op", "kfac2, ms", "paper / kfac2", "torch / kfac2", "rounds", "notes"], rows)
 

@@ -79,18 +79,18 @@ def measured(found: Found) -> Iterator[tuple[str, Spread, str, float | None]]:
     for result in found["kernels"]:
         for rival, spread in result["over_kfac2"].items():
             bounds = (bound for (part, name), bound in RIVALS.items() if part in result["case"] and name == rival)
-            yield f"{result['case']}: {rival} / kfac2", Spread(**spread), "≥", next(bounds, None)
+            yield f"{result['case']}: {rival} / kfac2", spread, "≥", next(bounds, None)
     for result in found["steps"]:
         title, bound = f"{NETWORKS[result['net']].title}, batch {result['batch']}", STEPS.get(result["net"], {}).get
         own = result["optimizers"]["kfac2-2"]
         for kind, words in steps.KINDS.items():
-            name, levels = f"{title}: {words}, two levels", Spread(**result["levels"][kind])
-            yield f"{name} / SGD", Spread(**own["kinds"][kind]["whole"]), "≤", bound(kind)
-            yield f"{name} / one level", levels, "≤", bound(f"levels {kind}")
-        yield f"{title}: mean at 10/100, two levels / SGD", Spread(**own["means"]["10/100"]), "≤", bound("mean")
+            yield f"{title}: {words}, two levels / SGD", own["kinds"][kind]["whole"], "≤", bound(kind)
+            levels = result["levels"][kind]
+            yield f"{title}: {words}, two levels / one level", levels, "≤", bound(f"levels {kind}")
+        yield f"{title}: mean at 10/100, two levels / SGD", own["means"]["10/100"], "≤", bound("mean")
     for series in found["growth"]:
-        name, exponent = f"statistics of the second level, by {growth.TITLES[series['what']]}: exponent", series["time"]
-        yield name, Spread.of([exponent[0]]), "≤", EXPONENT if series["what"] == "layers" else None
+        name = f"statistics of the second level, by {growth.TITLES[series['what']]}: exponent"
+        yield name, Spread.of(series["time"][:1]), "≤", EXPONENT if series["what"] == "layers" else None
 
 
 def _reached(spread: Spread, sign: str, bound: float) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from arguments import add_some, add_where, positive
 from contenders import BUILDERS, Contender, NotInstalledError, nothing, prepared, shares
 from networks import NETWORKS
 from output import table
-from timing import Clock, Mark, Spread, Work, configure, digits, interleaved, ratios, take_turns
+from timing import Clock, Mark, Spread, Work, configure, digits, interleaved, take_turns
 from torch import Tensor
 
 SCHEDULES = ((10, 100), (200, 2000))  # cov_every, inv_every
@@ -49,23 +48,21 @@ def summary(laps: dict[tuple[str, str], list[list[float]]]) -> dict[str, Any]:
     whole: Times = {key: [sum(parts) for parts in rounds] for key, rounds in laps.items()}
     below = whole["sgd", "c"]
 
-    def spread(values: Sequence[float]) -> dict[str, float]:
-        return asdict(Spread.of(ratios(values, below)))
-
     optimizers = {}
     for name in dict.fromkeys(name for name, _ in laps):
         kinds = {}
         for kind in (kind for other, kind in laps if other == name):
             by_part = dict(zip(PARTS, zip(*laps[name, kind], strict=True), strict=True))
-            kinds[kind] = {"whole": spread(whole[name, kind]), **{part: spread(s) for part, s in by_part.items()}}
-        means = {f"{cov}/{inv}": spread(mean_at(whole, name, (cov, inv))) for cov, inv in SCHEDULES}
+            spreads = {part: Spread.of(seconds, below) for part, seconds in by_part.items()}
+            kinds[kind] = {"whole": Spread.of(whole[name, kind], below), **spreads}
+        means = {f"{cov}/{inv}": Spread.of(mean_at(whole, name, (cov, inv)), below) for cov, inv in SCHEDULES}
         optimizers[name] = {"kinds": kinds, "means": means}
     levels = {
-        kind: asdict(Spread.of(ratios(whole["kfac2-2", kind], whole["kfac2-1", kind])))
+        kind: Spread.of(whole["kfac2-2", kind], whole["kfac2-1", kind])
         for kind in KINDS
         if ("kfac2-2", kind) in whole and ("kfac2-1", kind) in whole
     }
-    milliseconds = asdict(Spread.of([1e3 * seconds for seconds in below]))
+    milliseconds = Spread.of([1e3 * seconds for seconds in below])
     return {"sgd_milliseconds": milliseconds, "optimizers": optimizers, "levels": levels}
 
 
@@ -96,9 +93,8 @@ def in_graphs(net: str, batch: int, rounds: int, device: str) -> dict[str, Any]:
         replays[name] = captured(partial(contender.step, x, y, nothing))
         launches[name] = launches_of(contender.optimizers[0].step)
     times = interleaved(replays, Clock(device, 1), rounds)
-    over = ratios(times["kfac2-2"], times["sgd"])
-    sgd = asdict(Spread.of([1e3 * seconds for seconds in times["sgd"]]))
-    return {"sgd_milliseconds": sgd, "over_sgd": asdict(Spread.of(over)), "launches": launches}
+    sgd, over = Spread.of([1e3 * seconds for seconds in times["sgd"]]), Spread.of(times["kfac2-2"], times["sgd"])
+    return {"sgd_milliseconds": sgd, "over_sgd": over, "launches": launches}
 
 
 def captured(step: Callable[[], object]) -> Callable[[], None]:
@@ -131,22 +127,22 @@ def report(result: dict[str, Any], clock: str) -> str:
     wholes, parts = [], []
     for name, found in result["optimizers"].items():
         spreads = {kind: by_part["whole"] for kind, by_part in found["kinds"].items()} | found["means"]
-        wholes.append([name, *(str(Spread(**spreads[c])) if c in spreads else "" for c in (*KINDS, *schedules))])
+        wholes.append([name, *(str(spreads[c]) if c in spreads else "" for c in (*KINDS, *schedules))])
         for kind, by_part in found["kinds"].items():
-            parts.append([f"{name}, {kind}", *(digits(by_part[part]["median"]) for part in PARTS)])
+            parts.append([f"{name}, {kind}", *(digits(by_part[part].median) for part in PARTS)])
     header = ["optimizer", "ordinary (c)", "statistics (a)", "inverses (b)", *(f"mean at {s}" for s in schedules)]
     title = f"{NETWORKS[result['net']].title}, batch {result['batch']}, rounds: {result['rounds']}"
-    below = f"SGD's whole step ({Spread(**result['sgd_milliseconds'])} ms)"
+    below = f"SGD's whole step ({result['sgd_milliseconds']} ms)"
     lines = [f"{title}; {clock}, ratios to {below}, medians [quartiles]", "", table(header, wholes), ""]
     lines.append(table(["of which", *PARTS], parts))
     if result["levels"]:
-        words = [f"{kind} {Spread(**spread)}" for kind, spread in result["levels"].items()]
+        words = [f"{kind} {spread}" for kind, spread in result["levels"].items()]
         lines += ["", "Two levels over one level: " + ", ".join(words)]
     if "graph" in result:
         graph = result["graph"]
         lines += [
-            f"Ordinary step of two levels in a CUDA graph: {Spread(**graph['over_sgd'])} of SGD's "
-            f"({Spread(**graph['sgd_milliseconds'])} ms); launches of the optimizer's step, not captured: "
+            f"Ordinary step of two levels in a CUDA graph: {graph['over_sgd']} of SGD's "
+            f"({graph['sgd_milliseconds']} ms); launches of the optimizer's step, not captured: "
             f"{graph['launches']['kfac2-2']} (SGD, foreach: {graph['launches']['sgd']})"
         ]
     return "\n".join([*lines, *(f"{name}: {why}" for name, why in result["missing"].items())])

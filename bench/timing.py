@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import random
-import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 Mark = Callable[[], None]
@@ -121,8 +120,7 @@ def _repeated(function: Callable[[], object], count: int, mark: Mark) -> None:
     mark()
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """A median, with the quartiles beside it."""
 
     median: float
@@ -130,11 +128,10 @@ class Spread:
     high: float
 
     @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        """Summarise values."""
-        if len(values) == 1:
-            return Spread(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    def of(values: Sequence[float], below: Sequence[float] | None = None) -> Spread:
+        """Summarise values, or their ratios to what was measured in the same rounds."""
+        quotients = values if below is None else [a / b for a, b in zip(values, below, strict=True)]
+        low, median, high = np.quantile(quotients, (0.25, 0.5, 0.75)).tolist()
         return Spread(median, low, high)
 
     def __str__(self) -> str:
@@ -145,11 +142,6 @@ class Spread:
 def digits(number: float) -> str:
     """Write a number with three digits, and no exponent."""
     return f"{number:.{sum(abs(number) < bound for bound in (100, 10, 1))}f}"
-
-
-def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Divide what was measured in the same round."""
-    return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:

@@ -122,9 +122,10 @@ def test_the_report_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_to_be_shown_is_reached_or_not():
-    spread = timing.Spread.of([2.0, 3.0, 5.0])
+    spread = timing.Spread.of([4.0, 3.0, 5.0], [2.0, 1.0, 1.0])
+    assert str(spread) == "3.00 [2.50, 4.00]"
     assert [report._reached(spread, sign, 4.0) for sign in "≥≤"] == ["no", "yes"]
-    over = {"paper": {"median": 5.0, "low": 4.0, "high": 6.0}}
+    over = {"paper": timing.Spread(5.0, 4.0, 6.0)}
     found = {"kernels": [{"case": "input_covariance, 3x3", "over_kfac2": over}], "steps": [], "growth": []}
     assert [(sign, bound) for _, _, sign, bound in report.measured(found)] == [("≥", 4.0)]
 
@@ -220,7 +221,7 @@ def test_kernels_and_steps_print(monkeypatch, capsys):
     assert "adamw" in capsys.readouterr().out
     laps = {("sgd", "c"): [[1.0, 0.0, 2.0, 1.0]], ("adamw", "c"): [[1.0, 0.0, 2.0, 5.0]]}
     parts = steps.summary(laps)["optimizers"]["adamw"]["kinds"]["c"]
-    assert [parts[name]["median"] for name in ("whole", *steps.PARTS)] == [2.0, 0.25, 0.0, 0.5, 1.25]
+    assert [parts[name].median for name in ("whole", *steps.PARTS)] == [2.0, 0.25, 0.0, 0.5, 1.25]
 
 
 def test_the_pytest_file_runs():
