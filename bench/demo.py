@@ -43,7 +43,7 @@ def main() -> None:
     ]
     found = [run(settings) for settings in track(runs, "training")]
     print(tables.comparison(found))
-    pictures.losses(found, options.out)
+    pictures.losses(found, options.out, pictures.medians)
     print(f"\nTraining loss by epoch and by time: {options.out}")
 
 

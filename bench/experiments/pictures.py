@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,27 @@ _NAMES = {
     "all_ones": "share of hidden weights along all-ones",
     "logits": "logit scale (root mean square)",
 }
+Summary = Callable[[np.ndarray], np.ndarray]  # from a row for each seed to the line and the edges of its band
 _SHARES = ("train_accuracy", "test_accuracy", "all_ones")
 
 
-def losses(records: Sequence[Record], path: Path) -> None:
+def means(samples: np.ndarray) -> np.ndarray:
+    """Return means over rows, and their 95 % confidence intervals."""
+    mean, half = mean_and_half(samples)
+    return np.stack([mean, mean - half, mean + half])
+
+
+def medians(samples: np.ndarray) -> np.ndarray:
+    """Return medians over rows, and the whole range: of few seeds an interval says little."""
+    return np.stack([np.median(samples, 0), np.min(samples, 0), np.max(samples, 0)])
+
+
+def losses(records: Sequence[Record], path: Path, summary: Summary = means) -> None:
     """Figure 1: training loss of each network, by epoch above and by time below."""
     columns = networks(records)
     figure, axes = _grid(max(8, 5.5 * len(columns)), len(columns))
     for (title, some), column in zip(columns.items(), axes.T, strict=True):
-        _column(column, by_settings(some), "train_loss")
+        _column(column, by_settings(some), "train_loss", summary)
         column[0].set_title(title)
     _finish(figure, axes, path)
 
@@ -56,7 +68,7 @@ def accuracies(records: Sequence[Record], path: Path) -> None:
     """Figures 2 and 3: training and test accuracy of one network, by epoch above and by time below."""
     figure, axes = _grid(11, 2)
     for metric, column in zip(("train_accuracy", "test_accuracy"), axes.T, strict=True):
-        _column(column, by_settings(records), metric)
+        _column(column, by_settings(records), metric, means)
     figure.suptitle(records[0].settings.network)
     _finish(figure, axes, path)
 
@@ -90,7 +102,7 @@ def _epochs(group: Group) -> list[int]:
     return list(range(1, group[0].settings.epochs + 1))
 
 
-def _column(axes: Sequence[Axes], groups: Sequence[Group], metric: str) -> None:
+def _column(axes: Sequence[Axes], groups: Sequence[Group], metric: str, summary: Summary) -> None:
     """Draw a curve for each group, against epochs above and against the mean of their seconds below."""
     used: Counter[Any] = Counter()
     seconds, clock = clock_of(groups)
@@ -100,12 +112,14 @@ def _column(axes: Sequence[Axes], groups: Sequence[Group], metric: str) -> None:
         used[key] += 1
         time = np.mean([record.values(seconds) for record in group], axis=0)
         for axis, x in zip(axes, (_epochs(group), time), strict=True):
-            _line(axis, x, group, metric, style, label)
+            _line(axis, x, group, metric, style, label, summary)
     _name(axes[0], "epoch", metric)
     _name(axes[1], f"seconds of training ({clock})", metric)
 
 
-def _line(axis: Axes, x: Any, group: Group, metric: str, style: tuple[str, Any, str], label: str) -> None:
+def _line(
+    axis: Axes, x: Any, group: Group, metric: str, style: tuple[str, Any, str], label: str, summary: Summary = means
+) -> None:
     """Draw means over the runs that did not diverge, and their intervals; geometric ones of ratios and scales."""
     colour, dashes, marker = style
     samples = [record.values(metric) for record in survivors(group)]
@@ -113,11 +127,9 @@ def _line(axis: Axes, x: Any, group: Group, metric: str, style: tuple[str, Any, 
         axis.plot([], [], color=colour, linestyle=dashes, marker=marker, label=label)
         return
     if metric in ("coarse_to_fine", "logits"):
-        mean, half = mean_and_half(np.log(samples))
-        mean, low, high = np.exp(mean), np.exp(mean - half), np.exp(mean + half)
+        mean, low, high = np.exp(summary(np.log(samples)))
     else:
-        mean, half = mean_and_half(samples)
-        low, high = mean - half, mean + half
+        mean, low, high = summary(np.array(samples))
     spacing = max(1, len(mean) // 10)
     if np.isfinite(mean).sum() == 1:  # no line is drawn through one point
         marker, spacing = marker or ".", 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from networks import BINARY, CLASSES, DeepLinear, ResNet, initialised
 from timing import Clock, configure, machine
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from training import Problem, train
 
@@ -50,10 +50,10 @@ def _resnet(settings: Settings, folder: Path) -> Problem:
     # Channels last: convolutions on a CPU take two thirds of the time.
     nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     initialised(model, torch.Generator().manual_seed(settings.seed)).to(settings.device)
-    return Problem(
-        model, parts[0], parts[1], settings.batch, CLASSES, lambda x: (x.float() / 255 - mean) / deviation,
-        augmented if settings.data != "digits" else lambda x, _: x,
-    )  # fmt: skip
+    if settings.data == "digits":
+        return Problem(model, parts[0], parts[1], settings.batch, CLASSES, lambda x: x.float() / 240 - 0.5)
+    prepare: Callable[[Tensor], Tensor] = lambda x: (x.float() / 255 - mean) / deviation  # noqa: E731
+    return Problem(model, parts[0], parts[1], settings.batch, CLASSES, prepare, augmented)
 
 
 def optimizer_of(settings: Settings, model: nn.Module) -> Optimizer:
