@@ -7,7 +7,6 @@ was stopped starts anew. `figures` draws what the records of a folder hold.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from experiments import grid, pictures, records, tables
 from experiments.data import FASHION_MNIST, READERS
 from experiments.runs import run
 from experiments.settings import INVERSES, OPTIMIZERS, Settings, coarse, recipe
-from output import write
+from output import slug, write
 from rich.console import Console
 from rich.progress import Progress
 
@@ -82,21 +81,17 @@ def figures(out: Path) -> str:
             drawn[f"figure1{ending}"] = partial(pictures.losses, linear + resnet)
         for number, some in ((2, linear), (3, resnet)):
             for title, same in records.networks(some).items():
-                drawn[f"figure{number}{ending}-{_slug(title)}"] = partial(pictures.accuracies, same)
+                drawn[f"figure{number}{ending}-{slug(title)}"] = partial(pictures.accuracies, same)
             parts.append(tables.comparison(some, what))
     parts += [tables.winners(found.get(f"grid-{problem}", [])) for problem in PROBLEMS]
     for title, same in records.networks(found.get("coarse", [])).items():
-        drawn[f"coarse-{_slug(title)}"] = partial(pictures.windows, same)
+        drawn[f"coarse-{slug(title)}"] = partial(pictures.windows, same)
     parts.append(tables.windows(found.get("coarse", [])))
     for name, draw in drawn.items():
         draw(out / f"{name}.png")
     text = "\n\n".join(filter(None, parts))
     write(out / "experiments.md", f"# The experiments, from their records\n\n{text}\n")
     return "\n".join([text, *(str(out / f"{name}.png") for name in drawn)])
-
-
-def _slug(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower().replace(",", "")).strip("-")
 
 
 def parser() -> argparse.ArgumentParser:

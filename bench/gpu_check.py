@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from output import write
+from output import slug, write
 
 ROOT = Path(__file__).parent.parent
 INSTALLED, LOGS = ROOT / "build/gpu-check", ROOT / "build/gpu-check-logs"
@@ -108,8 +108,7 @@ def save(record: dict[str, Any], folder: Path) -> str:
     counts = f"{tests.get('passed', 0)} passed, {len(tests.get('failed', []))} failed, {tests.get('skipped', 0)}"
     sanitizer = "; ".join(f"{tool}: {result}" for tool, result in record.get("sanitizer", {}).items())
     checked = f"Tests: {counts} skipped. compute-sanitizer: {sanitizer or 'not run'}. Build: {found.get('build')}."
-    device = found.get("machine", {}).get("device", "unknown")
-    stem = folder / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    stem = folder / slug(found.get("machine", {}).get("device", "unknown"))
     text = found.get("text", "\n".join(found["failed"])) + f"\n## Checked\n\n{checked}\n"
     write(stem.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     write(stem.with_suffix(".md"), text)

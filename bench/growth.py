@@ -8,30 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from layer_sets import LayerSet
-from output import into_place, table
+from output import table
 from timing import Clock, configure, digits, interleaved
 from torch import Tensor
 
 from kfac2 import ops
 from kfac2.ops import Window
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
-
 NETS = {"resnet-8": 10, "resnet-20": 22, "resnet-32": 34, "resnet-56": 58, "resnet-110": 112}  # layers of each
 LAYERS = 16  # of the uniform stack
 SIZES = {"batch": [16, 32, 64, 128, 256], "channels": [8, 16, 32, 64, 128], "extent": [4, 8, 16, 32, 64]}
 TITLES = {"layers": "layers of ResNet-8 to -110", "batch": "batch", "channels": "channels", "extent": "places of a map"}
-COLOURS = {"time": "#D55E00", "memory": "#0072B2"}  # Okabe and Ito's
 
 
 SecondLevel = Callable[[], list[Tensor]]
@@ -56,10 +49,9 @@ def uniform(device: str, batch: int = 32, channels: int = 16, extent: int = 16) 
     return partial(second_level, tensors, [Window.of(2, 3, padding=1)] * LAYERS + [Window.places(2)] * LAYERS)
 
 
-def fitted(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """Fit value = factor · size^exponent; return exponent and factor."""
-    exponent, intercept = np.polyfit(np.log(sizes), np.log(values), 1)
-    return round(float(exponent), 3) + 0.0, float(np.exp(intercept))  # 0.0 makes -0 a 0
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Fit value = factor · size^exponent."""
+    return round(float(np.polyfit(np.log(sizes), np.log(values), 1)[0]), 3) + 0.0  # 0.0 makes -0 a 0
 
 
 def series(what: str, batch: int, largest: int, device: str) -> dict[int, SecondLevel]:
@@ -86,40 +78,16 @@ def measure(
         "sizes": sizes,
         "milliseconds": milliseconds,
         "megabytes": megabytes,
-        "time": fitted(sizes, milliseconds),
-        "memory": fitted(sizes, megabytes),
+        "time": exponent(sizes, milliseconds),
+        "memory": exponent(sizes, megabytes),
     }
-
-
-def draw(results: Sequence[dict[str, Any]], clock: str, path: Path) -> None:
-    """Draw time and memory over size, both axes logarithmic, with the fitted lines."""
-    figure, grid = plt.subplots(2, len(results), figsize=(3.4 * len(results), 6), layout="constrained", squeeze=False)
-    for column, found in zip(grid.T, results, strict=True):
-        parts = (("time", found["milliseconds"], f"{clock}, ms"), ("memory", found["megabytes"], "maps and sums, MB"))
-        for axis, (name, values, unit) in zip(column, parts, strict=True):
-            (exponent, factor), sizes = found[name], found["sizes"]
-            axis.plot(sizes, values, "o", color=COLOURS[name], label=name)
-            fit = [factor * size**exponent for size in sizes]
-            axis.plot(sizes, fit, "--", color=COLOURS[name], label=f"size^{exponent:.2f}")
-            axis.set(xscale="log", yscale="log", xlabel=TITLES[found["what"]], ylabel=unit)
-            axis.set_xticks(sizes, [str(size) for size in sizes])
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            for ticks in (axis.xaxis, axis.yaxis):
-                ticks.set_minor_formatter(NullFormatter())
-            axis.grid(alpha=0.3, which="both")
-            axis.legend(frameon=False)
-    figure.suptitle("What the second level adds to a statistics step")
-    with into_place(path) as part:
-        figure.savefig(part, dpi=120, format="png")
-    plt.close(figure)
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
     """Write the table of fitted exponents."""
     rows = []
     for found in results:
-        exponents = [f"{found[name][0]:.2f}" for name in ("time", "memory")]
+        exponents = [f"{found[name]:.2f}" for name in ("time", "memory")]
         largest = [digits(found["milliseconds"][-1]), digits(found["megabytes"][-1])]
         rows.append([TITLES[found["what"]], f"{found['sizes'][0]} to {found['sizes'][-1]}", *exponents, *largest])
     return table(["grows with", "from, to", "time ^", "memory ^", "ms at most", "MB at most"], rows)

@@ -138,13 +138,16 @@ CLASSES = Prediction(
 )
 
 
+Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Network:
     """A network to measure, on batches of noise in the shapes of its data."""
 
     title: str
     make: Callable[[], nn.Module]
-    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # a batch of inputs and labels, from its size
+    draw: Draw  # inputs and labels
     prediction: Prediction
     batch: int  # of its whole steps, as the comparison states it
 
@@ -154,21 +157,9 @@ class Network:
         return x.to(device), y.to(device)
 
 
-def _images(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    x = torch.randn(n, 3, 32, 32, generator=generator)
-    return x, torch.randint(10, (n,), generator=generator)
-
-
-def _points(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    x = torch.randn(n, 10, generator=generator)
-    return x, torch.randint(2, (n,), generator=generator).float()
-
-
-def _words(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    x, y = torch.randint(64, (2, n, 64), generator=generator)
-    return x, y
-
-
+_points: Draw = lambda n, g: (torch.randn(n, 10, generator=g), torch.randint(2, (n,), generator=g).float())  # noqa: E731
+_images: Draw = lambda n, g: (torch.randn(n, 3, 32, 32, generator=g), torch.randint(10, (n,), generator=g))  # noqa: E731
+_words: Draw = lambda n, g: (torch.randint(64, (n, 64), generator=g), torch.randint(64, (n, 64), generator=g))  # noqa: E731
 NETWORKS = {
     "deep-linear": Network("deep linear network", DeepLinear, _points, BINARY, 512),
     "transformer": Network("transformer", Transformer, _words, CLASSES, 128),

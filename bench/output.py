@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,11 @@ def write(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with into_place(path) as part:
         part.write_text(text)
+
+
+def slug(title: str) -> str:
+    """Make a title part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower().replace(",", "")).strip("-")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

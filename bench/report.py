@@ -1,14 +1,13 @@
 """Run all comparisons, and print what was measured beside what this project wants to show.
 
-The folder given by --out gets <device>.json, <device>.md and growth.png. They are written after each measurement, so
-that one that breaks, or takes too long, does not take the others with it.
+The folder given by --out gets <device>.json and <device>.md, written after each measurement, so that one that breaks,
+or takes too long, does not take the others with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import traceback
 import warnings
@@ -25,7 +24,7 @@ import kernels
 import steps
 from arguments import add_some, add_where
 from networks import NETWORKS
-from output import table, write
+from output import slug, table, write
 from timing import Spread, machine
 
 import kfac2
@@ -90,7 +89,7 @@ def measured(found: Found) -> Iterator[tuple[str, Spread, str, float | None]]:
         yield f"{title}: mean at 10/100, two levels / SGD", own["means"]["10/100"], "≤", bound("mean")
     for series in found["growth"]:
         name = f"statistics of the second level, by {growth.TITLES[series['what']]}: exponent"
-        yield name, Spread.of(series["time"][:1]), "≤", EXPONENT if series["what"] == "layers" else None
+        yield name, Spread.of([series["time"]]), "≤", EXPONENT if series["what"] == "layers" else None
 
 
 def _reached(spread: Spread, sign: str, bound: float) -> str:
@@ -135,12 +134,10 @@ def markdown(found: Found, how: str) -> str:
 
 def save(found: Found, how: str, out: Path) -> str:
     """Write all that was found so far; return the text."""
-    stem, text = re.sub(r"[^a-z0-9]+", "-", found["machine"]["device"].lower()).strip("-"), markdown(found, how)
+    stem, text = slug(found["machine"]["device"]), markdown(found, how)
     lines = [{"name": name, "found": str(spread)} for name, spread, _, _ in measured(found)]
     write(out / f"{stem}.json", json.dumps({**found, "measured": lines}, indent=1) + "\n")
     write(out / f"{stem}.md", text)
-    if found["growth"]:
-        growth.draw(found["growth"], found["machine"]["clock"], out / "growth.png")
     return text
 
 
