@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -18,7 +18,7 @@ import torch
 from networks import Network
 from timing import Mark
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import kfac2
 
@@ -67,14 +67,12 @@ def nothing() -> None:
     """Mark nothing, prepare nothing."""
 
 
-def _sgd(network: Network, model: nn.Module) -> Contender:
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=1e-3, foreach=True)
+def _plain(network: Network, model: nn.Module, optimizer: Optimizer) -> Contender:
     return Contender(model, network.prediction.loss, [optimizer], {"c": nothing})
 
 
-def _adamw(network: Network, model: nn.Module) -> Contender:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, foreach=True)
-    return Contender(model, network.prediction.loss, [optimizer], {"c": nothing})
+def _sgd(params: Iterable[nn.Parameter]) -> Optimizer:
+    return SGD(params, lr=RATE, momentum=0.9, weight_decay=1e-3, foreach=True)
 
 
 def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
@@ -95,18 +93,15 @@ def _singd(network: Network, model: nn.Module, structure: str) -> Contender:
     """SINGD on the layers it knows, SGD on the rest. It has statistics steps only: no inverses."""
     singd = _needed("singd.optim.optimizer")
     handled = [p for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters()]
-    ids = {id(p) for p in handled}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    rest = [p for p in model.parameters() if not any(p is other for other in handled)]
     average = "batch+sequence" if network.title == "transformer" else "batch"
     main = singd.SINGD(
         model, handled, lr=RATE, weight_decay=1e-3, structures=(structure, structure), loss_average=average
     )
-    others = torch.optim.SGD(rest, lr=RATE, momentum=0.9, weight_decay=1e-3, foreach=True)
 
-    def period(number: int) -> Callable[[], None]:
-        return lambda: main.param_groups[0].update(T=number)  # statistics where the count of steps divides by T
-
-    return Contender(model, network.prediction.loss, [main, others], {"a": period(1), "c": period(10**9)})
+    statistics_each = main.param_groups[0].update
+    kinds = {"a": partial(statistics_each, T=1), "c": partial(statistics_each, T=10**9)}
+    return Contender(model, network.prediction.loss, [main, _sgd(rest)], kinds)
 
 
 def _periodic(network: Network, model: nn.Module, optimizer: Optimizer, renewing: int) -> Contender:
@@ -138,8 +133,8 @@ def _shampoo(network: Network, model: nn.Module) -> Contender:
 
 
 BUILDERS: dict[str, Callable[[Network, nn.Module], Contender]] = {
-    "sgd": _sgd,
-    "adamw": _adamw,
+    "sgd": lambda network, model: _plain(network, model, _sgd(model.parameters())),
+    "adamw": lambda network, model: _plain(network, model, AdamW(model.parameters(), lr=RATE, foreach=True)),
     "kfac2-1": lambda network, model: _kfac2(network, model, levels=1),
     "kfac2-2": lambda network, model: _kfac2(network, model, levels=2),
     "singd-dense": lambda network, model: _singd(network, model, "dense"),
