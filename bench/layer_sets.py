@@ -35,7 +35,9 @@ def shapes_of(name: str, batch: int) -> list[LayerShape]:
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         bias = int(module.bias is not None)
         linear, rank = isinstance(module, nn.Linear), output.dim() - 2
-        window = Window.places(rank, bias=bias) if linear else Window.of_module(module, bias)
+        window = Window.places(rank, bias=bias)
+        if isinstance(module, nn.Conv2d):
+            window = Window.of(rank, module.kernel_size, module.stride, module.padding, bias=bias)
         weight = module.get_parameter("weight")
         d_out, d_in = len(weight), weight[0].numel() + bias
         x, g = tuple(args[0].shape), tuple(output.shape)
