@@ -45,21 +45,20 @@ bench: $(VENV)/installed  ## compare kernels and whole steps with the paper's wa
 demo: $(VENV)/installed  ## train two networks with SGD, Adam, one- and two-level K-FAC; draw demo.png
 	@$(BIN)/python bench/demo.py $(ARGS)
 
-deep-linear: $(VENV)/installed  ## the paper's figure 2, on the deep linear network (goes on where it was stopped)
+deep-linear: $(VENV)/installed  ## the paper's figure 2, on the deep linear network; writes to build/results
 	@$(BIN)/python bench/experiment.py deep-linear $(ARGS)
 
 resnet: $(VENV)/installed  ## the paper's figure 3, on a ResNet: ARGS="--data cifar10 --folder DIR --layers 20"
 	@$(BIN)/python bench/experiment.py resnet $(ARGS)
 
 grid: $(VENV)/installed  ## the paper's grid search, for every optimizer alike: ARGS="resnet --layers 20"
-	@$(BIN)/python bench/experiment.py grid $(or $(ARGS),deep-linear)
+	@$(BIN)/python bench/experiment.py --grid $(or $(ARGS),deep-linear)
 
 coarse: $(VENV)/installed  ## where the gain of the second level comes from
 	@$(BIN)/python bench/experiment.py coarse $(ARGS)
 
-figures: $(VENV)/installed  ## draw all figures, and print all tables, from the records of the above
-	@$(BIN)/python bench/experiment.py plot $(ARGS)
-	@$(BIN)/python bench/experiment.py report $(ARGS)
+figures: $(VENV)/installed  ## draw figures and tables from bench/results/records, or ARGS="--out build/results"
+	@$(BIN)/python bench/experiment.py figures $(ARGS)
 
 cuda-build-check:  ## prove the CUDA build without a device: a venv with a CUDA torch, pip install ., the CPU tests
 	@rm -rf .venv-cuda && $(PYTHON) -m venv .venv-cuda

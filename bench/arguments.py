@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -21,26 +19,6 @@ def positive(text: str) -> int:
     return number
 
 
-def above_zero(text: str) -> float:
-    """Read a finite number above 0."""
-    return _number(text, lambda value: 0 < value < math.inf, "above 0")
-
-
-def below_one(text: str) -> float:
-    """Read a number in [0, 1)."""
-    return _number(text, lambda value: 0 <= value < 1, "from 0 to below 1")
-
-
-def _number(text: str, is_allowed: Callable[[float], bool], what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not is_allowed(value):
-        raise argparse.ArgumentTypeError(f"must be a number {what}, got {text!r}")
-    return value
-
-
 def device_name(text: str) -> str:
     """Read a device that this torch can use."""
     try:
@@ -51,28 +29,16 @@ def device_name(text: str) -> str:
     return text
 
 
-def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
-    """Return a reader of a list with commas, each entry one of `known`."""
-
-    def read(text: str) -> list[str]:
-        entries = [entry.strip() for entry in text.split(",")]
-        for entry in entries:
-            if entry not in known:
-                raise argparse.ArgumentTypeError(f"must be some of {', '.join(known)}, with commas, got {entry!r}")
-        return list(dict.fromkeys(entries))
-
-    return read
-
-
-def writable(text: str) -> Path:
-    """Read the path of a file in a folder that exists: better refused now than after minutes of measuring."""
-    path = Path(text)
-    if not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
-    return path
+def add_some(parser: argparse.ArgumentParser, name: str, known: Collection[str], usual: Sequence[str]) -> None:
+    """Add an option that takes some of `known`."""
+    shown = "all" if list(usual) == list(known) else " ".join(usual)
+    parser.add_argument(
+        name, nargs="+", choices=known, default=list(usual), metavar="NAME",
+        help=f"some of {', '.join(known)} (default: {shown})",
+    )  # fmt: skip
 
 
 def add_where(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--threads`."""
-    parser.add_argument("--device", type=device_name, default="cpu", help="where to measure (default: cpu)")
+    parser.add_argument("--device", type=device_name, default="cpu", help="where (default: cpu)")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of torch (default: 1)")

@@ -8,8 +8,10 @@ its name says so. Rows are (N, d, T) here: N samples, d features, T places.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations_with_replacement
 from typing import Any, TypeVar
 
 import torch
@@ -23,50 +25,76 @@ from kfac2.ops import Window
 DAMPING = 1e-2
 SAMPLED_LAYERS, SAMPLED_PAIRS = 14, 12
 Item = TypeVar("Item")
+Function = Callable[[], Any]
 
 
-@dataclass
-class Case:
-    """One comparison.
+@dataclass(frozen=True)
+class Sample:
+    """Every k-th item of a case, on which some of its functions work because all items would take too long."""
 
-    Attributes:
-        title: op, network and batch.
-        functions: by name, `kfac2` among them.
-        check: raises AssertionError where the functions disagree.
-        scale: what the times of some are to be multiplied by, having worked on a sample.
-        note: the sample, in words.
-    """
-
-    title: str
-    functions: dict[str, Callable[[], Any]]
-    check: Callable[[], None]
-    scale: dict[str, float] = field(default_factory=dict)
-    note: str = ""
+    names: Sequence[str] = ()  # of those functions; none where nothing is left out
+    taken: Sequence[Any] = ()  # the items: places in what `kfac2` returns
+    scale: float = 1.0  # what the functions' times are to be multiplied by
+    note: str = ""  # the same in words
 
 
-def sample(items: Sequence[Item], most: int) -> list[Item]:
+def every(items: Sequence[Item], most: int) -> list[Item]:
     """Take every k-th of the items, at most so many."""
     return list(items[:: math.ceil(len(items) / most)])
 
 
-def sampled(
-    hows: Sequence[str], unit: str, items: Sequence[Item], taken: Sequence[Item], work: Callable[[Item], float]
-) -> tuple[dict[str, float], str]:
-    """Return the scale of those that worked on a sample, and a note that says so; neither where nothing is left out."""
-    if len(items) == len(taken):
-        return {}, ""
-    scale = sum(map(work, items)) / sum(map(work, taken))
-    return dict.fromkeys(hows, scale), f"{' and '.join(hows)} on {len(taken)} of {len(items)} {unit}"
+def sample(names: Sequence[str], unit: str, items: Sequence[Item], most: int, work: Callable[[Item], float]) -> Sample:
+    """Take every k-th of the items, at most so many; `work` counts the arithmetic of an item."""
+    taken = every(items, most)
+    if len(taken) == len(items):
+        return Sample(taken=taken)
+    note = f"{' and '.join(names)} on {len(taken)} of {len(items)} {unit}"
+    return Sample(names, taken, sum(map(work, items)) / sum(map(work, taken)), note)
 
 
-def agree(results: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
-    """Hold each result against its twin, to 1/2000 of the twin's largest element."""
-    for result, twin in zip(results, expected, strict=True):
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    title: str  # op, network and batch
+    paper: Function
+    plain: Function  # the best of plain torch
+    kfac2: Function
+    others: Mapping[str, Function] = field(default_factory=dict)  # are timed beside, and compute something else
+    sample: Sample = Sample()  # what some functions work on
+    shown: Callable[[Any], Any] = lambda result: result  # turns what a function returns into what is to agree
+    remark: str = ""  # added to the note
+
+    @property
+    def functions(self) -> dict[str, Function]:
+        """What is timed, by name."""
+        return {"paper": self.paper, "torch": self.plain, **self.others, "kfac2": self.kfac2}
+
+    def scale(self, name: str) -> float:
+        """Return what the times of a function are to be multiplied by."""
+        return self.sample.scale if name in self.sample.names else 1.0
+
+    @property
+    def note(self) -> str:
+        """What a reader must know of the numbers."""
+        return self.sample.note + self.remark
+
+    def check(self) -> None:
+        """Raise AssertionError where a function disagrees with `kfac2`."""
+        own = self.shown(self.kfac2())
+        some = [own[item] for item in self.sample.taken]
+        for name, function in (("paper", self.paper), ("torch", self.plain)):
+            agree(self.shown(function()), some if name in self.sample.names else own)
+
+
+def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Hold each result against its twin, to 1/2000 of the twin's largest element; a matrix is one."""
+    pairs = list(zip(found, expected, strict=True))
+    if all(twin.dim() < 2 for _, twin in pairs):  # numbers of one matrix
+        pairs = [(torch.stack([result for result, _ in pairs]), torch.stack([twin for _, twin in pairs]))]
+    for result, twin in pairs:
         tolerance = max(twin.abs().max().item(), 1e-6) / 2000
         torch.testing.assert_close(result.reshape(twin.shape), twin, rtol=0, atol=tolerance)
-
-
-# -- rows and maps --------------------------------------------------------------------------------------------
 
 
 def form_rows(x: Tensor, window: Window) -> Tensor:
@@ -91,39 +119,29 @@ def map_by_torch(x: Tensor, window: Window) -> Tensor:
 
 def layer_maps(layers: LayerSet) -> Case:
     """Maps of all inputs and all output gradients."""
-    tensors = layers.inputs + layers.grads
-    windows = layers.input_windows + layers.grad_windows
-    sizes = [shape.rows * shape.d_in for shape in layers.shapes] + [shape.rows * shape.d_out for shape in layers.shapes]
-    taken = sample(range(len(tensors)), 2 * SAMPLED_LAYERS)
-    functions: dict[str, Callable[[], list[Tensor]]] = {
-        "paper": lambda: [form_rows(tensors[i], windows[i]).sum(1) for i in taken],
-        "torch": lambda: [map_by_torch(x, window) for x, window in zip(tensors, windows, strict=True)],
-        "kfac2": lambda: ops.layer_maps(tensors, windows),
-    }
-
-    def check() -> None:
-        maps = functions["kfac2"]()
-        agree(functions["torch"](), maps)
-        agree(functions["paper"](), [maps[i] for i in taken])
-
-    scale, note = sampled(["paper"], "tensors", range(len(tensors)), taken, lambda i: sizes[i])
-    return Case(f"layer_maps, {layers.title}", dict(functions), check, scale, note)
+    tensors, windows = layers.tensors, layers.windows
+    sizes = [s.rows * s.d_in for s in layers.shapes] + [s.rows * s.d_out for s in layers.shapes]
+    some = sample(["paper"], "tensors", range(len(tensors)), 2 * SAMPLED_LAYERS, lambda i: sizes[i])
+    return Case(
+        f"layer_maps, {layers.title}",
+        lambda: [form_rows(tensors[i], windows[i]).sum(1) for i in some.taken],
+        lambda: [map_by_torch(x, window) for x, window in zip(tensors, windows, strict=True)],
+        lambda: ops.layer_maps(tensors, windows),
+        sample=some,
+    )
 
 
 def channel_sums(batch: int, device: str) -> Case:
-    """One tensor larger than the caches (134 MB at batch 128)."""
+    """One tensor larger than the caches (134 MB at batch 128), beside what reads or copies it."""
     x = torch.randn(batch, 64, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
-    functions: dict[str, Callable[[], Tensor]] = {
-        "paper": lambda: x.flatten(2).transpose(1, 2).contiguous().sum(2),
-        "torch": lambda: x.sum(1),
-        "x.sum(), one number": lambda: x.sum(),
-        "kfac2": lambda: ops.channel_sums(x),
-    }
-    title = f"channel_sums, {batch}x64x64x64"
-    return Case(title, dict(functions), lambda: agree([functions["kfac2"]()], [functions["torch"]()]))
-
-
-# -- covariances ----------------------------------------------------------------------------------------------
+    y = torch.empty_like(x)
+    return Case(
+        f"channel_sums, {batch}x64x64x64",
+        lambda: x.flatten(2).transpose(1, 2).contiguous().sum(2),
+        lambda: x.sum(1),
+        lambda: ops.channel_sums(x),
+        others={"x.sum(), one number": lambda: x.sum(), "a copy": lambda: y.copy_(x)},
+    )
 
 
 def covariance_by_paper(x: Tensor, window: Window) -> Tensor:
@@ -153,66 +171,42 @@ def covariance_by_torch(x: Tensor, window: Window) -> Tensor:
 
 def covariances(layers: LayerSet) -> Case:
     """Both factors of all layers."""
-    tensors = layers.inputs + layers.grads
-    windows = layers.input_windows + layers.grad_windows
+    tensors, windows = layers.tensors, layers.windows
     work = [s.rows * s.d_in**2 for s in layers.shapes] + [s.rows * s.d_out**2 for s in layers.shapes]
-    taken = sample(range(len(tensors)), 2 * SAMPLED_LAYERS)
-    functions: dict[str, Callable[[], list[Tensor]]] = {
-        "paper": lambda: [covariance_by_paper(tensors[i], windows[i]) for i in taken],
-        "torch": lambda: [covariance_by_torch(tensors[i], windows[i]) for i in taken],
-        "kfac2": lambda: ops.covariances(tensors, windows),
-    }
-
-    def check() -> None:
-        sums = functions["kfac2"]()
-        for how in ("paper", "torch"):
-            agree(functions[how](), [sums[i][0] for i in taken])
-
-    scale, note = sampled(["paper", "torch"], "tensors", range(len(tensors)), taken, lambda i: work[i])
-    return Case(f"covariances, {layers.title}", dict(functions), check, scale, note)
+    some = sample(["paper", "torch"], "tensors", range(len(tensors)), 2 * SAMPLED_LAYERS, lambda i: work[i])
+    return Case(
+        f"covariances, {layers.title}",
+        lambda: [covariance_by_paper(tensors[i], windows[i]) for i in some.taken],
+        lambda: [covariance_by_torch(tensors[i], windows[i]) for i in some.taken],
+        lambda: ops.covariances(tensors, windows),
+        sample=some,
+    )
 
 
 def input_covariance(channels: int, extent: int, batch: int, device: str) -> Case:
-    """One 3×3 convolution: `paper` unfolds, `torch` stacks nine shifted planes."""
+    """One 3×3 convolution: `paper` unfolds, `plain` stacks nine shifted planes."""
     x = torch.randn(batch, channels, extent, extent, generator=torch.Generator().manual_seed(0)).to(device)
     window = Window.of(2, 3, padding=1)
-    functions: dict[str, Callable[[], Tensor]] = {
-        "paper": lambda: covariance_by_paper(x, window),
-        "torch": lambda: covariance_by_torch(x, window),
-        "kfac2": lambda: ops.input_covariance(x, 3, padding=1),
-    }
-
-    def check() -> None:
-        agree([functions["paper"](), functions["torch"]()], [functions["kfac2"]()] * 2)
-
-    return Case(f"input_covariance, 3x3, {channels}x{extent}x{extent}, batch {batch}", dict(functions), check)
+    return Case(
+        f"input_covariance, 3x3, {channels}x{extent}x{extent}, batch {batch}",
+        lambda: covariance_by_paper(x, window),
+        lambda: covariance_by_torch(x, window),
+        lambda: ops.input_covariance(x, 3, padding=1),
+    )
 
 
-# -- pairs of layers ------------------------------------------------------------------------------------------
-
-
-def meeting_grid(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
-    """Return the grid on which two maps meet: one place where ranks differ."""
-    return tuple(map(min, a, b)) if len(a) == len(b) else ()
-
-
-def nearest(values: Tensor, grid: tuple[int, ...], meeting: tuple[int, ...]) -> Tensor:
-    """Bring values (N, *grid, d) onto a coarser grid by the nearest-neighbour index, as one matrix (N · T, d)."""
-    if grid and not meeting:
-        return values.flatten(1, -2)[:, 0]
-    for axis, (larger, places) in enumerate(zip(grid, meeting, strict=True), start=1):
-        if larger % places == 0:
-            values = values[(slice(None),) * axis + (slice(None, None, larger // places),)]
+def product_of(a: Tensor, b: Tensor) -> Tensor:
+    """Bring values (N, *grid, d) onto the coarser grid, or one place where ranks differ, and multiply them."""
+    rows = []
+    for values, other in ((a, b), (b, a)):
+        grid, met = values.shape[1:-1], other.shape[1:-1]
+        if len(grid) != len(met):
+            values = values.flatten(1, -2)[:, :1] if grid else values[:, None]
         else:
-            values = values.index_select(axis, torch.arange(places, device=values.device) * larger // places)
-    return values.flatten(0, -2)
-
-
-def sampled_pairs(layers: LayerSet) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return all pairs i ≤ j, and every k-th of them."""
-    count = len(layers.shapes)
-    pairs = [(i, j) for i in range(count) for j in range(i, count)]
-    return pairs, sample(pairs, SAMPLED_PAIRS)
+            steps = (slice(None, None, max(1, larger // places)) for larger, places in zip(grid, met, strict=True))
+            values = values[(slice(None), *steps)]
+        rows.append(values.flatten(0, -2))
+    return rows[0].T @ rows[1]
 
 
 def cross_by_torch(maps: Sequence[Tensor]) -> Tensor:
@@ -223,93 +217,36 @@ def cross_by_torch(maps: Sequence[Tensor]) -> Tensor:
     stacks = {grid: torch.stack([maps[i] for i in members], -1) for grid, members in classes.items()}  # (N, *grid, b)
     result = maps[0].new_empty(len(maps), len(maps))
     index = {grid: torch.tensor(members, device=result.device) for grid, members in classes.items()}
-    known = list(stacks)
-    for position, a in enumerate(known):
-        for b in known[position:]:
-            meeting = meeting_grid(a, b)
-            u, v = (nearest(stacks[grid], grid, meeting) for grid in (a, b))
-            products = u.T @ v
-            result[index[a][:, None], index[b]] = products
-            result[index[b][:, None], index[a]] = products.T
+    for a, b in combinations_with_replacement(stacks, 2):
+        products = product_of(stacks[a], stacks[b])
+        result[index[a][:, None], index[b]] = products
+        result[index[b][:, None], index[a]] = products.T
     return result
 
 
 def cross_layer_sums(layers: LayerSet) -> Case:
     """All pairs of the inputs' maps. `paper` multiplies rows that were formed before the clock starts."""
-    maps = ops.layer_maps(layers.inputs, layers.input_windows)
-    pairs, taken = sampled_pairs(layers)
-    needed = sorted({i for pair in taken for i in pair})
-    grids = {i: tuple(maps[i].shape[1:]) for i in needed}
-    rows = {}  # (N, *grid, d)
-    for i in needed:
-        formed = form_rows(layers.inputs[i], layers.input_windows[i]).transpose(1, 2)
-        rows[i] = formed.reshape(layers.batch, *grids[i], -1).contiguous()
-
-    def form(i: int, j: int) -> Tensor:
-        meeting = meeting_grid(grids[i], grids[j])
-        a, b = (nearest(rows[k], grids[k], meeting) for k in (i, j))
-        return a.T @ b
-
-    functions: dict[str, Callable[[], Any]] = {
-        "paper": lambda: torch.stack([form(i, j).sum() for i, j in taken]),
-        "torch": lambda: cross_by_torch(maps),
-        "kfac2": lambda: ops.cross_layer_sums(maps),
-    }
-
-    def check() -> None:
-        sums = functions["kfac2"]()
-        agree([functions["torch"]()], [sums])
-        torch.testing.assert_close(
-            functions["paper"](), torch.stack([sums[pair] for pair in taken]), rtol=0, atol=sums.max().item() / 2000
-        )
+    shapes = layers.shapes
+    maps = ops.layer_maps(layers.tensors[: len(shapes)], layers.windows[: len(shapes)])
+    pairs = list(combinations_with_replacement(range(len(shapes)), 2))
 
     def work(pair: tuple[int, int]) -> float:
-        first, second = (layers.shapes[i] for i in pair)
+        first, second = (shapes[i] for i in pair)
         return min(first.rows, second.rows) * first.d_in * second.d_in
 
-    scale, note = sampled(["paper"], "pairs", pairs, taken, work)
-    note += f" ({sum(map(work, pairs)) / 1e12:.3g} TMAC in all), rows formed before"
-    return Case(f"cross_layer_sums, {layers.title}", functions, check, scale, note)
-
-
-def coarse_fisher(layers: LayerSet) -> Case:
-    """The L×L matrix from both matrices of sums; `paper` has A_ij and G_ij, and sums their elements."""
-    pairs, taken = sampled_pairs(layers)
-    shapes, generator = layers.shapes, torch.Generator().manual_seed(0)
-    sums = [torch.randn(len(shapes), len(shapes), generator=generator).to(layers.device) for _ in range(2)]
-    formed = []
-    for i, j in taken:
-        A = torch.randn(shapes[i].d_in, shapes[j].d_in, generator=generator).to(layers.device)
-        G = torch.randn(shapes[i].d_out, shapes[j].d_out, generator=generator).to(layers.device)
-        sums[0][i, j], sums[1][i, j] = A.sum(), G.sum()
-        formed.append((A, G))
-    functions: dict[str, Callable[[], Tensor]] = {
-        "paper": lambda: torch.stack([A.sum() * G.sum() for A, G in formed]),
-        "torch": lambda: sums[0] * sums[1],
-        "kfac2": lambda: ops.coarse_fisher(sums[0], sums[1]),
-    }
-
-    def check() -> None:
-        fisher = functions["kfac2"]()
-        agree([functions["torch"]()], [fisher])
-        agree([functions["paper"]()], [torch.stack([fisher[pair] for pair in taken])])
-
-    def elements(pair: tuple[int, int]) -> float:
-        first, second = (shapes[i] for i in pair)
-        return first.d_in * second.d_in + first.d_out * second.d_out
-
-    scale, note = sampled(["paper"], "pairs", pairs, taken, elements)
-    return Case(f"coarse_fisher, {layers.title}", dict(functions), check, scale, f"{note}, formed before")
-
-
-# -- inverses and the step ------------------------------------------------------------------------------------
-
-
-def damped(factors: Tensor, damping: Tensor) -> Tensor:
-    """Add its damping to the diagonal of each factor, (b, d, d)."""
-    result = factors.clone()
-    result.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-    return result
+    some = sample(["paper"], "pairs", pairs, SAMPLED_PAIRS, work)
+    rows = {}  # (N, *grid, d)
+    for i in {i for pair in some.taken for i in pair}:
+        formed = form_rows(layers.tensors[i], layers.windows[i]).transpose(1, 2)
+        rows[i] = formed.reshape(*maps[i].shape, -1).contiguous()
+    return Case(
+        f"cross_layer_sums, {layers.title}",
+        lambda: torch.stack([product_of(rows[i], rows[j]).sum() for i, j in some.taken]),
+        lambda: cross_by_torch(maps),
+        lambda: ops.cross_layer_sums(maps),
+        sample=some,
+        remark=f" ({sum(map(work, pairs)) / 1e12:.3g} TMAC in all), rows formed before",
+    )
 
 
 def by_size(function: Callable[..., Any], *lists: Sequence[Tensor]) -> list[Any]:
@@ -338,92 +275,67 @@ def inverses_by_paper(A_list: Sequence[Tensor], G_list: Sequence[Tensor]) -> lis
 def inverses_by_torch(A_list: Sequence[Tensor], G_list: Sequence[Tensor]) -> list[Tensor]:
     """Cholesky and cholesky_inverse, once for each size."""
 
-    def means(matrices: Sequence[Tensor]) -> Tensor:
-        return torch.stack([matrix.diagonal().mean() for matrix in matrices])
-
-    pi, root = torch.sqrt(means(A_list) / means(G_list)), math.sqrt(DAMPING)
-
     def invert(factors: Tensor, shift: Tensor) -> Tensor:
-        return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped(factors, shift))[0])
+        damped = factors.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(shift[:, None])
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped)[0])
 
+    traces = [torch.stack([matrix.diagonal().mean() for matrix in matrices]) for matrices in (A_list, G_list)]
+    pi, root = torch.sqrt(traces[0] / traces[1]), math.sqrt(DAMPING)
     return by_size(invert, A_list, (pi * root).unbind()) + by_size(invert, G_list, (root / pi).unbind())
 
 
 def factored_tikhonov_inverse(layers: LayerSet) -> Case:
     """Damped inverses of both factors of all layers."""
-    A_list, G_list = layers.factors
-
-    def by_kfac2() -> list[Tensor]:
-        A_inv, G_inv, _ = ops.factored_tikhonov_inverse(A_list, G_list, DAMPING)
-        return A_inv + G_inv
-
-    def check() -> None:
-        expected = inverses_by_paper(A_list, G_list)
-        agree(inverses_by_torch(A_list, G_list), expected)
-        agree(by_kfac2(), expected)
-
-    functions: dict[str, Callable[[], Any]] = {
-        "paper": lambda: inverses_by_paper(A_list, G_list),
-        "torch": lambda: inverses_by_torch(A_list, G_list),
-        "kfac2": by_kfac2,
-    }
-    return Case(f"factored_tikhonov_inverse, {layers.title}", functions, check)
+    factors = layers.factors
+    return Case(
+        f"factored_tikhonov_inverse, {layers.title}",
+        lambda: inverses_by_paper(*factors),
+        lambda: inverses_by_torch(*factors),
+        lambda: ops.factored_tikhonov_inverse(*factors, DAMPING),
+        shown=lambda inverses: inverses if isinstance(inverses, list) else inverses.A_inv + inverses.G_inv,
+    )
 
 
 def eigendecompose(layers: LayerSet) -> Case:
     """Eigendecompositions of both factors of every k-th layer, for all three."""
-    A_list, G_list = (sample(factors, SAMPLED_LAYERS) for factors in layers.factors)
+    A_list, G_list = (every(factors, SAMPLED_LAYERS) for factors in layers.factors)
 
-    def batched(matrices: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        return by_size(lambda stack: list(zip(*torch.linalg.eigh(stack), strict=True)), matrices)
+    def by_kfac2() -> list[tuple[Tensor, Tensor]]:
+        done = ops.eigendecompose(A_list, G_list)
+        return list(zip(done.A_values + done.G_values, done.A_vectors + done.G_vectors, strict=True))
 
-    functions: dict[str, Callable[[], Any]] = {
-        "paper": lambda: [torch.linalg.eigh(matrix) for matrix in A_list + G_list],
-        "torch": lambda: batched(A_list) + batched(G_list),
-        "kfac2": lambda: ops.eigendecompose(A_list, G_list),
-    }
-
-    def rebuilt(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        return [vectors * values @ vectors.T for values, vectors in pairs]
-
-    def check() -> None:
-        done = functions["kfac2"]()
-        agree(rebuilt(functions["torch"]()), A_list + G_list)
-        agree(rebuilt(zip(done.A_values, done.A_vectors, strict=True)), A_list)
-        agree(rebuilt(zip(done.G_values, done.G_vectors, strict=True)), G_list)
-
-    _, note = sampled(["all three"], "layers", layers.shapes, A_list, lambda _: 1.0)
-    return Case(f"eigendecompose, {layers.title}", functions, check, {}, note)
+    return Case(
+        f"eigendecompose, {layers.title}",
+        lambda: [torch.linalg.eigh(matrix) for matrix in A_list + G_list],
+        lambda: by_size(lambda stack: list(zip(*torch.linalg.eigh(stack), strict=True)), A_list + G_list),
+        by_kfac2,
+        shown=lambda pairs: [vectors * values @ vectors.T for values, vectors in pairs],
+        remark=f"all three on {len(A_list)} of {len(layers.shapes)} layers",
+    )
 
 
 def precondition(layers: LayerSet) -> Case:
     """G⁻¹ ∇ A⁻¹ of all layers."""
     grads, (A_inv, G_inv) = layers.grad_matrices, layers.factors
-
-    def one(grad: Tensor, A: Tensor, G: Tensor) -> Tensor:
-        return G @ grad @ A
-
-    functions: dict[str, Callable[[], list[Tensor]]] = {
-        "paper": lambda: [one(*matrices) for matrices in zip(grads, A_inv, G_inv, strict=True)],
-        "torch": lambda: by_size(lambda grad, A, G: torch.bmm(torch.bmm(G, grad), A), grads, A_inv, G_inv),
-        "kfac2": lambda: ops.precondition(grads, A_inv, G_inv),
-    }
-
-    def check() -> None:
-        expected = functions["paper"]()
-        agree(functions["torch"](), expected)
-        agree(functions["kfac2"](), expected)
-
-    return Case(f"precondition, {layers.title}", dict(functions), check)
+    return Case(
+        f"precondition, {layers.title}",
+        lambda: [G @ grad @ A for grad, A, G in zip(grads, A_inv, G_inv, strict=True)],
+        lambda: by_size(lambda grad, A, G: torch.bmm(torch.bmm(G, grad), A), grads, A_inv, G_inv),
+        lambda: ops.precondition(grads, A_inv, G_inv),
+    )
 
 
-GROUPS: dict[str, Callable[[LayerSet], Case]] = {
+BY_LAYERS: dict[str, Callable[[LayerSet], Case]] = {
     "layer_maps": layer_maps,
     "covariances": covariances,
     "cross_layer_sums": cross_layer_sums,
-    "coarse_fisher": coarse_fisher,
     "factored_tikhonov_inverse": factored_tikhonov_inverse,
     "eigendecompose": eigendecompose,
     "precondition": precondition,
 }
-CONVOLUTIONS = {"16x32x32": (16, 32), "32x16x16": (32, 16), "64x8x8": (64, 8)}
+SINGLE: dict[str, list[Callable[[int, str], Case]]] = {  # one tensor; from batch and device
+    "channel_sums": [channel_sums],
+    "input_covariance": [partial(input_covariance, *size) for size in ((16, 32), (32, 16), (64, 8))],
+}
+OPS = [*SINGLE, *BY_LAYERS]

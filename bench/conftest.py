@@ -1,65 +1,39 @@
 """Options of `pytest bench`, the layer sets, and how a case is timed."""
 
-import argparse
 from functools import lru_cache
 
 import pytest
 import torch
-from arguments import device_name, positive, some_of
+from arguments import device_name, positive
 from kernels import SETS
 from layer_sets import LayerSet
-from measure import Clock
 from networks import NETWORKS
-
-OPTIONS = {
-    "--device": (device_name, "cpu", "where to measure (default: cpu)"),
-    "--threads": (positive, "1", "CPU threads of torch (default: 1)"),
-    "--batch": (positive, "128", "samples of the layer sets (default: 128)"),
-    "--sets": (some_of(list(NETWORKS)), ",".join(SETS), "layer sets, with commas"),
-}
+from timing import Clock, configure
 
 
 def pytest_addoption(parser):
-    for name, (_, default, words) in OPTIONS.items():
-        parser.getgroup("kfac2").addoption(name, default=default, help=words)
+    group = parser.getgroup("kfac2")
+    group.addoption("--device", type=device_name, default="cpu", help="where to measure (default: cpu)")
+    group.addoption("--threads", type=positive, default=1, help="CPU threads of torch (default: 1)")
+    group.addoption("--batch", type=positive, default=128, help="samples of the layer sets (default: 128)")
+    group.addoption("--sets", nargs="+", choices=NETWORKS, default=SETS, metavar="NAME", help="layer sets")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its timer
 def pytest_configure(config):
-    config.measured = {}
-    for name, (read, _, _) in OPTIONS.items():
-        try:
-            config.measured[name] = read(config.getoption(name))
-        except argparse.ArgumentTypeError as error:
-            raise pytest.UsageError(f"argument {name}: {error}") from error
+    config.clock = Clock(config.getoption("--device"), config.getoption("--threads"))
+    config.option.benchmark_timer = f"{config.clock.now.__module__}.{config.clock.now.__name__}"
 
 
 def pytest_generate_tests(metafunc):
     if "layer_set" in metafunc.fixturenames:
-        metafunc.parametrize("layer_set", metafunc.config.measured["--sets"], indirect=True, scope="session")
-
-
-@pytest.fixture(autouse=True)
-def _threads(device, pytestconfig):
-    before = torch.get_num_threads()
-    torch.set_num_threads(pytestconfig.measured["--threads"])
-    yield
-    torch.set_num_threads(before)
+        metafunc.parametrize("layer_set", metafunc.config.getoption("--sets"), indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
-def device(pytestconfig):
-    return pytestconfig.measured["--device"]
-
-
-@pytest.fixture(scope="session")
-def batch(pytestconfig):
-    return pytestconfig.measured["--batch"]
-
-
-@pytest.fixture(scope="session")
-def layer_set(request, device, batch):
+def layer_set(request, pytestconfig):
     """One set at a time: pytest runs all tests of a set before it makes the next."""
-    return LayerSet(request.param, batch, device)
+    return LayerSet(request.param, pytestconfig.getoption("--batch"), pytestconfig.getoption("--device"))
 
 
 @lru_cache(maxsize=1)
@@ -71,28 +45,21 @@ def checked(build, *arguments):
 
 
 @pytest.fixture
-def compare(benchmark, device, pytestconfig):
+def compare(benchmark, pytestconfig):
     """Check, then time one function of a case; a sample's time is for the reader to scale, as its name says."""
 
     def run(how, build, *arguments):
         case = checked(build, *arguments)
         benchmark.group = case.title + (f" ({case.note})" if case.note else "")
-        benchmark.name = how if how not in case.scale else f"{how} (times {case.scale[how]:.4g})"
-        benchmark.extra_info["scale"] = case.scale.get(how, 1.0)
-        clock = Clock(device, pytestconfig.measured["--threads"])
-        function = case.functions[how]
-        begin = clock()
-        function()
-        slow = clock() - begin > 0.3
-
-        def finished():
-            function()
-            if device != "cpu":
-                torch.cuda.synchronize()
-
-        if slow:
-            benchmark.pedantic(finished, rounds=3)
+        scale = benchmark.extra_info["scale"] = case.scale(how)
+        benchmark.name = how if scale == 1 else f"{how} (times {scale:.4g})"
+        (once,) = pytestconfig.clock.laps(lambda mark: [mark(), case.functions[how](), mark()])
+        if once > 0.3:
+            benchmark.pedantic(case.functions[how], rounds=3)
         else:
-            benchmark(finished)
+            benchmark(case.functions[how])
 
-    return run
+    before = torch.get_num_threads()
+    configure(pytestconfig.getoption("--threads"))
+    yield run
+    torch.set_num_threads(before)

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
-from networks import Network, torch_batch
+from networks import Network
+from timing import Mark
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import kfac2
 
 RATE = 1e-4  # small, so that forty steps on one batch leave the numbers ordinary
 COV_EVERY, INV_EVERY = 10, 100
-Mark = Callable[[], None]
 
 
 class NotInstalledError(Exception):
@@ -31,20 +32,13 @@ class NotInstalledError(Exception):
 
 @dataclass
 class Contender:
-    """An optimizer with a network of its own.
-
-    Attributes:
-        model: the network.
-        optimizers: stepped one after the other.
-        at: for each kind what makes the next step one of that kind.
-        accumulate: called with the network's output before the backward pass.
-    """
+    """An optimizer with a network of its own."""
 
     model: nn.Module
-    optimizers: list[Optimizer]
-    at: dict[str, Callable[[], None]]
-    accumulate: Callable[[Tensor], None] | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True)
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizers: list[Optimizer]  # stepped one after the other
+    at: Mapping[str, Callable[[], object]]  # for each kind what makes the next step one of that kind
+    accumulate: Callable[[Tensor], None] = lambda _: None  # called with the output before the backward pass
 
     def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
         """Take one whole step; `mark` is called at the start and after forward, statistics, backward and step."""
@@ -53,8 +47,7 @@ class Contender:
             optimizer.zero_grad()
         out = self.model(x)
         mark()
-        if self.accumulate is not None:
-            self.accumulate(out)
+        self.accumulate(out)
         mark()
         self.loss(out, y).backward()
         mark()
@@ -70,18 +63,16 @@ def _needed(module: str) -> ModuleType:
         raise NotInstalledError(f"{module} is not installed") from error
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """Mark nothing, prepare nothing."""
 
 
-def _sgd(network: Network, model: nn.Module) -> Contender:
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=1e-3, foreach=True)
-    return Contender(model, [optimizer], {"c": _nothing}, loss=network.loss)
+def _plain(network: Network, model: nn.Module, optimizer: Optimizer) -> Contender:
+    return Contender(model, network.prediction.loss, [optimizer], {"c": nothing})
 
 
-def _adamw(network: Network, model: nn.Module) -> Contender:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, foreach=True)
-    return Contender(model, [optimizer], {"c": _nothing}, loss=network.loss)
+def _sgd(params: Iterable[nn.Parameter]) -> Optimizer:
+    return SGD(params, lr=RATE, momentum=0.9, weight_decay=1e-3, foreach=True)
 
 
 def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
@@ -90,48 +81,43 @@ def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
         cov_every=COV_EVERY, inv_every=INV_EVERY,
     )  # fmt: skip
 
-    def iteration(number: int) -> Callable[[], None]:
-        return lambda: setattr(optimizer.preconditioner, "iteration", number)
+    def accumulate(out: Tensor) -> None:
+        optimizer.accumulate_fisher(network.prediction.distribution(out))
 
-    kinds = {"b": iteration(INV_EVERY), "a": iteration(COV_EVERY), "c": iteration(1)}
-    return Contender(
-        model, [optimizer], kinds, lambda out: optimizer.accumulate_fisher(network.distribution(out)), loss=network.loss
-    )
+    iterations = {"b": INV_EVERY, "a": COV_EVERY, "c": 1}
+    kinds = {k: partial(setattr, optimizer.preconditioner, "iteration", number) for k, number in iterations.items()}
+    return Contender(model, network.prediction.loss, [optimizer], kinds, accumulate)
 
 
 def _singd(network: Network, model: nn.Module, structure: str) -> Contender:
     """SINGD on the layers it knows, SGD on the rest. It has statistics steps only: no inverses."""
     singd = _needed("singd.optim.optimizer")
     handled = [p for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters()]
-    ids = {id(p) for p in handled}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    rest = [p for p in model.parameters() if not any(p is other for other in handled)]
     average = "batch+sequence" if network.title == "transformer" else "batch"
     main = singd.SINGD(
         model, handled, lr=RATE, weight_decay=1e-3, structures=(structure, structure), loss_average=average
     )
-    others = torch.optim.SGD(rest, lr=RATE, momentum=0.9, weight_decay=1e-3, foreach=True)
 
-    def period(number: int) -> Callable[[], None]:
-        return lambda: main.param_groups[0].update(T=number)  # statistics where the count of steps divides by T
-
-    return Contender(model, [main, others], {"a": period(1), "c": period(10**9)}, loss=network.loss)
+    statistics_each = main.param_groups[0].update
+    kinds = {"a": partial(statistics_each, T=1), "c": partial(statistics_each, T=10**9)}
+    return Contender(model, network.prediction.loss, [main, _sgd(rest)], kinds)
 
 
-def _counted(optimizer: Optimizer, number: int) -> Callable[[], None]:
-    """Return what sets the counter of steps that `pytorch_optimizer` keeps in its groups."""
+def _periodic(network: Network, model: nn.Module, optimizer: Optimizer, renewing: int) -> Contender:
+    """An optimizer of `pytorch_optimizer`, which renews what it inverts where its groups' counter is `renewing`."""
 
-    def count() -> None:
-        for group in optimizer.param_groups:
-            group["step"] = number
+    def count(number: int) -> Callable[[], object]:
+        return lambda: [group.update(step=number) for group in optimizer.param_groups]
 
-    return count
+    kinds = {"b": count(renewing), "c": count(renewing + 1)}
+    return Contender(model, network.prediction.loss, [optimizer], kinds)
 
 
 def _soap(network: Network, model: nn.Module) -> Contender:
     """SOAP updates its statistics in each step; every tenth renews the eigenbases (`b`)."""
-    optimizer = _needed("pytorch_optimizer").SOAP(model.parameters(), lr=RATE, precondition_frequency=COV_EVERY)
-    kinds = {"b": _counted(optimizer, COV_EVERY), "c": _counted(optimizer, COV_EVERY + 1)}
-    return Contender(model, [optimizer], kinds, loss=network.loss)
+    soap = _needed("pytorch_optimizer").SOAP(model.parameters(), lr=RATE, precondition_frequency=COV_EVERY)
+    return _periodic(network, model, soap, COV_EVERY)
 
 
 def _shampoo(network: Network, model: nn.Module) -> Contender:
@@ -139,17 +125,16 @@ def _shampoo(network: Network, model: nn.Module) -> Contender:
 
     Each axis is preconditioned, as SOAP does: merging axes, its default, leaves small weights without a preconditioner.
     """
-    optimizer = _needed("pytorch_optimizer").ScalableShampoo(
+    shampoo = _needed("pytorch_optimizer").ScalableShampoo(
         model.parameters(), lr=RATE, start_preconditioning_step=1, preconditioning_compute_steps=COV_EVERY,
         shape_interpretation=False,
     )  # fmt: skip
-    kinds = {"b": _counted(optimizer, COV_EVERY - 1), "c": _counted(optimizer, COV_EVERY)}
-    return Contender(model, [optimizer], kinds, loss=network.loss)
+    return _periodic(network, model, shampoo, COV_EVERY - 1)
 
 
 BUILDERS: dict[str, Callable[[Network, nn.Module], Contender]] = {
-    "sgd": _sgd,
-    "adamw": _adamw,
+    "sgd": lambda network, model: _plain(network, model, _sgd(model.parameters())),
+    "adamw": lambda network, model: _plain(network, model, AdamW(model.parameters(), lr=RATE, foreach=True)),
     "kfac2-1": lambda network, model: _kfac2(network, model, levels=1),
     "kfac2-2": lambda network, model: _kfac2(network, model, levels=2),
     "singd-dense": lambda network, model: _singd(network, model, "dense"),
@@ -160,35 +145,27 @@ BUILDERS: dict[str, Callable[[Network, nn.Module], Contender]] = {
 OWN = ["sgd", "adamw", "kfac2-1", "kfac2-2"]
 
 
-def build(name: str, network: Network, device: str) -> Contender:
-    """Build an optimizer and its network, the same weights for each.
-
-    Raises:
-        NotInstalledError: if it is a peer that this environment does not have.
-    """
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what peers say about torch's deprecations
-        return BUILDERS[name](network, network.make().to(device))
-
-
 def shares(kinds: Any, cov_every: int, inv_every: int) -> dict[str, float]:
     """Return how often each kind comes at a schedule; a peer with one period has it every `cov_every` steps."""
-    if "b" not in kinds:
-        often = {"a": 1 / cov_every} if "a" in kinds else {}
-    elif "a" not in kinds:
-        often = {"b": 1 / cov_every}
-    else:
+    often = {kind: 1 / cov_every for kind in "ab" if kind in kinds}
+    if len(often) == 2:
         often = {"b": 1 / inv_every, "a": 1 / cov_every - 1 / inv_every}
     return {**often, "c": 1 - sum(often.values())}
 
 
 def prepared(name: str, network: Network, batch: int, device: str) -> tuple[Contender, Tensor, Tensor]:
-    """Build a contender and its batch, and take a step of each kind twice, so that all state is there."""
-    contender = build(name, network, device)
-    x, y = torch_batch(network, batch, device)
+    """Build a contender and its batch, and take a step of each kind twice, so that all state is there.
+
+    Raises:
+        NotInstalledError: if it is a peer that this environment does not have.
+    """
+    torch.manual_seed(0)  # the same weights for each
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peers say about torch's deprecations
+        contender = BUILDERS[name](network, network.make().to(device))
+    x, y = network.sample(batch, device)
     for _ in range(2):
         for prepare in contender.at.values():
             prepare()
-            contender.step(x, y, _nothing)
+            contender.step(x, y, nothing)
     return contender, x, y

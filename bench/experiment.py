@@ -1,93 +1,137 @@
-"""The paper's experiments: run them, search their grids, draw their figures. See `--help`."""
+"""The paper's experiments: run them, search their grids, draw their figures.
+
+Runs leave a line each in OUT/records/<experiment>.jsonl; a run that is recorded there is not done again, and one that
+was stopped starts anew. `figures` draws what the records of a folder hold.
+"""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from experiments import command_line, pictures, tables
-from experiments.data import DataError
-from experiments.plans import PlanError, plan_of
-from experiments.progress import Bars
-from experiments.records import Record, RecordError, load_all, networks
-from experiments.runs import CheckpointError, run_all
-from experiments.tasks import steps_of_epoch
-from measure import into_place
+from arguments import add_some, add_where, positive
+from experiments import grid, pictures, records, tables
+from experiments.data import FASHION_MNIST, READERS
+from experiments.runs import run
+from experiments.settings import INVERSES, OPTIMIZERS, Settings, coarse, recipe
+from output import slug, write
 from rich.console import Console
+from rich.progress import Progress
+
+FOLDER = Path(__file__).parent
+PROBLEMS = ("deep-linear", "resnet")
+# Options that replace an entry of the recipe where they are given; the last two for K-FAC only.
+ENTRIES = ("epochs", "train", "test", "layers", "width", "batch", "lr", "milestones", "data", "cov_every", "inv_every")
 
 
-def train(options: argparse.Namespace) -> None:
-    """Do the runs of a command, or what is left of them."""
-    plan = plan_of(options)
-    steps = [steps_of_epoch(settings, plan.images) for settings in plan.runs]
-    with Bars(plan.runs, steps, Console(stderr=True)) as bars:
-        run_all(plan.runs, plan.images, plan.out, bars.start, bars.step, bars.resumed)
+def plan(options: argparse.Namespace) -> tuple[str, list[Settings]]:
+    """Return the name of an experiment and its runs, seed by seed: an early stop leaves whole comparisons."""
+    name, bases = options.experiment, coarse()
+    if name == "coarse" and (options.grid or options.tuned):
+        raise ValueError("coarse has no grid: leave out --grid and --tuned")
+    if name != "coarse":
+        inverses = options.inverses or (list(INVERSES) if name == "deep-linear" else ["cholesky"])
+        kinds = [(o, i) for o in options.optimizers for i in (inverses if o.startswith("kfac") else inverses[:1])]
+        bases = [recipe(name, *kind) for kind in kinds]
+    bases = [_changed(base, options) for base in bases]
+    if options.tuned:
+        grids = records.load(options.out / f"records/grid-{name}.jsonl")
+        name, bases = f"{name}-tuned", [grid.tuned(base, grids) for base in bases]
+    if options.grid:
+        name, bases = f"grid-{name}", [point for base in bases for point in grid.points(base)]
+    seeds = range(options.first_seed, options.first_seed + (options.seeds or (1 if options.grid else 5)))
+    return name, [base.of_seed(seed) for seed in seeds for base in bases]
 
 
-def finished(folder: Path) -> list[Record]:
-    """Read the finished records of a folder."""
-    return [record for record in load_all(folder) if record.is_done]
+def _changed(base: Settings, options: argparse.Namespace) -> Settings:
+    names = ENTRIES if base.is_kfac else ENTRIES[:-2]
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given["milestones"] = tuple(given.get("milestones", base.milestones))
+    return replace(base, device=options.device, threads=options.threads, **given)
 
 
-def slug(title: str) -> str:
-    """Make a title part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower().replace(",", "")).strip("-")
+def do(runs: Sequence[Settings], folder: Path, path: Path) -> None:
+    """Do those runs that a file does not hold yet, and add them."""
+    print(f"{len(runs)} runs; writing to {path}", file=sys.stderr)
+    known = {record.settings for record in records.load(path)}
+    left = [settings for settings in runs if settings not in known]
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("runs", total=len(left))
+        for settings in left:
+            title = f"{settings.label}, seed {settings.seed}"
+            step = progress.add_task(f"steps of {title}", total=None)
+            record = run(settings, folder, partial(progress.advance, step))
+            records.append(path, record)
+            progress.remove_task(step)
+            progress.advance(bar)
+            progress.console.print(f"{title}: training loss {record.values('train_loss')[-1]:.4f}", highlight=False)
 
 
-def plot(out: Path) -> list[Path]:
-    """Draw every figure that there are records for; return their paths."""
-    drawn = {}
-    for ending in ("", "-tuned"):
-        linear, resnet = (finished(out / (problem + ending)) for problem in command_line.TITLES)
+def figures(out: Path) -> str:
+    """Draw every figure and write every table that a folder has records for; return the tables and what was drawn."""
+    found = {path.stem: records.load(path) for path in sorted((out / "records").glob("*.jsonl"))}
+    drawn, parts = {}, []
+    for ending, what in (("", ""), ("-tuned", ", tuned")):
+        linear, resnet = (found.get(problem + ending, []) for problem in PROBLEMS)
         if linear or resnet:
             drawn[f"figure1{ending}"] = partial(pictures.losses, linear + resnet)
-        for number, records in ((2, linear), (3, resnet)):
-            for title, some in networks(records).items():
-                drawn[f"figure{number}{ending}-{slug(title)}"] = partial(pictures.accuracies, some)
-    for title, some in networks(finished(out / "coarse")).items():
-        drawn[f"coarse-{slug(title)}"] = partial(pictures.windows, some)
-    paths = [out / f"{name}.png" for name in drawn]
-    for path, draw in zip(paths, drawn.values(), strict=True):
-        draw(path)
-    return paths
+        for number, some in ((2, linear), (3, resnet)):
+            for title, same in records.networks(some).items():
+                drawn[f"figure{number}{ending}-{slug(title)}"] = partial(pictures.accuracies, same)
+            parts.append(tables.comparison(some, what))
+    parts += [tables.winners(found.get(f"grid-{problem}", [])) for problem in PROBLEMS]
+    for title, same in records.networks(found.get("coarse", [])).items():
+        drawn[f"coarse-{slug(title)}"] = partial(pictures.windows, same)
+    parts.append(tables.windows(found.get("coarse", [])))
+    for name, draw in drawn.items():
+        draw(out / f"{name}.png")
+    text = "\n\n".join(filter(None, parts))
+    write(out / "experiments.md", f"# The experiments, from their records\n\n{text}\n")
+    return "\n".join([text, *(str(out / f"{name}.png") for name in drawn)])
 
 
-def report(out: Path, metric: str) -> str:
-    """Write every table that there are records for."""
-    parts = []
-    for ending, what in (("", ""), ("-tuned", ", tuned")):
-        parts += [tables.comparison(finished(out / (name + ending)), what) for name in command_line.TITLES]
-    parts += [tables.winners(finished(out / f"grid-{name}"), metric) for name in command_line.TITLES]
-    coarse = finished(out / "coarse")
-    return "\n\n".join(part for part in [*parts, tables.windows(coarse) if coarse else ""] if part)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = argparse.ArgumentParser(description=__doc__)
+    add = result.add_argument
+    add("experiment", choices=(*PROBLEMS, "coarse", "figures"))
+    kind = result.add_mutually_exclusive_group()
+    kind.add_argument("--grid", action="store_true", help="the paper's grid search, for every optimizer alike")
+    kind.add_argument("--tuned", action="store_true", help="take each optimizer's numbers from its grid's winner")
+    add("--out", type=Path, help="folder of results (default: build/results; for figures bench/results)")
+    add("--seeds", type=positive, metavar="N", help="runs of each kind (default: 5; 1 of a grid)")
+    add("--first-seed", type=int, default=0, metavar="N", help="so that tuned runs see none of their grid's seeds")
+    add_some(result, "--optimizers", OPTIMIZERS, list(OPTIMIZERS))
+    add("--inverses", nargs="+", choices=INVERSES, help="of K-FAC (default: the paper's)")
+    for name in ("--epochs", "--train", "--test", "--layers", "--width", "--batch", "--cov-every", "--inv-every"):
+        add(name, type=positive, metavar="N", help="of each run (default: the paper's)")
+    add("--lr", type=float, help="for all optimizers that are run (default: the paper's)")
+    add("--milestones", type=positive, nargs="*", metavar="N", help="epochs after which the rate is divided by 10")
+    add("--data", choices=READERS, help="a ResNet's images (default: fashion-mnist)")
+    add("--folder", type=Path, default=FASHION_MNIST, help=f"where they are (default: {FASHION_MNIST})")
+    add_where(result)
+    return result
 
 
 def main() -> None:
     """Run a command; one that trains also draws, prints and writes down what there is then."""
-    parser = command_line.parser()
-    options = parser.parse_args()
+    options = parser().parse_args()
+    options.out = options.out or (FOLDER / "results" if options.experiment == "figures" else Path("build/results"))
     try:
-        if options.command not in ("plot", "report"):
-            train(options)
-        drawn = [] if options.command == "report" else plot(options.out)
-        text = "" if options.command == "plot" else report(options.out, getattr(options, "by", "train_loss"))
-        if text:
-            with into_place(options.out / "experiments.md") as part:
-                part.write_text(f"# The experiments, from their records\n\n{text}\n")
-    except (DataError, PlanError, RecordError, CheckpointError, OSError) as error:
-        parser.error(str(error))
+        if options.experiment != "figures":
+            name, runs = plan(options)
+            do(runs, options.folder, options.out / f"records/{name}.jsonl")
+        elif not any((options.out / "records").glob("*.jsonl")):
+            raise ValueError(f"argument --out: {options.out} must hold records, and there are none")
+        print(figures(options.out))
+    except (ValueError, OSError) as error:
+        parser().error(str(error))
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last whole epoch")
-    if options.command in ("plot", "report") and not (drawn or text):
-        what = "runs, grids left out," if options.command == "plot" else "runs"
-        parser.error(f"argument --out: {options.out} must hold finished records of {what} and there are none")
-    if text:
-        print(text)
-    for path in drawn:
-        print(path)
+        sys.exit("stopped; the same command goes on with the run that was not finished")
 
 
 if __name__ == "__main__":

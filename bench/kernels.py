@@ -8,92 +8,56 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import cases
-import torch
-from arguments import above_zero, add_where, positive, some_of, writable
-from cases import CONVOLUTIONS, GROUPS, Case
+from arguments import add_some, add_where, positive
+from cases import BY_LAYERS, OPS, SINGLE, Case
 from layer_sets import LayerSet
-from measure import Clock, Spread, digits, interleaved, machine, ratios, table, write_json
 from networks import NETWORKS
+from output import table
+from timing import Clock, Spread, configure, digits, interleaved
 
 SETS = ["deep-linear", "resnet-20", "resnet-32", "resnet-56", "resnet-110", "transformer"]
-SINGLE = ["channel_sums", "input_covariance"]  # one tensor, no layer set
 
 
-def all_cases(groups: Sequence[str], sets: Sequence[str], batch: int, device: str) -> Iterator[Callable[[], Case]]:
-    """Yield what builds each case; layer by layer set, so that one set is in memory at a time."""
-    if "channel_sums" in groups:
-        yield partial(cases.channel_sums, batch, device)
-    if "input_covariance" in groups:
-        for channels, extent in CONVOLUTIONS.values():
-            yield partial(cases.input_covariance, channels, extent, batch, device)
-    for name in sets:
-        layers = LayerSet(name, batch, device)
-        for group in groups:
-            if group in GROUPS:
-                yield partial(GROUPS[group], layers)
+def all_cases(names: Sequence[str], sets: Sequence[str], batch: int, device: str) -> Iterator[Callable[[], Case]]:
+    """Yield what builds each case; layer set by layer set, so that one set is in memory at a time."""
+    for name in names:
+        for build in SINGLE.get(name, []):
+            yield partial(build, batch, device)
+    for net in sets:
+        layers = LayerSet(net, batch, device)
+        for name in names:
+            if name in BY_LAYERS and (name != "eigendecompose" or device != "cpu"):  # on a CPU it is torch's own
+                yield partial(BY_LAYERS[name], layers)
 
 
-def compare(case: Case, clock: Clock, rounds: int, budget: float) -> dict[str, Any]:
-    """Check a case, time it, and divide by the time of kfac2 in the same round."""
+def compare(build: Callable[[], Case], rounds: int, budget: float, device: str, threads: int) -> dict[str, Any]:
+    """Build and check a case, time it, and divide by the time of kfac2 in the same round; see `timing`."""
+    configure(threads)
+    case = build()
     case.check()
-    times = interleaved(case.functions, clock, rounds, budget)
-    for name, scale in case.scale.items():
-        times[name] = [scale * taken for taken in times[name]]
+    times = interleaved(case.functions, Clock(device, threads, cold=True), rounds, budget)
+    times = {name: [case.scale(name) * seconds for seconds in taken] for name, taken in times.items()}
     own = times["kfac2"]
     return {
         "case": case.title,
-        "milliseconds": {
-            name: asdict(Spread.of([1e3 * taken for taken in taken_by])) for name, taken_by in times.items()
-        },
-        "over_kfac2": {name: asdict(Spread.of(ratios(taken, own))) for name, taken in times.items() if name != "kfac2"},
+        "milliseconds": {name: Spread.of([1e3 * s for s in taken]) for name, taken in times.items()},
+        "over_kfac2": {name: Spread.of(taken, own) for name, taken in times.items() if name != "kfac2"},
         "rounds": len(own),
         "note": case.note,
     }
-
-
-def measure(
-    groups: Sequence[str],
-    sets: Sequence[str],
-    batch: int,
-    rounds: int,
-    budget: float,
-    device: str,
-    threads: int,
-) -> list[dict[str, Any]]:
-    """Compare all cases of some groups on some layer sets.
-
-    Args:
-        groups: of `GROUPS` and `SINGLE`.
-        sets: names of networks.
-        batch: samples.
-        rounds: of each case, at most.
-        budget: seconds for each case, after which no further round starts.
-        device: where.
-        threads: of torch on the CPU.
-    """
-    torch.set_num_threads(threads)
-    clock = Clock(device, threads)
-    results = []
-    for build in all_cases(groups, sets, batch, device):
-        results.append(compare(build(), clock, rounds, budget))
-        print(f"  {results[-1]['case']}", file=sys.stderr)
-    return results
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
     """Write the table: how many times as long as kfac2 the others take."""
     rows = []
     for result in results:
-        over = {name: Spread(**spread) for name, spread in result["over_kfac2"].items()}
+        over = result["over_kfac2"]
         others = "; ".join(f"{name} {spread}" for name, spread in over.items() if name not in ("paper", "torch"))
         notes = "; ".join(filter(None, (others, result["note"])))
-        own = digits(result["milliseconds"]["kfac2"]["median"])
+        own = digits(result["milliseconds"]["kfac2"].median)
         rows.append([result["case"], own, str(over["paper"]), str(over["torch"]), str(result["rounds"]), notes])
     return table(["op", "kfac2, ms", "paper / kfac2", "torch / kfac2", "rounds", "notes"], rows)
 
@@ -101,23 +65,18 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Read the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    groups = [*SINGLE, *GROUPS]
-    parser.add_argument("--ops", type=some_of(groups), default=groups, help="with commas (default: all)")
-    parser.add_argument(
-        "--sets", type=some_of(list(NETWORKS)), default=SETS, help=f"layer sets (default: {','.join(SETS)})"
-    )
+    add_some(parser, "--ops", OPS, OPS)
+    add_some(parser, "--sets", list(NETWORKS), SETS)
     parser.add_argument("--batch", type=positive, default=128, help="samples (default: 128)")
     parser.add_argument("--rounds", type=positive, default=25, help="of each case, at most (default: 25)")
-    parser.add_argument(
-        "--seconds", type=above_zero, default=5.0, help="for each case, then no further round (default: 5)"
-    )
-    parser.add_argument("--json", type=writable, metavar="PATH", help="also write the numbers there")
+    parser.add_argument("--seconds", type=float, default=5.0, help="then no further round of a case (default: 5)")
     add_where(parser)
     args = parser.parse_args()
-    results = measure(args.ops, args.sets, args.batch, args.rounds, args.seconds, args.device, args.threads)
+    results = []
+    for build in all_cases(args.ops, args.sets, args.batch, args.device):
+        results.append(compare(build, args.rounds, args.seconds, args.device, args.threads))
+        print(f"  {results[-1]['case']}", file=sys.stderr)
     print(report(results))
-    if args.json:
-        write_json(Path(args.json), {"machine": machine(args.device, args.threads), "kernels": results})
 
 
 if __name__ == "__main__":

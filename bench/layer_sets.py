@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from networks import NETWORKS, torch_batch
+from networks import NETWORKS
 from torch import Tensor, nn
 
 from kfac2.ops import Window
@@ -15,93 +14,61 @@ from kfac2.ops import Window
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shapes of one layer; rows as the ops take them, features at dim 1.
+    """Shapes of one layer; rows as the ops take them, features at dim 1."""
 
-    Attributes:
-        input_window: how its input rows are read.
-        grad_window: how its output-gradient rows are read.
-        x: shape of its input.
-        g: shape of its output's gradient.
-        features_last: whether both come as a Linear layer has them, (N, S, d), and are only viewed as (N, d, S).
-    """
-
-    input_window: Window
-    grad_window: Window
-    x: tuple[int, ...]
-    g: tuple[int, ...]
-    features_last: bool
-
-    @property
-    def d_in(self) -> int:
-        """Length of an input row."""
-        return self.input_window.row_length(self.x[-1] if self.features_last else self.x[1])
-
-    @property
-    def d_out(self) -> int:
-        """Length of an output-gradient row."""
-        return self.g[-1] if self.features_last else self.g[1]
-
-    @property
-    def rows(self) -> int:
-        """Number of rows, N · T."""
-        return math.prod(self.g) // self.d_out
+    input_window: Window  # how its input rows are read
+    grad_window: Window  # how its output-gradient rows are read
+    x: tuple[int, ...]  # shape of its input
+    g: tuple[int, ...]  # shape of its output's gradient
+    features_last: bool  # as a Linear layer has them: (N, S, d), only viewed as (N, d, S)
+    d_in: int  # length of an input row
+    d_out: int  # length of an output-gradient row
+    rows: int  # N · T
 
 
 def shapes_of(name: str, batch: int) -> list[LayerShape]:
     """Read the shapes off a forward pass on the meta device, which computes nothing."""
-    network = NETWORKS[name]
     with torch.device("meta"):
-        model = network.make()
+        model = NETWORKS[name].make()
     shapes: list[LayerShape] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         bias = int(module.bias is not None)
-        rank = (args[0].dim() > 2) * 1 if isinstance(module, nn.Linear) else args[0].dim() - 2
-        window = Window.of_module(module, bias) if isinstance(module, nn.Conv2d) else Window.places(rank, bias=bias)
-        features_last = isinstance(module, nn.Linear) and rank == 1
-        shapes.append(LayerShape(window, Window.places(rank), tuple(args[0].shape), tuple(output.shape), features_last))
+        linear, rank = isinstance(module, nn.Linear), output.dim() - 2
+        window = Window.places(rank, bias=bias)
+        if isinstance(module, nn.Conv2d):
+            window = Window.of(rank, module.kernel_size, module.stride, module.padding, bias=bias)
+        weight = module.get_parameter("weight")
+        d_out, d_in = len(weight), weight[0].numel() + bias
+        x, g = tuple(args[0].shape), tuple(output.shape)
+        rows = output.numel() // d_out
+        shapes.append(LayerShape(window, Window.places(rank), x, g, linear and rank > 0, d_in, d_out, rows))
 
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.register_forward_hook(note)
-    x, _ = torch_batch(network, batch, "meta")
-    model(x)
+    model(NETWORKS[name].sample(batch, "meta")[0])
     return shapes
 
 
 class LayerSet:
-    """The layers of one network at one batch size, filled with noise; each list is made when it is first used.
-
-    Args:
-        name: of the network.
-        batch: samples.
-        device: where the tensors are.
-    """
+    """The layers of one network at one batch size, filled with noise; each list is made when it is first used."""
 
     def __init__(self, name: str, batch: int, device: str = "cpu") -> None:
         self.name, self.batch, self.device = name, batch, device
         self.title = f"{NETWORKS[name].title}, batch {batch}"
         self.shapes = shapes_of(name, batch)
-        self.input_windows = [shape.input_window for shape in self.shapes]
-        self.grad_windows = [shape.grad_window for shape in self.shapes]
+        self.windows = [shape.input_window for shape in self.shapes] + [shape.grad_window for shape in self.shapes]
         self._generator = torch.Generator().manual_seed(0)
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator).to(self.device)
 
-    def _rows(self, shape: tuple[int, ...], features_last: bool) -> Tensor:
-        values = self._noise(*shape)
-        return values.transpose(1, 2) if features_last else values
-
     @cached_property
-    def inputs(self) -> list[Tensor]:
-        """One input for each layer, (N, C, *spatial)."""
-        return [self._rows(shape.x, shape.features_last) for shape in self.shapes]
-
-    @cached_property
-    def grads(self) -> list[Tensor]:
-        """One gradient of the output for each layer, (N, C, *grid)."""
-        return [self._rows(shape.g, shape.features_last) for shape in self.shapes]
+    def tensors(self) -> list[Tensor]:
+        """The inputs of all layers, (N, C, *spatial), then the gradients of their outputs, (N, C, *grid)."""
+        places = [(s.x, s.features_last) for s in self.shapes] + [(s.g, s.features_last) for s in self.shapes]
+        return [self._noise(*shape).transpose(1, 2) if last else self._noise(*shape) for shape, last in places]
 
     @cached_property
     def factors(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,60 +1,115 @@
-"""The networks whose steps and kernels are measured, with batches of noise in the shapes of their data."""
+"""The networks: the paper's deep linear network, ResNets for small images, a small transformer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from problems import DeepLinear, ResNet
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution
 
 
-class Block(nn.Module):
-    """Causal attention, then two Linear layers, each after a LayerNorm and around a shortcut.
+def initialised(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Draw weights by Kaiming's rule, uniformly; biases are 0."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
 
-    Args:
-        width: of the stream.
-        heads: of the attention.
-    """
+
+class DeepLinear(nn.Module):
+    """`depth` hidden Linear layers without bias, BatchNorm after each, no nonlinearity; one logit."""
+
+    def __init__(self, depth: int = 64, width: int = 10) -> None:
+        super().__init__()
+        hidden = [(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width)) for _ in range(depth)]
+        self.hidden = nn.Sequential(*(module for pair in hidden for module in pair))
+        self.head = nn.Linear(width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N,) from inputs (N, width)."""
+        return self.head(self.hidden(x)).squeeze(-1)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with BatchNorm, and a shortcut: a 1×1 convolution where the shape changes."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(body(x) + shortcut(x))."""
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """The ResNet of the CIFAR experiments: 6n + 2 layers, n blocks in each of three stages, widths w, 2w, 4w."""
+
+    def __init__(self, layers: int, channels: int = 3, width: int = 16) -> None:
+        super().__init__()
+        if layers < 8 or layers % 6 != 2:
+            raise ValueError(f"a ResNet's layers must be 6n + 2 (8, 14, 20, ... 110), got {layers}")
+        modules: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)]
+        modules.append(nn.ReLU(inplace=True))
+        before = width
+        for stage in range(3):
+            for block in range(layers // 6):
+                after = width * 2**stage
+                modules.append(BasicBlock(before, after, 2 if stage and not block else 1))
+                before = after
+        self.features = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(before, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, 10) from images (N, channels, H, W)."""
+        return self.head(self.features(x))
+
+
+class Block(nn.Module):
+    """Causal attention, then two Linear layers, each after a LayerNorm and around a shortcut."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.hidden = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the stream (N, S, width) after this block."""
         normed = self.norms[0](x)
-        parts = [
-            layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        ]
-        attended = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)
+        rows = (layer(normed) for layer in (self.query, self.key, self.value))
+        query, key, value = (row.unflatten(-1, (self.heads, -1)).transpose(1, 2) for row in rows)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.hidden(self.norms[1](x))
 
 
 class Transformer(nn.Module):
-    """A small language model: 4 blocks, 25 Linear layers.
+    """A small language model over 64 words and 64 positions: 4 blocks, 25 Linear layers."""
 
-    Args:
-        words: of the vocabulary.
-        positions: at most so many.
-        width: of the stream.
-        blocks: how many.
-        heads: of each block.
-    """
-
-    def __init__(self, words: int = 64, positions: int = 64, width: int = 128, blocks: int = 4, heads: int = 4) -> None:
+    def __init__(self, width: int = 128, blocks: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(words, width), nn.Embedding(positions, width)
+        self.words, self.places = nn.Embedding(64, width), nn.Embedding(64, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)), nn.LayerNorm(width))
-        self.head = nn.Linear(width, words)
+        self.head = nn.Linear(width, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, S, words) from words (N, S)."""
@@ -62,72 +117,53 @@ class Transformer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network to measure.
+class Prediction:
+    """What the outputs of a network mean."""
 
-    Attributes:
-        title: for people.
-        make: builds it.
-        draw: a batch of inputs and labels from a batch size and a generator.
-        loss: mean loss from outputs and labels.
-        distribution: what the network predicts; the mean of -log_prob is the loss.
-        batch: of its whole steps, as the comparison states it.
-    """
+    loss: Callable[[Tensor, Tensor], Tensor]  # mean loss from outputs and labels
+    distribution: Callable[[Tensor], Distribution]  # what the network predicts; the mean of -log_prob is the loss
+    correct: Callable[[Tensor, Tensor], Tensor]  # which outputs are right
+
+
+# Arguments are not checked: on a device the check would wait for it.
+BINARY = Prediction(
+    F.binary_cross_entropy_with_logits,
+    lambda out: Bernoulli(logits=out, validate_args=False),
+    lambda out, y: (out > 0) == (y > 0.5),
+)
+CLASSES = Prediction(
+    lambda out, y: F.cross_entropy(out.flatten(0, -2), y.flatten()),
+    lambda out: Categorical(logits=out, validate_args=False),
+    lambda out, y: out.argmax(-1) == y,
+)
+
+
+Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to measure, on batches of noise in the shapes of its data."""
 
     title: str
     make: Callable[[], nn.Module]
-    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    distribution: Callable[[Tensor], Distribution]
-    batch: int
+    draw: Draw  # inputs and labels
+    prediction: Prediction
+    batch: int  # of its whole steps, as the comparison states it
+
+    def sample(self, size: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
+        """Draw a batch, the same each time."""
+        x, y = self.draw(size, torch.Generator().manual_seed(0))
+        return x.to(device), y.to(device)
 
 
-def _resnet(layers: int, batch: int) -> Network:
-    return Network(
-        f"ResNet-{layers}",
-        lambda: ResNet((layers - 2) // 6),
-        lambda n, generator: (
-            torch.randn(n, 3, 32, 32, generator=generator),
-            torch.randint(10, (n,), generator=generator),
-        ),
-        F.cross_entropy,
-        lambda out: Categorical(logits=out),
-        batch,
-    )
-
-
+_points: Draw = lambda n, g: (torch.randn(n, 10, generator=g), torch.randint(2, (n,), generator=g).float())  # noqa: E731
+_images: Draw = lambda n, g: (torch.randn(n, 3, 32, 32, generator=g), torch.randint(10, (n,), generator=g))  # noqa: E731
+_words: Draw = lambda n, g: (torch.randint(64, (n, 64), generator=g), torch.randint(64, (n, 64), generator=g))  # noqa: E731
 NETWORKS = {
-    "deep-linear": Network(
-        "deep linear network",
-        DeepLinear,
-        lambda n, generator: (
-            torch.randn(n, 10, generator=generator),
-            torch.randint(2, (n,), generator=generator).float(),
-        ),
-        F.binary_cross_entropy_with_logits,
-        lambda out: Bernoulli(logits=out),
-        512,
-    ),
-    "resnet-8": _resnet(8, 128),
-    "resnet-20": _resnet(20, 128),
-    "resnet-32": _resnet(32, 128),
-    "resnet-56": _resnet(56, 32),
-    "resnet-110": _resnet(110, 128),
-    "transformer": Network(
-        "transformer",
-        Transformer,
-        lambda n, generator: (
-            torch.randint(64, (n, 64), generator=generator),
-            torch.randint(64, (n, 64), generator=generator),
-        ),
-        lambda out, y: F.cross_entropy(out.flatten(0, 1), y.flatten()),
-        lambda out: Categorical(logits=out),
-        128,
-    ),
+    "deep-linear": Network("deep linear network", DeepLinear, _points, BINARY, 512),
+    "transformer": Network("transformer", Transformer, _words, CLASSES, 128),
 }
-
-
-def torch_batch(network: Network, size: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """Draw a batch, the same each time."""
-    x, y = network.draw(size, torch.Generator().manual_seed(0))
-    return x.to(device), y.to(device)
+for _depth in (8, 20, 32, 56, 110):
+    _make = partial(ResNet, _depth)
+    NETWORKS[f"resnet-{_depth}"] = Network(f"ResNet-{_depth}", _make, _images, CLASSES, 32 if _depth == 56 else 128)

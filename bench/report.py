@@ -1,282 +1,174 @@
 """Run all comparisons, and print what was measured beside what this project wants to show.
 
-In the folder given by --out: <device>.json, <device>.md and growth.png, each written whole or not at all.
+The folder given by --out gets <device>.json and <device>.md, written after each measurement, so that one that breaks,
+or takes too long, does not take the others with it.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import json
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cases
 import contenders
 import growth
 import kernels
-import memory
 import steps
-import torch
-from arguments import add_where, some_of
-from measure import Spread, digits, machine, table, write, write_json
+from arguments import add_some, add_where
 from networks import NETWORKS
+from output import slug, table, write
+from timing import Spread, machine
 
-PARTS = ("kernels", "steps", "growth", "memory")
-PEERS = [name for name in steps.ALL if name not in contenders.OWN]
+import kfac2
+
+PARTS = ("kernels", "steps", "growth")
+Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run.
+    """What is run."""
 
-    Attributes:
-        sets: layer sets of the kernels.
-        deepest: the network of many layers.
-        batch: samples of the layer sets.
-        seconds: for each case of the kernels and each series of growth.
-        rounds: of SGD, AdamW and kfac2, by network.
-        peers: rounds of the peers, by network; 0 leaves them out.
-        batches: samples of the whole steps, by network.
-        largest: size of the series of growth.
-    """
-
-    sets: Sequence[str]
-    deepest: str
-    batch: int
-    seconds: float
-    rounds: dict[str, int]
-    peers: dict[str, int]
-    batches: dict[str, int]
-    largest: int
+    seconds: float  # for each case of the kernels; four times as long for each series of growth
+    steps: dict[str, tuple[int, int, Sequence[str]]]  # networks of the whole steps: batch, rounds, optimizers
+    sets: Sequence[str] = ("deep-linear", "resnet-20", "resnet-110", "transformer")  # layer sets of the kernels
+    batch: int = 128  # samples of the layer sets
+    largest: int = 256  # size of the series of growth
 
 
-STEPS = {"deep-linear": 512, "resnet-20": 128, "resnet-56": 32}
+OWN, ALL = contenders.OWN, list(contenders.BUILDERS)
 PLANS = {
-    "quick": Plan(
-        ["deep-linear", "resnet-20", "resnet-110", "transformer"], "resnet-110", 128, 3.0,
-        {"deep-linear": 75, "resnet-20": 25, "resnet-56": 25}, {"deep-linear": 25, "resnet-20": 25}, STEPS, 256,
-    ),
+    "quick": Plan(3.0, {"deep-linear": (512, 75, ALL), "resnet-20": (128, 25, ALL), "resnet-56": (32, 25, OWN)}),
     "full": Plan(
-        kernels.SETS, "resnet-110", 128, 10.0,
-        {"deep-linear": 101, "resnet-20": 41, "resnet-56": 41}, dict.fromkeys(STEPS, 25), STEPS, 256,
+        10.0, {"deep-linear": (512, 101, ALL), "resnet-20": (128, 41, ALL), "resnet-56": (32, 41, ALL)}, kernels.SETS
     ),
-    "tiny": Plan(
-        ["deep-linear", "resnet-8"], "resnet-8", 2, 0.01,
-        {"deep-linear": 1, "resnet-8": 1}, {}, {"deep-linear": 4, "resnet-8": 2}, 32,
-    ),
-}  # fmt: skip
+    "cuda": Plan(1.0, {"deep-linear": (512, 25, ALL), "resnet-110": (128, 15, OWN)}),
+    "tiny": Plan(0.01, {"deep-linear": (4, 1, OWN), "resnet-8": (2, 1, OWN)}, ("deep-linear", "resnet-8"), 2, 32),
+}
+
+# What is to be shown: at least so many times kfac2's time, by a part of a case's title and the rival ...
+RIVALS = {
+    ("cross_layer_sums, ResNet-110", "paper"): 1000.0,
+    ("input_covariance", "paper"): 4.0,
+    ("input_covariance", "torch"): 2.5,
+    ("channel_sums", "x.sum(), one number"): 0.85,
+    ("factored_tikhonov_inverse, ResNet-110", "paper"): 4.0,
+    ("factored_tikhonov_inverse, ResNet-110", "torch"): 1.5,
+}
+# ... and at most so many times SGD's whole step by two levels, or one level's step (`levels`), by kind of step.
+STEPS = {
+    "deep-linear": {"c": 1.25, "a": 2.0, "mean": 1.35, "levels c": 1.05, "levels a": 1.05, "levels b": 1.05},
+    "resnet-20": {"c": 1.03, "a": 2.5, "mean": 1.2},
+    "resnet-56": {"mean": 1.25, "levels c": 1.02, "levels a": 1.015, "levels b": 1.015},
+    "resnet-110": {"c": 1.1, "mean": 1.3},
+}
+EXPONENT = 1.1
 
 
-@dataclass(frozen=True)
-class Target:
-    """One line of the table: what is to be shown, and what was measured."""
-
-    what: str
-    bound: float
-    at_least: bool
-    measured: Spread
-    unit: str = "times"
-
-    @property
-    def reached(self) -> bool:
-        """Whether the median keeps the bound."""
-        return self.measured.median >= self.bound if self.at_least else self.measured.median <= self.bound
-
-    def row(self) -> list[str]:
-        """Write it for the table."""
-        scale, sign = {"times": (1, " times"), "share": (100, " %"), "": (1, "")}[self.unit]
-        spread = Spread(*(scale * number for number in (self.measured.median, self.measured.low, self.measured.high)))
-        alone = self.measured.low == self.measured.high
-        found = f"{digits(spread.median)}{sign}" + ("" if alone else f" [{digits(spread.low)}, {digits(spread.high)}]")
-        bound = f"{'≥' if self.at_least else '≤'} {scale * self.bound:g}{sign}"
-        return [self.what, bound, found, "yes" if self.reached else "no"]
+def measured(found: Found) -> Iterator[tuple[str, Spread, str, float | None]]:
+    """Yield what was measured, and the bound that is to be shown, None where there is none."""
+    for result in found["kernels"]:
+        for rival, spread in result["over_kfac2"].items():
+            bounds = (bound for (part, name), bound in RIVALS.items() if part in result["case"] and name == rival)
+            yield f"{result['case']}: {rival} / kfac2", spread, "≥", next(bounds, None)
+    for result in found["steps"]:
+        title, bound = f"{NETWORKS[result['net']].title}, batch {result['batch']}", STEPS.get(result["net"], {}).get
+        own = result["optimizers"]["kfac2-2"]
+        for kind, words in steps.KINDS.items():
+            yield f"{title}: {words}, two levels / SGD", own["kinds"][kind]["whole"], "≤", bound(kind)
+            levels = result["levels"][kind]
+            yield f"{title}: {words}, two levels / one level", levels, "≤", bound(f"levels {kind}")
+        yield f"{title}: mean at 10/100, two levels / SGD", own["means"]["10/100"], "≤", bound("mean")
+    for series in found["growth"]:
+        name = f"statistics of the second level, by {growth.TITLES[series['what']]}: exponent"
+        yield name, Spread.of([series["time"]]), "≤", EXPONENT if series["what"] == "layers" else None
 
 
-# -- targets --------------------------------------------------------------------------------------------------
+def _reached(spread: Spread, sign: str, bound: float) -> str:
+    return "yes" if (spread.median >= bound if sign == "≥" else spread.median <= bound) else "no"
 
 
-def kernel_targets(results: Sequence[dict[str, Any]], deepest: str) -> Iterator[Target]:
-    """Yield what the kernels are to show."""
-    over = {result["case"]: {n: Spread(**s) for n, s in result["over_kfac2"].items()} for result in results}
-    title = NETWORKS[deepest].title
-    for case, found in over.items():
-        if case.startswith(f"cross_layer_sums, {title}"):
-            yield Target(f"{case}: forming the A_ij / kfac2", 1000, True, found["paper"])
-        if case.startswith("input_covariance"):
-            yield Target(f"{case}: unfold, one product / kfac2", 4, True, found["paper"])
-            yield Target(f"{case}: nine planes, one product / kfac2", 2.5, True, found["torch"])
-        if case.startswith("channel_sums"):
-            yield Target(
-                f"{case}: reads so much of what x.sum() reads", 0.85, True, found["x.sum(), one number"], "share"
-            )
-        if case.startswith(f"factored_tikhonov_inverse, {title}"):
-            yield Target(f"{case}: loop of linalg.inv / kfac2", 4, True, found["paper"])
-            yield Target(f"{case}: Cholesky batched by size / kfac2", 1.5, True, found["torch"])
+def jobs(plan: Plan, device: str, threads: int) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """Yield each measurement with the part that it belongs to."""
+    where = (device, threads)
+    for build in kernels.all_cases(cases.OPS, plan.sets, plan.batch, device):
+        yield "kernels", partial(kernels.compare, build, 25, plan.seconds, *where)
+    for net, (batch, rounds, names) in plan.steps.items():
+        yield "steps", partial(steps.measure, net, batch, rounds, names, *where)
+    for what in growth.TITLES:
+        yield "growth", partial(growth.measure, what, plan.batch, plan.largest, 25, 4 * plan.seconds, *where)
 
 
-EXTRA = {"deep-linear": (0.05, 0.05, 0.05), "resnet-56": (0.015, 0.015, 0.02)}  # of steps a, b, c
-WHOLE = {"deep-linear": {"c": 1.25, "a": 2.0}, "resnet-20": {"c": 1.03, "a": 2.5}}
-MEAN = {"deep-linear": 1.35, "resnet-20": 1.2, "resnet-56": 1.25}
-
-
-def step_targets(results: Sequence[dict[str, Any]]) -> Iterator[Target]:
-    """Yield what the whole steps are to show."""
-    for result in results:
-        net = result["net"]
-        title, own = f"{NETWORKS[net].title}, batch {result['batch']}", result["optimizers"]["kfac2-2"]
-        for kind, bound in zip("abc", EXTRA.get(net, ()), strict=False):
-            extra = Spread(**result["second_level"][kind])
-            yield Target(f"{title}: two levels over one, extra time of ({kind})", bound, False, extra, "share")
-        for kind, bound in WHOLE.get(net, {}).items():
-            whole = Spread(**own["kinds"][kind]["whole"])
-            yield Target(f"{title}: two-level step ({kind}) / SGD's step", bound, False, whole)
-        if net in MEAN:
-            mean = Spread(**own["means"]["10/100"])
-            yield Target(f"{title}: two-level mean at 10/100 / SGD's step", MEAN[net], False, mean)
-
-
-def other_targets(found: dict[str, Any]) -> Iterator[Target]:
-    """Yield what growth and memory are to show."""
-    if "layers" in found.get("growth", {}):
-        series = found["growth"]["layers"]
-        exponent = series["exponents"]["time"]
-        what = (
-            f"growth of the second level's statistics, {series['sizes'][0]} to {series['sizes'][-1]} layers: exponent"
-        )
-        yield Target(what, 1.1, False, Spread.of([exponent]), "")
-    if "memory" in found:
-        kept = found["memory"]
-        title = f"{NETWORKS[kept['net']].title}, batch {kept['batch']}"
-        for what, share in (("at the peak of training", "peak_share"), ("maps and sums alive at a time", "share")):
-            yield Target(
-                f"{title}: second level's memory / activations, {what}", 0.02, False, Spread.of([kept[share]]), "share"
-            )
-
-
-# -- running --------------------------------------------------------------------------------------------------
-
-
-def run_steps(plan: Plan, device: str, threads: int) -> list[dict[str, Any]]:
-    """Measure SGD, AdamW and kfac2 in many rounds, the peers in few, each beside SGD."""
-    results = []
-    for net, rounds in plan.rounds.items():
-        batch = plan.batches[net]
-        result = steps.measure(net, batch, rounds, contenders.OWN, device, threads)
-        if plan.peers.get(net):
-            names = PEERS if net == "deep-linear" or plan is PLANS["full"] else [n for n in PEERS if n != steps.JAX]
-            peers = steps.measure(net, batch, plan.peers[net], names, device, threads)
-            peers["optimizers"].pop("sgd")
-            result["optimizers"] |= peers["optimizers"]
-            result |= {key: peers[key] for key in ("missing", "jax_sgd_milliseconds") if key in peers}
-            result["peer_rounds"] = plan.peers[net]
-        results.append(result)
-    return results
-
-
-def run_memory(plan: Plan, device: str, threads: int) -> dict[str, Any]:
-    """Count the second level's bytes, and measure how much it adds to the peak of training."""
-    kept = memory.second_level(plan.deepest, plan.batch, device)
-    peaks = memory.peaks(plan.deepest, plan.batch, ["sgd", "kfac2-1", "kfac2-2"], device, threads)
-    extra = 1e6 * (peaks["kfac2-2"] - peaks["kfac2-1"])
-    return {**kept, "peak_megabytes": peaks, "peak_share": extra / kept["activations"]}
-
-
-def run(plan: Plan, parts: Sequence[str], device: str, threads: int) -> dict[str, Any]:
-    """Run the chosen parts."""
-    found: dict[str, Any] = {"machine": machine(device, threads)}
-    names = [*kernels.SINGLE, *kernels.GROUPS]
-    runs = {
-        "kernels": lambda: kernels.measure(names, plan.sets, plan.batch, 25, plan.seconds, device, threads),
-        "steps": lambda: run_steps(plan, device, threads),
-        "growth": lambda: growth.measure(
-            list(growth.TITLES), plan.batch, plan.largest, 25, 4 * plan.seconds, device, threads
-        ),
-        "memory": lambda: run_memory(plan, device, threads),
-    }
-    for part in parts:
-        print(f"{part} ...", file=sys.stderr, flush=True)
-        found[part] = runs[part]()
-    return found
-
-
-def markdown(found: dict[str, Any], plan: Plan, how: str) -> str:
+def markdown(found: Found, how: str) -> str:
     """Write everything for people."""
-    targets = [
-        *kernel_targets(found.get("kernels", []), plan.deepest),
-        *step_targets(found.get("steps", [])),
-        *other_targets(found),
+    about = found["machine"]
+    rows = [
+        [name, f"{sign} {bound:g}", str(spread), _reached(spread, sign, bound)]
+        for name, spread, sign, bound in measured(found)
+        if bound is not None
     ]
-    about, clock = found["machine"], found["machine"]["clock"]
     lines = [
-        f"# Speed of kfac2 on {about['device']}",
-        "",
-        f"{about['cpu']}; torch {about['torch']}, {about['threads']} thread(s), Python {about['python']}; {clock}; "
-        f"{how} run. Medians [quartiles] of ratios within one round.",
-        "",
-        "## To show",
-        "",
-        table(["what", "target", "measured", "reached"], [target.row() for target in targets]),
-    ]
-    if "kernels" in found:
+        f"# Speed of kfac2 on {about['device']}", "",
+        f"{about['cpu']}; torch {about['torch']}, {about['threads']} thread(s), Python {about['python']}; "
+        f"{about['clock']}; {how} run. Medians [quartiles] of ratios within one round.", "",
+        "## To show", "", table(["what", "to show", "measured", "reached"], rows),
+    ]  # fmt: skip
+    if found["kernels"]:
         lines += ["", "## Kernels", "", kernels.report(found["kernels"])]
-    for result in found.get("steps", []):
-        lines += ["", f"## Steps: {NETWORKS[result['net']].title}", "", steps.report(result, clock)]
-    if "growth" in found:
+    for result in found["steps"]:
+        lines += ["", f"## Steps: {NETWORKS[result['net']].title}", "", steps.report(result, about["clock"])]
+    if found["growth"]:
         lines += ["", "## Growth of the second level's statistics", "", growth.report(found["growth"])]
-    if "memory" in found:
-        kept = found["memory"]
-        words = ", ".join(f"{name} {digits(peak)}" for name, peak in kept["peak_megabytes"].items())
-        lines += [
-            "", "## Memory", "",
-            f"{NETWORKS[kept['net']].title}, batch {kept['batch']}: activations {kept['activations'] / 1e6:.0f} MB, "
-            f"maps and sums alive at a time {kept['maps_and_sums'] / 1e6:.1f} MB. "
-            f"Peak of training, MB, each in its own process: {words}",
-        ]  # fmt: skip
+    if found["failed"]:
+        lines += ["", "## Failed", "", *(f"- {failure}" for failure in found["failed"])]
     return "\n".join(lines) + "\n"
 
 
-def folder(text: str) -> Path:
-    """Read a folder, made where it is missing."""
-    path = Path(text)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a folder that can be made, got {text!r}: {error.strerror}"
-        ) from error
-    return path
+def save(found: Found, how: str, out: Path) -> str:
+    """Write all that was found so far; return the text."""
+    stem, text = slug(found["machine"]["device"]), markdown(found, how)
+    lines = [{"name": name, "found": str(spread)} for name, spread, _, _ in measured(found)]
+    write(out / f"{stem}.json", json.dumps({**found, "measured": lines}, indent=1) + "\n")
+    write(out / f"{stem}.md", text)
+    return text
 
 
 def main() -> None:
-    """Read the command line, run, print, write."""
+    """Read the command line, run, print, write; the exit status is 0 only if all was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--full",
-        dest="how",
-        action="store_const",
-        const="full",
-        help="all sets, all peers, more rounds: hours; default: 20 minutes",
-    )
-    size.add_argument("--tiny", dest="how", action="store_const", const="tiny", help="one round of tiny sizes: it runs")
-    parser.set_defaults(how="quick")
-    parser.add_argument("--parts", type=some_of(PARTS), default=PARTS, help=f"of {','.join(PARTS)} (default: all)")
+    size.add_argument("--full", action="store_true", help="all sets, all peers, more rounds: hours, not 20 minutes")
+    size.add_argument("--tiny", action="store_true", help="one round of tiny sizes, to see that all runs")
+    add_some(parser, "--parts", PARTS, PARTS)
     default = Path(__file__).with_name("results")
-    parser.add_argument("--out", type=folder, default=default, help="folder of the results (default: bench/results)")
+    parser.add_argument("--out", type=Path, default=default, help="folder of the results (default: bench/results)")
     add_where(parser)
     args = parser.parse_args()
-    plan = PLANS[args.how]
-    found = run(plan, args.parts, args.device, args.threads)
-    text = markdown(found, plan, args.how)
+    how = "full" if args.full else "tiny" if args.tiny else "quick" if args.device == "cpu" else "cuda"
+    warnings.filterwarnings("ignore", module="singd|pytorch_optimizer")
+    found: Found = {"machine": machine(args.device, args.threads), "build": kfac2.build_info(), "failed": []}
+    found["machine"]["clock"] = found["machine"]["clock"] if args.device == "cpu" else "CUDA events"
+    found |= {part: [] for part in PARTS}
+    text = ""
+    for part, job in jobs(PLANS[how], args.device, args.threads):
+        if part in args.parts:
+            print(f"{part}, {len(found[part]) + 1} ...", file=sys.stderr, flush=True)
+            try:
+                found[part].append(job())
+            except Exception as error:  # one that fails must not lose the others
+                traceback.print_exc()
+                found["failed"].append(f"{part}: {type(error).__name__}: {error}"[:500])
+            text = save(found, how, args.out)
     print(text)
-    on_cuda = torch.device(args.device).type == "cuda"
-    stem = re.sub(r"[^a-z0-9]+", "-", found["machine"]["device"].lower()).strip("-") + ("-bench" if on_cuda else "")
-    write_json(args.out / f"{stem}.json", found)
-    write(args.out / f"{stem}.md", text)
-    if "growth" in found:
-        growth.draw(found["growth"], found["machine"]["clock"], args.out / "growth.png")
+    sys.exit(bool(found["failed"]))
 
 
 if __name__ == "__main__":

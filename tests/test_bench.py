@@ -1,8 +1,8 @@
 """The benchmarks run, at tiny sizes, and refuse what they cannot measure. No test looks at a time."""
 
+import dataclasses
 import importlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -10,69 +10,55 @@ from pathlib import Path
 
 import cases
 import contenders
+import gpu_check
 import growth
 import kernels
-import measure
-import memory
+import output
 import pytest
 import report
 import steps
+import timing
 import torch
 from layer_sets import LayerSet
 from networks import NETWORKS
 
 ROOT = Path(__file__).parent.parent
+CLOCK = timing.Clock("cpu", 1)
 
 
 @pytest.mark.parametrize("name", ["deep-linear", "resnet-8", "transformer"])
-@pytest.mark.parametrize("group", cases.GROUPS)
-def test_each_op_agrees_with_its_rivals(name, group):
-    case = cases.GROUPS[group](LayerSet(name, 2))
+@pytest.mark.parametrize("op", cases.BY_LAYERS)
+def test_each_op_agrees_with_its_rivals(name, op):
+    case = cases.BY_LAYERS[op](LayerSet(name, 2))
     case.check()
     assert {"paper", "torch", "kfac2"} == set(case.functions)
-    assert set(case.scale) <= set(case.functions) and all(scale > 1 for scale in case.scale.values())
+    assert all(case.scale(how) > 1 for how in case.sample.names)
 
 
 def test_a_disagreement_is_found():
     with pytest.raises(AssertionError):
         cases.agree([torch.ones(3)], [torch.tensor([1.0, 1.0, 1.01])])
+    case = cases.BY_LAYERS["layer_maps"](LayerSet("resnet-8", 2))
+    with pytest.raises(AssertionError):
+        dataclasses.replace(case, paper=lambda: [values + 1 for values in case.plain()]).check()
 
 
-@pytest.mark.parametrize(
-    "name, layers", [("deep-linear", 65), ("resnet-20", 22), ("resnet-110", 112), ("transformer", 25)]
-)
-def test_layer_sets_have_the_shapes_of_their_networks(name, layers):
-    shapes = LayerSet(name, 2).shapes
-    modules = [m for m in NETWORKS[name].make().modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-    matrices = [(m.weight[0].numel() + (m.bias is not None), m.weight.shape[0]) for m in modules]
-    assert len(shapes) == layers
-    assert sorted((shape.d_in, shape.d_out) for shape in shapes) == sorted(matrices)
-
-
-def test_kernels_give_ratios():
-    (result,) = kernels.measure(["coarse_fisher"], ["deep-linear"], 2, 1, 0.001, "cpu", 1)
-    assert result["over_kfac2"]["paper"]["median"] > 0 and "12 of 2145 pairs" in result["note"]
-    assert "coarse_fisher, deep linear network, batch 2" in kernels.report([result])
+def test_layer_sets_have_the_layers_of_their_networks():
+    counts = {name: len(LayerSet(name, 2).shapes) for name in ("deep-linear", "resnet-20", "resnet-110", "transformer")}
+    assert counts == {"deep-linear": 65, "resnet-20": 22, "resnet-110": 112, "transformer": 25}
 
 
 def test_each_kind_of_step_is_what_it_says():
     contender, x, y = contenders.prepared("kfac2-2", NETWORKS["deep-linear"], 4, "cpu")
     optimizer = contender.optimizers[0]
-    name = optimizer.layers[3]
 
     def after(kind):
         contender.at[kind]()
-        contender.step(x, y, lambda: None)
-        inverse = optimizer.state_dict()["kfac"]["inverses"]
-        return optimizer.factors(name)[0], str(inverse)
+        contender.step(x, y, contenders.nothing)
+        return optimizer.factors(optimizer.layers[3])[0], str(optimizer.state_dict()["kfac"]["inverses"])
 
     factor, inverse = after("b")
-    for kind, new_factor, new_inverse in (
-        ("c", False, False),
-        ("a", True, False),
-        ("b", True, True),
-        ("c", False, False),
-    ):
+    for kind, new_factor, new_inverse in (("c", False, False), ("a", True, False), ("b", True, True)):
         before, (factor, inverse_now) = factor, after(kind)
         assert (not torch.equal(before, factor), inverse_now != inverse) == (new_factor, new_inverse), kind
         inverse = inverse_now
@@ -82,12 +68,11 @@ def test_schedules_weigh_the_kinds():
     assert contenders.shares("bac", 10, 100) == pytest.approx({"b": 0.01, "a": 0.09, "c": 0.9})
     assert contenders.shares("ac", 10, 100) == pytest.approx({"a": 0.1, "c": 0.9})
     assert contenders.shares("bc", 200, 2000) == pytest.approx({"b": 0.005, "c": 0.995})
-    assert contenders.shares("c", 10, 100) == {"c": 1}
     whole = {("sgd", "c"): [1.0], ("kfac2-2", "b"): [10.0], ("kfac2-2", "a"): [5.0], ("kfac2-2", "c"): [2.0]}
     assert steps.mean_at(whole, "kfac2-2", (10, 100)) == pytest.approx([0.1 + 0.45 + 1.8])
 
 
-def without_peers(monkeypatch):
+def test_steps_without_any_peer(monkeypatch):
     real = importlib.import_module
 
     def missing(name, *rest):
@@ -96,97 +81,113 @@ def without_peers(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-
-
-def test_steps_without_any_peer(monkeypatch):
-    without_peers(monkeypatch)
-    monkeypatch.setattr(steps, "in_jax", lambda *_: (None, "kfac-jax is not installed"))
-    result = steps.measure("deep-linear", 4, 1, steps.ALL, "cpu", 1)
+    result = steps.measure("deep-linear", 4, 1, list(contenders.BUILDERS), "cpu", 1)
     assert set(result["optimizers"]) == {"sgd", "adamw", "kfac2-1", "kfac2-2"}
-    assert set(result["missing"]) == {"singd-dense", "singd-diagonal", "soap", "shampoo", "kfac-jax"}
-    assert set(result["second_level"]) == set("abc")
-    text = steps.report(result, "CPU time")
-    assert "soap: pytorch_optimizer is not installed" in text and "kfac-jax: kfac-jax is not installed" in text
+    assert set(result["missing"]) == {"singd-dense", "singd-diagonal", "soap", "shampoo"}
+    assert set(result["levels"]) == set("abc")
+    assert "soap: pytorch_optimizer is not installed" in steps.report(result, "CPU time")
 
 
-@pytest.mark.parametrize("name, module", [
-    ("singd-dense", "singd"), ("singd-diagonal", "singd"), ("soap", "pytorch_optimizer"), ("shampoo", "pytorch_optimizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, module", [("singd-dense", "singd"), ("soap", "pytorch_optimizer"), ("shampoo", "pytorch_optimizer")]
+)
 def test_peers_that_are_installed(name, module):
     pytest.importorskip(module)
     contender, x, y = contenders.prepared(name, NETWORKS["resnet-8"], 2, "cpu")
-    whole, parts = steps.timed(contender, x, y, measure.Clock("cpu", 1))
-    assert len(parts) == 4 and math.isclose(sum(parts), whole)
-
-
-@pytest.mark.parametrize("code, output, error, found, why", [
-    (0, '{"sgd": [1.0], "b": [4.0], "a": [3.0], "c": [2.0]}', "", True, ""),
-    (1, "", "kfac-jax is not installed\n", False, "kfac-jax is not installed"),
-    (1, "", "Traceback\nValueError: too many values\n", False, "does not run here: ValueError: too many values"),
-])  # fmt: skip
-def test_kfac_jax_runs_in_its_own_process(monkeypatch, code, output, error, found, why):
-    done = subprocess.CompletedProcess([], code, output, error)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    result, reason = steps.in_jax("deep-linear", 4, 1)
-    assert (result is not None, reason) == (found, why)
-    if result:
-        assert result["optimizers"]["kfac-jax"]["means"]["10/100"]["median"] == pytest.approx(0.04 + 0.27 + 1.8)
-
-
-def test_memory_is_counted_and_measured():
-    two, four = (memory.second_level("resnet-8", batch) for batch in (2, 4))
-    maps = 2 * (3 * 32**2 + 2 * 16**2 + 16**2 + 2 * 8**2 + 8**2 + 1) * 4  # of one kind, float32
-    assert two["maps_and_sums"] == maps + 5 * 10 * 10 * 4
-    assert 1.9 < four["activations"] / two["activations"] < 2.1
-    assert memory.peaks("deep-linear", 4, ["sgd", "kfac-jax"], "cpu", 1)["sgd"] > 0
+    assert len(CLOCK.laps(lambda mark: contender.step(x, y, mark))) == 4
 
 
 def test_exponents_are_fitted():
-    assert growth.fitted([1, 2, 4], [3, 12, 48]) == pytest.approx((2, 3))
+    assert growth.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
 
-def test_growth_draws(tmp_path, monkeypatch, capsys):
-    out, data = tmp_path / "growth.png", tmp_path / "growth.json"
-    call(monkeypatch, growth, "--largest", 32, "--batch", 2, "--rounds", 1, "--out", out, "--json", data)
-    assert out.read_bytes().startswith(b"\x89PNG") and "layers of ResNet-8" in capsys.readouterr().out
-    assert json.loads(data.read_text())["growth"]["layers"]["sizes"] == [10, 22]
+def test_the_report_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    compare = kernels.compare
 
+    def once(build, *arguments):
+        monkeypatch.setattr(kernels, "compare", compare)
+        raise RuntimeError("out of luck")
 
-def test_the_report_holds_each_target(tmp_path, monkeypatch, capsys):
-    call(monkeypatch, report, "--tiny", "--parts", "kernels,steps", "--out", tmp_path)
-    text = capsys.readouterr().out
-    assert text.rstrip("\n") == (tmp_path / "cpu.md").read_text().rstrip("\n")
-    for what in (
-        "cross_layer_sums, ResNet-8",
-        "nine planes",
-        "two levels over one, extra time of (b)",
-        "mean at 10/100",
-    ):
-        assert what in text
-    assert {"machine", "kernels", "steps"} == set(json.loads((tmp_path / "cpu.json").read_text()))
+    monkeypatch.setattr(kernels, "compare", once)
+    monkeypatch.setattr(growth, "TITLES", {"layers": "layers"})
+    assert call(monkeypatch, report, "--tiny", "--out", tmp_path) == 1
+    text = (tmp_path / "cpu.md").read_text()
+    assert capsys.readouterr().out == text + "\n" and "kernels: RuntimeError: out of luck" in text
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert len(found["kernels"]) > 10 and len(found["steps"]) == 2 and len(found["growth"]) == 1
+    assert "deep linear network, batch 4: mean at 10/100, two levels / SGD" in [
+        line["name"] for line in found["measured"]
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.json", "cpu.md"]
 
 
-def test_targets_say_whether_they_are_reached():
-    spread = measure.Spread.of([0.018, 0.02, 0.03])
-    assert report.Target("x", 0.02, False, spread, "share").row() == ["x", "≤ 2 %", "2.00 % [1.90, 2.50]", "yes"]
-    assert report.Target("x", 4, True, measure.Spread.of([3.0])).row() == ["x", "≥ 4 times", "3.00 times", "no"]
+def test_what_is_to_be_shown_is_reached_or_not():
+    spread = timing.Spread.of([4.0, 3.0, 5.0], [2.0, 1.0, 1.0])
+    assert str(spread) == "3.00 [2.50, 4.00]"
+    assert [report._reached(spread, sign, 4.0) for sign in "≥≤"] == ["no", "yes"]
+    over = {"paper": timing.Spread(5.0, 4.0, 6.0)}
+    found = {"kernels": [{"case": "input_covariance, 3x3", "over_kfac2": over}], "steps": [], "growth": []}
+    assert [(sign, bound) for _, _, sign, bound in report.measured(found)] == [("≥", 4.0)]
+
+
+def test_gpu_check_keeps_what_was_measured_before_a_hang(tmp_path, monkeypatch):
+    def hang(name, *command, limit, **environment):
+        folder = Path(command[command.index("--out") + 1])
+        found = {"machine": {"device": "A GPU"}, "measured": [1], "failed": []}
+        output.write(folder / "a-gpu.json", json.dumps(found))
+        output.write(folder / "a-gpu.md", "# found")
+        return 124, "kernels, 3 ..."
+
+    monkeypatch.setattr(gpu_check, "run", hang)
+    found = gpu_check.measure("cuda")
+    assert found["measured"] == [1] and "status 124, after: kernels, 3" in found["failed"][0]
+    gpu_check.save({"measurements": found, "tests": {"passed": 3}}, tmp_path)
+    assert "# found" in (tmp_path / "a-gpu.md").read_text() and "Tests: 3 passed" in (tmp_path / "a-gpu.md").read_text()
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "cpu.json"
-    measure.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        measure.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+    path = tmp_path / "new" / "cpu.json"
+    output.write(path, "whole")
+    with pytest.raises(RuntimeError), output.into_place(path) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "whole" and len(list(path.parent.iterdir())) == 1
 
 
 def test_functions_take_turns():
     calls = []
-    clock = measure.Clock("cpu", 1)
-    times = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, clock, 4, shortest=0)
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = timing.interleaved(functions, CLOCK, 4, shortest=0)
     assert [len(taken) for taken in times.values()] == [4, 4]
     assert all(set(calls[i : i + 2]) == {"a", "b"} for i in range(4, len(calls), 2))
+
+
+class Event:
+    """Stands for a CUDA event: its time is the number of those before it."""
+
+    now = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.now += 1
+        self.time = Event.now
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
+
+
+def test_clocks_time_parts(monkeypatch):
+    ticks = iter(range(100))
+    clock = timing.Clock("cpu", 2)
+    clock.now = lambda: next(ticks)
+    assert clock.laps(lambda mark: [mark(), mark(), next(ticks), mark()]) == [1, 2]
+    assert (CLOCK.kind, clock.kind) == ("CPU time", "wall time")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    laps = timing.Clock("cuda", 1).laps(lambda mark: [mark(), mark(), Event(True).record(), mark()])
+    assert laps == [1, 2]
 
 
 def call(monkeypatch, module, *arguments):
@@ -194,51 +195,38 @@ def call(monkeypatch, module, *arguments):
     before = torch.get_num_threads()
     try:
         module.main()
+    except SystemExit as end:
+        return end.code
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("module, arguments, message", [
-    (kernels, ("--ops", "nothing"), "must be some of channel_sums, input_covariance"),
-    (kernels, ("--sets", "resnet-20,vgg"), "got 'vgg'"),
+    (kernels, ("--ops", "nothing"), "invalid choice: 'nothing'"),
+    (kernels, ("--sets", "resnet-20", "vgg"), "invalid choice: 'vgg'"),
     (kernels, ("--batch", "0"), "must be a whole number of at least 1, got '0'"),
-    (kernels, ("--seconds", "-1"), "must be a number above 0, got '-1'"),
-    (kernels, ("--json", "/nowhere/at/all.json"), "must be a file in a folder that exists"),
     (kernels, ("--device", "cuda:99"), "must be a device that torch can use here, got 'cuda:99'"),
-    (steps, ("--net", "vgg"), "got 'vgg'"),
-    (steps, ("--optimizers", "sgd,adam"), "got 'adam'"),
+    (steps, ("--optimizers", "sgd", "adam"), "invalid choice: 'adam'"),
     (steps, ("--rounds", "few"), "must be a whole number of at least 1, got 'few'"),
-    (steps, ("--threads", "0"), "must be a whole number of at least 1, got '0'"),
-    (growth, ("--over", "time"), "must be some of layers, batch, channels, extent"),
-    (growth, ("--largest", "12"), "must leave two sizes of layers, got 12"),
-    (growth, ("--out", "growth.pdf"), "must end in .png, got growth.pdf"),
-    (memory, ("--net", "vgg", "--batch", "1", "--optimizer", "sgd"), "invalid choice: 'vgg'"),
-    (report, ("--parts", "all"), "must be some of kernels, steps, growth, memory"),
-    (report, ("--out", "/dev/null/x"), "must be a folder that can be made, got '/dev/null/x'"),
     (report, ("--full", "--tiny"), "not allowed with argument"),
 ])  # fmt: skip
 def test_bad_options_are_refused(module, arguments, message, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as refused:
-        call(monkeypatch, module, *arguments)
-    assert refused.value.code == 2 and message in capsys.readouterr().err
+    assert call(monkeypatch, module, *arguments) == 2 and message in capsys.readouterr().err
 
 
-def test_instructions_need_valgrind(monkeypatch, capsys):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(SystemExit):
-        steps.parse(["--instructions"])
-    assert "needs valgrind, which is not installed" in capsys.readouterr().err
+def test_kernels_and_steps_print(monkeypatch, capsys):
+    call(monkeypatch, kernels, "--ops", "cross_layer_sums", "--sets", "deep-linear", "--batch", 2, "--rounds", 1)
+    assert "12 of 2145 pairs" in capsys.readouterr().out
+    call(monkeypatch, steps, "--net", "deep-linear", "--optimizers", "adamw", "--batch", 4, "--rounds", 1)
+    assert "adamw" in capsys.readouterr().out
+    laps = {("sgd", "c"): [[1.0, 0.0, 2.0, 1.0]], ("adamw", "c"): [[1.0, 0.0, 2.0, 5.0]]}
+    parts = steps.summary(laps)["optimizers"]["adamw"]["kinds"]["c"]
+    assert [parts[name].median for name in ("whole", *steps.PARTS)] == [2.0, 0.25, 0.0, 0.5, 1.25]
 
 
-def pytest_bench(*arguments):
+def test_the_pytest_file_runs():
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", "--benchmark-disable"]
+    command += ["--batch", "2", "--sets", "resnet-8"]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_the_pytest_files_run():
-    code, output = pytest_bench("--benchmark-disable", "--batch", "2", "--sets", "resnet-8")
-    assert code == 0 and "passed" in output, output
-    code, output = pytest_bench("--batch", "0")
-    assert code == 4 and "argument --batch: must be a whole number of at least 1, got '0'" in output
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Readers of image sets: the IDX files of MNIST and Fashion-MNIST, and both archives of CIFAR-10.
+"""Image sets: MNIST and Fashion-MNIST (IDX files), CIFAR-10 (its "binary version"), scikit-learn's digits.
 
 Whatever is wrong with a file, the error is a `DataError` that names it.
 """
@@ -7,197 +7,118 @@ from __future__ import annotations
 
 import gzip
 import math
-import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from experiments import pickles
-
-CLASSES = 10
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
-_IMAGES, _LABELS = 0x0803, 0x0801  # unsigned bytes, in three dimensions and in one
-_CIFAR_SHAPE = (3, 32, 32)
 CIFAR_BATCH = 10_000  # images in a file
-_CIFAR_TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
-_CIFAR_TEST = ["test_batch"]
+_CIFAR_SHAPE = (3, 32, 32)
+_MARGIN = 4  # of black around an image that is cropped
+Images = tuple[Tensor, Tensor]  # uint8 of shape (N, C, H, W), and labels, int64 of shape (N,)
 
 
 class DataError(ValueError):
     """A file of data is missing, or not what it should be."""
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images, uint8 of shape (N, C, H, W), with their labels, int64 of shape (N,)."""
-
-    x: Tensor
-    y: Tensor
-
-    def __post_init__(self) -> None:
-        assert len(self.x) == len(self.y)
-
-    def first(self, count: int | None) -> Images:
-        """Return the first `count` images; all of them with None."""
-        return Images(self.x[:count], self.y[:count])
+def _read(folder: Path, *names: str) -> tuple[Path, bytes]:
+    """Read the first of some files that is there; decompress it if its name ends in .gz."""
+    for path in (folder / name for name in names):
+        if path.is_file():
+            try:
+                data = path.read_bytes()
+                return path, gzip.decompress(data) if path.suffix == ".gz" else data
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{path} cannot be read: {error}") from error
+    raise DataError(f"{folder} lacks {' or '.join(names)}")
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images to train on and to test on."""
-
-    train: Images
-    test: Images
+def _images(x: np.ndarray, y: np.ndarray, path: Path) -> Images:
+    if not len(x) or len(x) != len(y) or y.max() > 9:
+        raise DataError(f"{path} must hold a label from 0 to 9 for each of {len(x)} images")
+    return torch.from_numpy(x.copy()), torch.from_numpy(y.astype(np.int64))
 
 
-# -- IDX ------------------------------------------------------------------------------------------------------
-
-
-def read_idx(path: Path, magic: int) -> np.ndarray:
-    """Read an IDX file of unsigned bytes, compressed by gzip or not.
-
-    Args:
-        path: the file; compressed if its name ends in .gz.
-        magic: its first four bytes as a number; the last of them counts dimensions.
-
-    Raises:
-        DataError: if the file cannot be read, starts otherwise, or is shorter or longer than it says.
-    """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return _idx_of(path, file, magic)  # type: ignore[arg-type]
-    except EOFError as error:
-        raise DataError(f"{path} is truncated: its compressed data ends too early") from error
-    except (OSError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _idx_of(path: Path, file: BinaryIO, magic: int) -> np.ndarray:
-    dimensions = magic & 0xFF
-    header = file.read(4 + 4 * dimensions)
-    if len(header) < 4 or struct.unpack(">I", header[:4])[0] != magic:
-        raise DataError(f"{path} must start with the magic number 0x{magic:08x}, got 0x{header[:4].hex()}")
-    if len(header) < 4 + 4 * dimensions:
-        raise DataError(f"{path} is truncated: {len(header)} bytes are no whole header")
-    shape = struct.unpack(f">{dimensions}I", header[4:])
-    size = math.prod(shape)
-    data = file.read()  # not read(size): a damaged header may ask for any size
-    if len(data) != size:
-        what = "truncated" if len(data) < size else "too long"
-        raise DataError(f"{path} is {what}: {size} bytes of data should follow its header, got {len(data)}")
-    return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def read_mnist(folder: Path) -> ImageSet:
-    """Read MNIST or Fashion-MNIST from a folder with its four IDX files.
-
-    Raises:
-        DataError: if a file is missing or wrong.
-    """
-    return ImageSet(_mnist_part(folder, "train"), _mnist_part(folder, "t10k"))
-
-
-def _mnist_part(folder: Path, part: str) -> Images:
-    path, label_path = _idx_path(folder, f"{part}-images", 3), _idx_path(folder, f"{part}-labels", 1)
-    x, y = read_idx(path, _IMAGES), read_idx(label_path, _LABELS)
-    if x.shape[1:] != (28, 28):
-        raise DataError(f"{path} must hold images of 28 by 28 pixels, got {x.shape[1]} by {x.shape[2]}")
-    if not len(x):
-        raise DataError(f"{path} must hold images, got none")
-    if len(x) != len(y):
-        raise DataError(f"{label_path} must hold a label for each of {len(x)} images, got {len(y)}")
-    return _images(x[:, None], y, label_path)
-
-
-def _idx_path(folder: Path, stem: str, dimensions: int) -> Path:
+def _idx(folder: Path, stem: str, dimensions: int) -> tuple[Path, np.ndarray]:
     names = [f"{stem}{dot}idx{dimensions}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
-    return _existing(folder, [folder / name for name in names])
+    path, data = _read(folder, *names)
+    start = 4 + 4 * dimensions
+    shape = np.frombuffer(data[4:start].ljust(start - 4, b"\0"), ">u4").tolist()
+    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != start + math.prod(shape):
+        raise DataError(f"{path} is no whole IDX file of bytes in {dimensions} dimensions")
+    return path, np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-# -- CIFAR-10 -------------------------------------------------------------------------------------------------
+def read_mnist(folder: Path) -> tuple[Images, Images]:
+    """Read MNIST or Fashion-MNIST from its four IDX files, padded with black to 32×32 as the paper's network has it."""
+    parts = []
+    for part in ("train", "t10k"):
+        path, x = _idx(folder, f"{part}-images", 3)
+        if x.shape[1:] != (28, 28):
+            raise DataError(f"{path} must hold images of 28 by 28 pixels, got {x.shape[1]} by {x.shape[2]}")
+        label_path, y = _idx(folder, f"{part}-labels", 1)
+        parts.append(_images(np.pad(x, ((0, 0), (2, 2), (2, 2)))[:, None], y, label_path))
+    return parts[0], parts[1]
 
 
-def read_cifar10(folder: Path) -> ImageSet:
-    """Read CIFAR-10 from a folder with the unpacked "binary" or "python" archive, or with the archive's own folder.
-
-    Raises:
-        DataError: if a batch is missing or wrong.
-    """
-    places = [folder / name for name in ("", "cifar-10-batches-bin", "cifar-10-batches-py")]
-    found = [place for place in places if any(place.glob("data_batch_*"))]
-    if not found:
-        raise DataError(f"{folder} must hold CIFAR-10's batches (data_batch_1.bin or data_batch_1, ...)")
-    place = found[0]
-    binary = any(place.glob("data_batch_*.bin"))
-    return ImageSet(_cifar_part(place, _CIFAR_TRAIN, binary), _cifar_part(place, _CIFAR_TEST, binary))
-
-
-def _cifar_part(folder: Path, names: Sequence[str], binary: bool) -> Images:
-    paths = [_existing(folder, [folder / (name + ".bin" * binary)]) for name in names]
-    batches = [(_binary_batch if binary else _python_batch)(path) for path in paths]
-    for path, batch in zip(paths, batches, strict=True):
-        if len(batch.y) != CIFAR_BATCH:
-            raise DataError(f"{path} must hold {CIFAR_BATCH} images, got {len(batch.y)}")
-    return Images(torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches]))
+def read_cifar10(folder: Path) -> tuple[Images, Images]:
+    """Read CIFAR-10 from a folder with its binary version, or with that one's own folder."""
+    parts = []
+    for names in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
+        batches = []
+        for name in names:
+            path, data = _read(folder, f"{name}.bin", f"cifar-10-batches-bin/{name}.bin")
+            if len(data) != CIFAR_BATCH * (1 + math.prod(_CIFAR_SHAPE)):
+                raise DataError(f"{path} must hold {CIFAR_BATCH} images of 3073 bytes, got {len(data)} bytes")
+            batches.append(np.frombuffer(data, np.uint8).reshape(CIFAR_BATCH, -1))  # label, then channel by channel
+        records = np.concatenate(batches)
+        parts.append(_images(records[:, 1:].reshape(-1, *_CIFAR_SHAPE), records[:, 0], path))
+    return parts[0], parts[1]
 
 
-def _binary_batch(path: Path) -> Images:
-    """One byte of label, then the image, channel by channel."""
-    data = np.frombuffer(_bytes_of(path), np.uint8)
-    record = 1 + math.prod(_CIFAR_SHAPE)
-    if not len(data) or len(data) % record:
-        raise DataError(f"{path} must hold records of {record} bytes, got {len(data)} bytes in all")
-    records = data.reshape(-1, record)
-    return _images(records[:, 1:].reshape(-1, *_CIFAR_SHAPE), records[:, 0], path)
+def read_digits(_: Path) -> tuple[Images, Images]:
+    """Read scikit-learn's handwritten digits: 1,797 real images of 8×8, a fifth for testing."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    x, y = torch.from_numpy(found.images * 15).byte()[:, None], torch.from_numpy(found.target)
+    split = len(x) * 4 // 5
+    return (x[:split], y[:split]), (x[split:], y[split:])
 
 
-def _python_batch(path: Path) -> Images:
-    """A pickled dict with the images under b'data' and the labels under b'labels'."""
-    try:
-        batch = pickles.loads(_bytes_of(path))
-    except pickles.RefusedError as error:
-        raise DataError(f"{path} is not one of CIFAR-10's pickles: {error}") from error
-    found = {key: batch.get(key, batch.get(key.decode())) for key in (b"data", b"labels")} if _is_dict(batch) else {}
-    x, y = found.get(b"data"), found.get(b"labels")
-    if not isinstance(x, np.ndarray) or not isinstance(y, list) or not all(type(label) is int for label in y):
-        raise DataError(f"{path} must hold a dict with an array 'data' and a list of numbers 'labels'")
-    if x.shape != (len(y), math.prod(_CIFAR_SHAPE)) or x.dtype != np.uint8 or not len(y):
-        wanted = f"uint8 of shape ({len(y)}, {math.prod(_CIFAR_SHAPE)}), a row for each label"
-        raise DataError(f"{path} must hold data in {wanted}, got {x.dtype} of shape {x.shape}")
-    return _images(x.reshape(-1, *_CIFAR_SHAPE), np.array(y).clip(-1, CLASSES), path)
+READERS = {"fashion-mnist": read_mnist, "mnist": read_mnist, "cifar10": read_cifar10, "digits": read_digits}
 
 
-def _is_dict(value: object) -> bool:
-    return type(value) is dict
+@cache
+def image_set(name: str, folder: Path) -> tuple[Images, Images]:
+    """Read images to train on and to test on."""
+    return READERS[name](folder)
 
 
-# -- both -----------------------------------------------------------------------------------------------------
+def normalisation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of bytes / 255 by channel, (C, 1, 1), exactly: from counts."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in x.unbind(1)])
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    mean = shares @ levels
+    deviation = (shares @ levels.square() - mean.square()).clamp_min(1e-12).sqrt()
+    return mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1)
 
 
-def _images(x: np.ndarray, y: np.ndarray, label_path: Path) -> Images:
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < CLASSES:
-        raise DataError(f"{label_path} must hold labels from 0 to {CLASSES - 1}, got one outside")
-    return Images(torch.from_numpy(x.copy()), torch.from_numpy(y.astype(np.int64)))
-
-
-def _existing(folder: Path, paths: Sequence[Path]) -> Path:
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise DataError(f"{folder} lacks {' or '.join(path.name for path in paths)}")
-    return path
-
-
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-READERS = {"fashion-mnist": read_mnist, "mnist": read_mnist, "cifar10": read_cifar10}
+def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Crop each image at random out of itself with a margin of 4 black pixels, and flip half of them, at random."""
+    (count, channels, height, width), device = x.shape, x.device
+    top, left = torch.randint(2 * _MARGIN + 1, (2, count, 1), generator=generator, device=device)
+    flip = torch.randint(2, (count, 1), generator=generator, device=device).bool()
+    columns = torch.arange(width, device=device).expand(count, -1)
+    columns = left + torch.where(flip, width - 1 - columns, columns)  # [N, W]
+    rows = top + torch.arange(height, device=device)  # [N, H]
+    image = torch.arange(count, device=device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=device).view(1, -1, 1, 1)
+    return F.pad(x, (_MARGIN,) * 4)[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -2,73 +2,55 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 
 from experiments.records import Group, Record, by_settings
 from experiments.settings import Settings
 
-
-@dataclass(frozen=True)
-class Grid:
-    """What is tried. Damping and clip are K-FAC's alone, so that its grid is the larger one."""
-
-    rates: Sequence[float] = (1e-2, 1e-3, 1e-4)  # η
-    momenta: Sequence[float] = (0.0, 0.9)  # μ; Adam's β₁
-    dampings: Sequence[float] = (1e-2, 1e-3)  # λ
-    clips: Sequence[float] = (1e-2, 1e-3)  # κ
-
-    def of(self, base: Settings) -> list[Settings]:
-        """Return all points of the grid, the rest as in `base`."""
-        points = itertools.product(self.rates, self.momenta)
-        if not base.is_kfac:
-            return [replace(base, lr=lr, momentum=momentum) for lr, momentum in points]
-        return [
-            replace(base, lr=lr, momentum=momentum, damping=damping, kl_clip=clip)
-            for (lr, momentum), damping, clip in itertools.product(points, self.dampings, self.clips)
-        ]
+RATES, MOMENTA = (1e-2, 1e-3, 1e-4), (0.0, 0.9)  # η; μ, Adam's β₁
+DAMPINGS, CLIPS = (1e-2, 1e-3), (1e-2, 1e-3)  # λ and κ, K-FAC's alone, so that its grid is the larger one
 
 
-def base_of(settings: Settings) -> Settings:
-    """Return what all points of a grid have in common."""
-    return replace(settings, seed=0, lr=0.0, momentum=0.0, damping=None, kl_clip=None)
+def points(base: Settings) -> list[Settings]:
+    """Return all points of the grid, the rest as in `base`."""
+    if not base.is_kfac:
+        return [replace(base, lr=lr, momentum=momentum) for lr, momentum in product(RATES, MOMENTA)]
+    return [
+        replace(base, lr=lr, momentum=momentum, damping=damping, kl_clip=clip)
+        for lr, momentum, damping, clip in product(RATES, MOMENTA, DAMPINGS, CLIPS)
+    ]
 
 
-def mean_at_end(records: Group, metric: str) -> float:
-    """Return the mean of the last epoch's number over seeds; NaN if one is not finite."""
-    return sum(record.values(metric)[-1] for record in records) / len(records)
-
-
-def ranked(records: Iterable[Record], metric: str) -> dict[Settings, list[Group]]:
-    """Sort finished records into grids, by what their points have in common, and order the points, the best first.
+def ranked(records: Iterable[Record]) -> list[list[Group]]:
+    """Sort records into grids, by what their points have in common, and order the points by the final training loss.
 
     Points are compared over the seeds that all of their grid have; one of whose seeds diverged comes last.
-
-    Args:
-        records: of any grids.
-        metric: what decides; losses should be small, accuracies large.
     """
     grids: dict[Settings, list[Group]] = {}
     for group in by_settings(records):
-        grids.setdefault(base_of(group[0].settings), []).append(group)
-    return {base: _ordered(groups, metric) for base, groups in grids.items()}
+        common = replace(group[0].settings, seed=0, lr=0.0, momentum=0.0, damping=None, kl_clip=None)
+        grids.setdefault(common, []).append(group)
+    return [_ordered(groups) for groups in grids.values()]
 
 
-def _ordered(groups: Sequence[Group], metric: str) -> list[Group]:
-    sign = -1 if metric.endswith("accuracy") else 1
+def _ordered(groups: Sequence[Group]) -> list[Group]:
     seeds = set.intersection(*({record.settings.seed for record in group} for group in groups))
 
     def key(group: Group) -> float:
-        if any(record.has_diverged for record in group):
-            return math.inf
-        value = sign * mean_at_end([record for record in group if record.settings.seed in seeds] or group, metric)
-        return math.inf if math.isnan(value) else value
+        ends = [record.values("train_loss")[-1] for record in group if record.settings.seed in seeds or not seeds]
+        return math.inf if any(record.has_diverged for record in group) else sum(ends) / len(ends)
 
     return sorted(groups, key=key)
 
 
-def winners(records: Iterable[Record], metric: str) -> list[Settings]:
-    """Return the best point of each grid."""
-    return [groups[0][0].settings for groups in ranked(records, metric).values()]
+def tuned(base: Settings, records: Iterable[Record]) -> Settings:
+    """Give a run the numbers of its optimizer's winner on its network; there must be one such grid."""
+    winners = [groups[0][0].settings for groups in ranked(records)]
+    found = [winner for winner in winners if (winner.label, winner.network) == (base.label, base.network)]
+    if len(found) != 1:
+        raise ValueError(f"--tuned needs one grid of {base.label} on {base.network}, and there are {len(found)}")
+    (best,) = found
+    return replace(base, lr=best.lr, momentum=best.momentum, damping=best.damping, kl_clip=best.kl_clip)

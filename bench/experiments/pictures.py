@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from measure import into_place
+from output import into_place
 
-from experiments.intervals import mean_and_half
-from experiments.records import Group, Record, by_settings, clock_of, labels, networks, survivors
+from experiments.records import Group, Record, by_settings, clock_of, labels, mean_and_half, networks, survivors
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -21,22 +20,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles beside them for print.
+_GREY, _ORANGE, _SKY, _BLUE, _RED, _PINK = "#999999", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#CC79A7"
 _STYLES: dict[tuple[str, str | None], tuple[str, Any]] = {
-    ("sgd", None): ("#999999", ":"),
-    ("adam", None): ("#E69F00", "-."),
-    ("kfac1", "eigh"): ("#56B4E9", "--"),
-    ("kfac1", "cholesky"): ("#0072B2", (0, (5, 1))),
-    ("kfac2", "eigh"): ("#D55E00", "-"),
-    ("kfac2", "cholesky"): ("#CC79A7", (0, (8, 1, 1, 1))),
+    ("sgd", None): (_GREY, ":"),
+    ("adam", None): (_ORANGE, "-."),
+    ("kfac1", "eigh"): (_SKY, "--"),
+    ("kfac1", "cholesky"): (_BLUE, (0, (5, 1))),
+    ("kfac2", "eigh"): (_RED, "-"),
+    ("kfac2", "cholesky"): (_PINK, (0, (8, 1, 1, 1))),
 }
-_IN_ORDER: list[tuple[str, Any]] = [
-    ("#D55E00", "-"),
-    ("#56B4E9", "--"),
-    ("#009E73", "-."),
-    ("#000000", ":"),
-    ("#E69F00", "-"),
-    ("#CC79A7", "--"),
-]
+_IN_ORDER = [(_RED, "-"), (_SKY, "--"), ("#009E73", "-."), ("#000000", ":"), (_ORANGE, "-"), (_PINK, "--")]
 _MARKERS = ("", "o", "s", "^", "D", "v", "x", "+")  # tell apart what has the same colour and line
 _NAMES = {
     "train_loss": "training loss",
@@ -46,31 +39,42 @@ _NAMES = {
     "all_ones": "share of hidden weights along all-ones",
     "logits": "logit scale (root mean square)",
 }
+Summary = Callable[[np.ndarray], np.ndarray]  # from a row for each seed to the line and the edges of its band
 _SHARES = ("train_accuracy", "test_accuracy", "all_ones")
 
 
-def losses(records: Sequence[Record], path: Path) -> None:
+def means(samples: np.ndarray) -> np.ndarray:
+    """Return means over rows, and their 95 % confidence intervals."""
+    mean, half = mean_and_half(samples)
+    return np.stack([mean, mean - half, mean + half])
+
+
+def medians(samples: np.ndarray) -> np.ndarray:
+    """Return medians over rows, and the whole range: of few seeds an interval says little."""
+    return np.stack([np.median(samples, 0), np.min(samples, 0), np.max(samples, 0)])
+
+
+def losses(records: Sequence[Record], path: Path, summary: Summary = means) -> None:
     """Figure 1: training loss of each network, by epoch above and by time below."""
     columns = networks(records)
-    figure, axes = plt.subplots(
-        2, len(columns), figsize=(max(8, 5.5 * len(columns)), 8), squeeze=False, layout="constrained"
-    )
-    for j, (title, some) in enumerate(columns.items()):
-        for i, by_time in enumerate((False, True)):
-            _curves(axes[i, j], by_settings(some), "train_loss", by_time)
-        axes[0, j].set_title(title)
+    figure, axes = _grid(max(8, 5.5 * len(columns)), len(columns))
+    for (title, some), column in zip(columns.items(), axes.T, strict=True):
+        _column(column, by_settings(some), "train_loss", summary)
+        column[0].set_title(title)
     _finish(figure, axes, path)
 
 
 def accuracies(records: Sequence[Record], path: Path) -> None:
     """Figures 2 and 3: training and test accuracy of one network, by epoch above and by time below."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    groups = by_settings(records)
-    for j, metric in enumerate(("train_accuracy", "test_accuracy")):
-        for i, by_time in enumerate((False, True)):
-            _curves(axes[i, j], groups, metric, by_time)
+    figure, axes = _grid(11, 2)
+    for metric, column in zip(("train_accuracy", "test_accuracy"), axes.T, strict=True):
+        _column(column, by_settings(records), metric, means)
     figure.suptitle(records[0].settings.network)
     _finish(figure, axes, path)
+
+
+def _grid(width: float, columns: int) -> tuple[Figure, np.ndarray]:
+    return plt.subplots(2, columns, figsize=(width, 8), squeeze=False, layout="constrained")
 
 
 def windows(records: Sequence[Record], path: Path) -> None:
@@ -78,17 +82,14 @@ def windows(records: Sequence[Record], path: Path) -> None:
 
     Ratios and scales are averaged by their logarithms: an interval around a plain mean would reach below 0.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure, axes = _grid(11, 2)
     groups, metrics = by_settings(records), ("coarse_to_fine", "all_ones", "logits")
     names = labels(groups, lambda settings: settings.window)
     for i, (group, label) in enumerate(zip(groups, names, strict=True)):
         style = *_IN_ORDER[i % len(_IN_ORDER)], _MARKERS[i // len(_IN_ORDER) % len(_MARKERS)]
-        some = survivors(group)
-        _line(axes[0, 0], _epochs(group), [record.values("train_loss") for record in some], style, label)
-        steps = [step["step"] + 1 for step in group[0].steps]
+        _line(axes[0, 0], _epochs(group), group, "train_loss", style, label)
         for axis, metric in zip(axes.flat[1:], metrics, strict=True):
-            samples = [record.step_values(metric) for record in some]
-            _line(axis, steps, samples, style, label, by_logarithm=metric not in _SHARES)
+            _line(axis, np.array(group[0].values("step")) + 1, group, metric, style, label)
     for axis, metric in zip(axes.flat[1:], metrics, strict=True):
         _name(axis, "step (the first is 1)", metric)
         axis.set_xscale("log")
@@ -98,42 +99,37 @@ def windows(records: Sequence[Record], path: Path) -> None:
 
 
 def _epochs(group: Group) -> list[int]:
-    return [row["epoch"] for row in group[0].epochs]
+    return list(range(1, group[0].settings.epochs + 1))
 
 
-def _curves(axis: Axes, groups: Sequence[Group], metric: str, by_time: bool) -> None:
-    """Draw a curve for each group, against epochs or against the mean of their seconds."""
+def _column(axes: Sequence[Axes], groups: Sequence[Group], metric: str, summary: Summary) -> None:
+    """Draw a curve for each group, against epochs above and against the mean of their seconds below."""
     used: Counter[Any] = Counter()
     seconds, clock = clock_of(groups)
     for group, label in zip(groups, labels(groups), strict=True):
-        settings = group[0].settings
-        key = settings.optimizer, settings.inverse
+        key = group[0].settings.optimizer, group[0].settings.inverse
         style = *_STYLES[key], _MARKERS[used[key] % len(_MARKERS)]
         used[key] += 1
-        x = np.mean([record.values(seconds) for record in group], axis=0) if by_time else _epochs(group)
-        _line(axis, x, [record.values(metric) for record in survivors(group)], style, label)
-    _name(axis, f"seconds of training ({clock})" if by_time else "epoch", metric)
+        time = np.mean([record.values(seconds) for record in group], axis=0)
+        for axis, x in zip(axes, (_epochs(group), time), strict=True):
+            _line(axis, x, group, metric, style, label, summary)
+    _name(axes[0], "epoch", metric)
+    _name(axes[1], f"seconds of training ({clock})", metric)
 
 
 def _line(
-    axis: Axes,
-    x: Sequence[float] | np.ndarray,
-    samples: Sequence[Sequence[float]],
-    style: tuple[str, Any, str],
-    label: str,
-    by_logarithm: bool = False,
+    axis: Axes, x: Any, group: Group, metric: str, style: tuple[str, Any, str], label: str, summary: Summary = means
 ) -> None:
-    """Draw means and their intervals; `by_logarithm` of positive numbers, so that they are geometric means."""
+    """Draw means over the runs that did not diverge, and their intervals; geometric ones of ratios and scales."""
     colour, dashes, marker = style
+    samples = [record.values(metric) for record in survivors(group)]
     if not samples:  # all diverged: the legend alone says so
         axis.plot([], [], color=colour, linestyle=dashes, marker=marker, label=label)
         return
-    if by_logarithm:
-        mean, half = mean_and_half(np.log(samples))
-        mean, low, high = np.exp(mean), np.exp(mean - half), np.exp(mean + half)
+    if metric in ("coarse_to_fine", "logits"):
+        mean, low, high = np.exp(summary(np.log(samples)))
     else:
-        mean, half = mean_and_half(samples)
-        low, high = mean - half, mean + half
+        mean, low, high = summary(np.array(samples))
     spacing = max(1, len(mean) // 10)
     if np.isfinite(mean).sum() == 1:  # no line is drawn through one point
         marker, spacing = marker or ".", 1
@@ -175,6 +171,6 @@ def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
     }
     columns = 2 if max(map(len, handles), default=0) * 2 < figure.get_figwidth() * 13 else 1
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
-    with into_place(path) as part:  # processes that share runs end together
+    with into_place(path) as part:
         figure.savefig(part, dpi=120, format="png")
     plt.close(figure)

@@ -1,78 +1,46 @@
-"""What decides a run: the network, the data, the optimizer and its numbers."""
+"""What decides a run, and the paper's choice of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "kfac1": "K-FAC, one level", "kfac2": "K-FAC, two levels"}
 INVERSES = {"eigh": "eigendecomposition", "cholesky": "factored Tikhonov"}
-SHORTCUTS = ("conv", "pad")
 DRAWN_SAMPLES = (25_000, 2_500)  # of the deep linear network, for training and for testing (Appendix B.1)
+WINDOWS = ((0, None), (0, 0), (0, 100), (500, None))  # of the coarse step: always, never, at first, later
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Two runs with equal settings end with equal numbers (on a CPU; on a GPU as far as its sums repeat).
+    """One run. Two runs with equal settings end with equal numbers (on a GPU as far as its sums repeat)."""
 
-    Attributes:
-        problem: `deep-linear` or `resnet`.
-        optimizer: one of `OPTIMIZERS`.
-        seed: of weights, data that is drawn, order, augmentation, and the labels that K-FAC draws.
-        epochs: how many.
-        batch: samples of a step.
-        device: `cpu` or `cuda`.
-        threads: of torch on the CPU; the last bits depend on it.
-        lr: η.
-        milestones: epochs after which the rate is divided by 10.
-        momentum: μ; Adam's β₁.
-        weight_decay: as each optimizer has it (Adam adds it to the gradient).
-        damping: λ; K-FAC only, like all up to `coarse_until`.
-        kl_clip: κ.
-        cov_every: steps between statistics.
-        inv_every: steps between inverses.
-        inverse: one of `INVERSES`.
-        coarse_from: the step from which the coarse step is taken, counted from 0.
-        coarse_until: the step before which it is; None: to the end.
-        follow: whether the coarse step is measured beside.
-        data: name of the image set; None for data that is drawn.
-        train: training samples; None: all.
-        test: test samples; None: all.
-        augment: whether images are cropped and flipped.
-        layers: of the network: hidden ones of the deep linear network, 6n + 2 of a ResNet.
-        width: units of a hidden layer, channels of a ResNet's first stage.
-        shortcut: one of `SHORTCUTS`, how a ResNet's shortcuts change shape.
-    """
-
-    problem: str
-    optimizer: str
-    seed: int
+    problem: str  # deep-linear or resnet
+    optimizer: str  # one of OPTIMIZERS
+    seed: int  # of weights, drawn data, order, augmentation, and the labels that K-FAC draws
     epochs: int
     batch: int
-    lr: float
-    layers: int
-    width: int
+    lr: float  # η
+    layers: int  # hidden ones of the deep linear network; 6n + 2 of a ResNet
+    width: int  # units of a hidden layer; channels of a ResNet's first stage
     device: str = "cpu"
-    threads: int = 1
-    milestones: tuple[int, ...] = ()
-    momentum: float = 0.9
-    weight_decay: float = 1e-3
-    damping: float | None = None
-    kl_clip: float | None = None
+    threads: int = 1  # of torch on the CPU; the last bits depend on it
+    milestones: tuple[int, ...] = ()  # epochs after which the rate is divided by 10
+    momentum: float = 0.9  # μ; Adam's β₁
+    weight_decay: float = 1e-3  # as each optimizer has it; Adam adds it to the gradient
+    damping: float | None = None  # λ; K-FAC only, like the next four
+    kl_clip: float | None = None  # κ
     cov_every: int | None = None
     inv_every: int | None = None
-    inverse: str | None = None
-    coarse_from: int = 0
-    coarse_until: int | None = None
-    follow: bool = False
-    data: str | None = None
-    train: int | None = None
-    test: int | None = None
-    augment: bool = False
-    shortcut: str | None = None
+    inverse: str | None = None  # one of INVERSES
+    coarse_from: int = 0  # the step from which the coarse step is taken, counted from 0
+    coarse_until: int | None = None  # the step before which it is taken; None: to the end
+    follow: bool = False  # whether the coarse step is measured, and taken in its window only
+    data: str | None = None  # name of the image set; None for data that is drawn
+    train: int | None = None  # training samples; None: all
+    test: int | None = None  # test samples; None: all
 
     @property
     def is_kfac(self) -> bool:
@@ -80,11 +48,9 @@ class Settings:
         return self.optimizer in ("kfac1", "kfac2")
 
     @property
-    def name(self) -> str:
-        """A file name for the run: readable, and another one for other settings."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        parts = [self.optimizer, self.inverse, f"seed{self.seed}", hashlib.sha256(text.encode()).hexdigest()[:10]]
-        return "-".join(part for part in parts if part)
+    def key(self) -> str:
+        """A hash of all settings."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def label(self) -> str:
@@ -95,12 +61,10 @@ class Settings:
     def network(self) -> str:
         """The network and its data, for people."""
         if self.problem == "deep-linear":
-            name = f"deep linear network, {self.layers} hidden layers" + (
-                f" of {self.width}" if self.width != 10 else ""
-            )
+            name = f"deep linear network, {self.layers} hidden layers"
+            name += f" of {self.width}" if self.width != 10 else ""
         else:
-            name = f"ResNet-{self.layers}" + (f", width {self.width}," if self.width != 16 else "")
-            name += (" with padding shortcuts" if self.shortcut == "pad" else "") + f" on {self.data}"
+            name = f"ResNet-{self.layers}" + (f", width {self.width}," if self.width != 16 else "") + f" on {self.data}"
         samples = f" ({self.train:,} samples)" if self.train else ""
         return name + samples + (f", {self.device}" if self.device != "cpu" else "")
 
@@ -108,11 +72,9 @@ class Settings:
     def window(self) -> str:
         """The steps in which the coarse step is taken, for people."""
         first, last = self.coarse_from, self.coarse_until
-        if last is not None and last <= first:
-            return "never (one level)"
         if last is None:
             return f"from step {first}" if first else "always (two levels)"
-        return f"steps {first} to {last - 1}"
+        return f"steps {first} to {last - 1}" if last > first else "never (one level)"
 
     def rate(self, epoch: int) -> float:
         """η in an epoch, counted from 1: a tenth of it after each milestone."""
@@ -122,20 +84,22 @@ class Settings:
         """Return the same with another seed."""
         return replace(self, seed=seed)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
-        return asdict(self) | {"milestones": list(self.milestones)}
 
-    @staticmethod
-    def of_dict(data: Mapping[str, Any]) -> Settings:
-        """Read what `as_dict` returned.
+def recipe(problem: str, optimizer: str, inverse: str | None = None) -> Settings:
+    """Return the paper's settings: figure 2 (Appendix B.1) or figure 3, the latter on Fashion-MNIST."""
+    if problem == "deep-linear":
+        settings = Settings(problem, optimizer, seed=0, epochs=50, batch=512, lr=1e-3, layers=64, width=10)
+        kfac: dict[str, Any] = {"damping": 1e-2, "kl_clip": 1e-3, "cov_every": 10, "inv_every": 100}
+    else:
+        lr = 1e-3 if optimizer == "adam" else 1e-2
+        settings = Settings(problem, optimizer, seed=0, epochs=100, batch=64, lr=lr, layers=110, width=16)
+        settings = replace(settings, milestones=(40, 80), data="fashion-mnist")
+        kfac = {"damping": 1e-3, "kl_clip": 1e-2, "cov_every": 200, "inv_every": 2000, "batch": 128}
+    usual = "eigh" if problem == "deep-linear" else "cholesky"
+    return replace(settings, **kfac, inverse=inverse or usual) if settings.is_kfac else settings
 
-        Raises:
-            ValueError: if it is not that.
-        """
-        known = {field.name for field in fields(Settings)}
-        if set(data) != known:
-            raise ValueError(f"settings must have the entries {sorted(known)}, got {sorted(data)}")
-        if data["optimizer"] not in OPTIMIZERS or data["inverse"] not in (None, *INVERSES):
-            raise ValueError(f"there is no optimizer {data['optimizer']!r} with inverse {data['inverse']!r}")
-        return Settings(**{**data, "milestones": tuple(data["milestones"])})
+
+def coarse() -> list[Settings]:
+    """Return the deep linear network with two levels, the coarse step taken in windows and measured in all steps."""
+    base = replace(recipe("deep-linear", "kfac2"), follow=True)
+    return [replace(base, coarse_from=first, coarse_until=last) for first, last in WINDOWS]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from measure import table
+from output import table
 
 from experiments.grid import ranked
-from experiments.intervals import mean_and_half
-from experiments.records import Group, Record, by_settings, clock_of, labels, networks, survivors
+from experiments.records import Group, Record, by_settings, clock_of, labels, mean_and_half, networks, survivors
 from experiments.settings import Settings
 
 _ENDS = (
@@ -18,17 +17,14 @@ _ENDS = (
     ("test_loss", "test loss", ".4f"),
     ("test_accuracy", "test acc.", ".2%"),
 )
+_END_NAMES = [name for _, name, _ in _ENDS]
 
 
 def comparison(records: Sequence[Record], what: str = "") -> str:
     """Write a section for each network: the last epoch of each optimizer, mean ± 95 % interval.
 
     The last column tells when the mean training loss first is where one-level K-FAC's ends (the lower one's, if
-    several were run): the gain by epoch and by time.
-
-    Args:
-        records: finished ones.
-        what: added to the title.
+    several were run): the gain by epoch and by time. `what` is added to the title.
     """
     return "\n\n".join(_section(title + what, by_settings(some)) for title, some in networks(records).items())
 
@@ -38,7 +34,7 @@ def _section(title: str, groups: Sequence[Group]) -> str:
     ends = [_curve(group, "train_loss")[-1] for group in alive if group[0].settings.optimizer == "kfac1"]
     goal = min(ends, default=None)
     seconds, clock = clock_of(groups)
-    header = ["optimizer", "η", "seeds", "epochs", *(name for _, name, _ in _ENDS), f"seconds ({clock})"]
+    header = ["optimizer", "η", "seeds", "epochs", *_END_NAMES, f"seconds ({clock})"]
     header += [f"to {goal:.4f}: epoch / s"] if goal is not None else []
     rows = []
     for group, label in zip(groups, labels(groups), strict=True):
@@ -77,19 +73,18 @@ def _reached(group: Group, goal: float, seconds: str) -> str:
     return f"{there[0] + 1} / {_curve(group, seconds)[there[0]]:.1f}" if len(there) else "never"
 
 
-def winners(records: Sequence[Record], metric: str) -> str:
+def winners(records: Sequence[Record]) -> str:
     """Write the winner of each grid, with the second beside it, for each network."""
-    header = ["optimizer", "points", "η", "μ", "λ", "κ", *(name for _, name, _ in _ENDS), "second best"]
+    header = ["optimizer", "points", "η", "μ", "λ", "κ", *_END_NAMES, "second best"]
     sections = []
     for title, some in networks(records).items():
-        rows = []
-        grids = [*ranked(some, metric).values()]
+        rows, grids = [], ranked(some)
         for label, groups in zip(labels([groups[0] for groups in grids]), grids, strict=True):
             numbers = _numbers(groups[0][0].settings)
             second = ", ".join(_numbers(groups[1][0].settings)) if len(groups) > 1 else "none"
             ends = [_end(groups[0], name, spec) for name, _, spec in _ENDS]
             rows.append([label, str(len(groups)), *numbers, *ends, second])
-        sections.append(f"### Grid: {title}, by {metric.replace('_', ' ')}\n\n{table(header, rows)}")
+        sections.append(f"### Grid: {title}, by train loss\n\n{table(header, rows)}")
     return "\n\n".join(sections)
 
 
@@ -100,31 +95,25 @@ def _numbers(settings: Settings) -> list[str]:
 
 def windows(records: Sequence[Record]) -> str:
     """Write what each window of the coarse step leads to, and what the first step and the last epoch look like."""
-    header = ["coarse step taken", "seeds", *(name for _, name, _ in _ENDS)]
-    header += [
-        "coarse / fine, first step",
-        "in step 100",
-        "all-ones share, first step",
-        "at the end",
-        "logits at the end",
-    ]
-    return "\n\n".join(
-        f"### Where the gain of the second level comes from: {title}\n\n{table(header, _window_rows(some))}"
-        for title, some in networks(records).items()
-    )
+    places = {
+        "coarse / fine, first step": ("coarse_to_fine", 0),
+        "in step 100": ("coarse_to_fine", 99),
+        "all-ones share, first step": ("all_ones", 0),
+        "at the end": ("all_ones", -1),
+        "logits at the end": ("logits", -1),
+    }
+    header = ["coarse step taken", "seeds", *_END_NAMES, *places]
+    sections = []
+    for title, some in networks(records).items():
+        groups, rows = by_settings(some), []
+        for group, label in zip(groups, labels(groups, lambda settings: settings.window), strict=True):
+            row = [label, str(len(group)), *(_end(group, metric, spec) for metric, _, spec in _ENDS)]
+            rows.append(row + [_of_step(survivors(group), metric, place) for metric, place in places.values()])
+        sections.append(f"### Where the gain of the second level comes from: {title}\n\n{table(header, rows)}")
+    return "\n\n".join(sections)
 
 
-def _window_rows(records: Sequence[Record]) -> list[list[str]]:
-    groups, rows = by_settings(records), []
-    for group, label in zip(groups, labels(groups, lambda settings: settings.window), strict=True):
-        row = [label, str(len(group))]
-        row += [_end(group, metric, spec) for metric, _, spec in _ENDS]
-        places = (("coarse_to_fine", 0), ("coarse_to_fine", 99), ("all_ones", 0), ("all_ones", -1), ("logits", -1))
-        rows.append(row + [_of_steps(survivors(group), metric, place) for metric, place in places])
-    return rows
-
-
-def _of_steps(records: Sequence[Record], metric: str, place: int) -> str:
+def _of_step(records: Sequence[Record], metric: str, place: int) -> str:
     """Mean over seeds of a number of one step; a run that is too short gives its last."""
-    values = [record.step_values(metric) for record in records]
+    values = [record.values(metric) for record in records]
     return f"{np.mean([some[min(place, len(some) - 1)] for some in values]):.3g}" if values else "diverged"
