@@ -249,6 +249,35 @@ def cross_layer_sums(layers: LayerSet) -> Case:
     )
 
 
+def average_coarse_sums(layers: LayerSet) -> Case:
+    """Both matrices of sums scaled, averaged and multiplied, at a statistics update."""
+    count, kept = len(layers.shapes), 0.95
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(count, 2 * count, generator=generator).to(layers.tensors[0].device) for _ in range(4)]
+    raw_a, raw_g, old_a, old_g = (matrix @ matrix.T for matrix in rows)
+    scales = torch.linspace(0.5, 1.0, count, dtype=torch.float64)
+    here = scales.to(raw_a)
+
+    def by_entry() -> list[Tensor]:
+        pairs = ((raw_a, old_a), (raw_g, old_g))
+        a, g = (torch.lerp(raw * here[:, None] * here, old, kept) for raw, old in pairs)
+        return [a, g, torch.stack([torch.stack([a[i, j] * g[i, j] for j in range(count)]) for i in range(count)])]
+
+    def by_matrix() -> list[Tensor]:
+        products = torch.outer(here, here)
+        a, g = torch.lerp(raw_a * products, old_a, kept), torch.lerp(raw_g * products, old_g, kept)
+        return [a, g, a * g]
+
+    return Case(
+        f"average_coarse_sums, {layers.title}",
+        by_entry,
+        by_matrix,
+        lambda: ops.average_coarse_sums(
+            raw_a, raw_g, input_scales=scales, grad_scales=scales, previous=(old_a, old_g), kept=kept
+        ),
+    )
+
+
 def by_size(function: Callable[..., Any], *lists: Sequence[Tensor]) -> list[Any]:
     """Stack what has one shape, apply a batched function, and take the results apart again."""
     classes: dict[tuple[int, ...], list[int]] = {}
@@ -330,6 +359,7 @@ BY_LAYERS: dict[str, Callable[[LayerSet], Case]] = {
     "layer_maps": layer_maps,
     "covariances": covariances,
     "cross_layer_sums": cross_layer_sums,
+    "average_coarse_sums": average_coarse_sums,
     "factored_tikhonov_inverse": factored_tikhonov_inverse,
     "eigendecompose": eigendecompose,
     "precondition": precondition,

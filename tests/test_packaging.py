@@ -126,16 +126,12 @@ def test_gpu_check_measures_and_writes_its_record(tmp_path):
     assert status == 0, output
     assert "input_covariance" in (tmp_path / "cpu.md").read_text()
     record = json.loads((tmp_path / "cpu.json").read_text())
-    names = [line["name"] for line in record["measurements"]["measured"]]
-    for measured in (
-        "channel_sums",
-        "cross_layer_sums",
-        "statistics of",
-        "inverses",
-        "ordinary step",
-        "mean at 10/100",
-    ):
-        assert any(measured in name for name in names), names
+    measurements = record["measurements"]
+    cases = [found["case"] for found in measurements["kernels"]]
+    for op in ("channel_sums", "covariances", "cross_layer_sums", "average_coarse_sums", "factored_tikhonov_inverse"):
+        assert any(case.startswith(op) for case in cases), cases
+    assert [found["net"] for found in measurements["steps"]] == ["deep-linear", "resnet-8"]
+    assert measurements["growth"][0]["exponent of milliseconds"] > 0 and not measurements["failed"]
 
 
 @pytest.mark.slow
