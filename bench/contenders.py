@@ -19,6 +19,7 @@ from networks import Network
 from timing import Mark
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from training import PLAIN
 
 import kfac2
 
@@ -77,8 +78,8 @@ def _sgd(params: Iterable[nn.Parameter]) -> Optimizer:
 
 def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
     optimizer = kfac2.KFAC(
-        model, lr=RATE, momentum=0.9, weight_decay=1e-3, damping=1e-2, levels=levels,
-        cov_every=COV_EVERY, inv_every=INV_EVERY,
+        model, lr=RATE, momentum=0.9, weight_decay=1e-3, damping=1e-2, kl_clip=1e-2, levels=levels,
+        cov_every=COV_EVERY, inv_every=INV_EVERY, **PLAIN,
     )  # fmt: skip
 
     def accumulate(out: Tensor) -> None:

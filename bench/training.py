@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from networks import Prediction
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kfac2
+
+# The paper's plain method: what `KFAC` adds to it is off.
+PLAIN: dict[str, Any] = {
+    "burn_in": 0, "relative_damping": False, "kl_bound": None, "max_change": None, "rest": "sgd",
+}  # fmt: skip
 
 _TEST_BATCH = 1000
 METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")

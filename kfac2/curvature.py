@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from kfac2 import state
+from kfac2.bound import KeptPass, kept_of
 from kfac2.coarse import coarse_space
 from kfac2.collector import Collector, NotFiniteError
-from kfac2.fine import SOLVERS, ObservingSolver
+from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
 from kfac2.inverses import Inverses, Solvers, inverted, mended, observed
 from kfac2.kinds import Layer
@@ -24,6 +25,8 @@ from kfac2.processes import Alone
 from kfac2.readings import Readings
 from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
 from kfac2.step import Step
+
+KEPT_SHARE = 0.25  # of the samples whose rows are kept
 
 
 class Curvature(Readings):
@@ -51,6 +54,8 @@ class Curvature(Readings):
 
     Attributes:
         options: the options; those that state does not depend on may be set at any time.
+        keeps_rows: whether some rows of each pass are kept, in `kept`, until who asked for it clears the list.
+        kept: these rows.
         wanted: called at each forward pass with grad enabled: whether it is captured. By default all are.
         dropping: called before a layer is dropped, while what was found still has its names.
 
@@ -86,16 +91,22 @@ class Curvature(Readings):
         self.inverses: Inverses | None = None
         self.sums = Sums()
         self.dropped: list[str] = []
+        self.keeps_rows = False
+        self.kept: list[KeptPass] = []
         self.wanted: Callable[[], bool] = lambda: True
         self.dropping: Callable[[], object] = lambda: None
         follow_backward = self.options.fisher == "empirical"
         self.collector = Collector(layers, lambda: bool(self.layers) and self.wanted(), follow_backward, self.drop)
         self._step: Step | None = None
-        self._solved: tuple[Averages, float, float] | None = None
+        self._solved: tuple[Averages, float, float | None] | None = None
 
     @property
     def _statistics(self) -> Curvature:
         return self
+
+    def layers_with_statistics(self) -> list[Layer]:
+        """Return the layers that have had rows."""
+        return [layer for layer, seen in zip(self.layout.layers, self.averages.seen, strict=True) if seen]
 
     # -- statistics -----------------------------------------------------------------------------------------
 
@@ -158,6 +169,8 @@ class Curvature(Readings):
         self.solvers.coarse.add(self.layout, self.sums, passed, self.averages.in_coarse)
         if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
             self.solvers.fine.observe(self.layout, self.inverses.fields, passed, self.sums)
+        if self.keeps_rows:
+            self.kept.append(kept_of(passed, KEPT_SHARE))
 
     def discard(self) -> None:
         """Free what this iteration has captured and summed."""
@@ -172,16 +185,16 @@ class Curvature(Readings):
         self.averages = self.averages.moved(old, self.layout, coarse)
         self.dropped.append(layer.name)
         self.collector.captures.forget(layer)
-        self.sums = Sums()
+        self.sums, self.kept = Sums(), []
         self.inverses = self._step = None
 
     # -- inverses -------------------------------------------------------------------------------------------
 
-    def refreshed(self, damping: float | None) -> tuple[Averages, Inverses | None]:
+    def refreshed(self, damping: Damping | None) -> tuple[Averages, Inverses | None]:
         """Return averages and inverses with what this iteration has collected; commit neither.
 
         Args:
-            damping: λ of new inverses; None: those in use go on.
+            damping: of new inverses; None: those in use go on.
         """
         averages, inverses = self.averages, self.inverses
         if self.sums.A:
@@ -195,10 +208,11 @@ class Curvature(Readings):
             inverses = self._inverted(averages, inverses, damping)
         return averages, inverses
 
-    def _inverted(self, averages: Averages, last: Inverses | None, damping: float) -> Inverses:
-        coarse_damping = self.options.coarse_damping or damping
-        dtype = self.options.inverse_dtype
-        new = inverted(self.layout, averages, last, self.solvers, damping, coarse_damping, dtype)
+    def _inverted(self, averages: Averages, last: Inverses | None, damping: Damping) -> Inverses:
+        options = self.options
+        new = inverted(
+            self.layout, averages, last, self.solvers, damping, options.coarse_damping, options.inverse_dtype
+        )
         return self._mended(averages, new) if self.health.at_once else new
 
     def _mended(self, averages: Averages, inverses: Inverses) -> Inverses:
@@ -251,15 +265,11 @@ class Curvature(Readings):
 
     @torch.no_grad()
     def _solve(self, step: Step, solutions: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
-        coarse_damping = self.options.coarse_damping or damping
-        if (
-            self._solved is None
-            or self._solved[0] is not self.averages
-            or self._solved[1:] != (damping, coarse_damping)
-        ):
-            self.commit(self.averages, self._inverted(self.averages, self.inverses, damping))
+        settings = (damping, self.options.coarse_damping)
+        if self._solved is None or self._solved[0] is not self.averages or self._solved[1:] != settings:
+            self.commit(self.averages, self._inverted(self.averages, self.inverses, Damping(damping)))
             self.mend()
-            self._solved = (self.averages, damping, coarse_damping)
+            self._solved = (self.averages, *settings)
         assert self.inverses is not None
         gathered = step.gather([solutions.get(self._names.get(id(p), "")) for p in step.parameters])
         rates = [1.0] * len(self.layout.layers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac2.coarse import CoarseSpace
-from kfac2.fine import Fields, FineSolver, ObservingSolver
+from kfac2.fine import Damping, Fields, FineSolver, ObservingSolver
 from kfac2.layout import Layout
 from kfac2.processes import Processes
 from kfac2.statistics import Averages, Sums, kept_share
@@ -22,7 +22,7 @@ class Inverses:
     """The damped inverses of all layers.
 
     Attributes:
-        damping: λ of their update.
+        damping: of their update.
         fields: what the fine solver keeps, in the dtype of the matrices.
         usable: float64 on the device, (L,): 1 for a layer that has an inverse; the others keep their gradients.
         coarse: float64, (F_coarse + λ_c I)⁻¹; None without a coarse space.
@@ -33,7 +33,7 @@ class Inverses:
         observed: by layer, whether it has been seen.
     """
 
-    damping: float
+    damping: Damping
     fields: Fields
     usable: Tensor
     coarse: Tensor | None
@@ -74,8 +74,8 @@ def inverted(
     averages: Averages,
     last: Inverses | None,
     solvers: Solvers,
-    damping: float,
-    coarse_damping: float,
+    damping: Damping,
+    coarse_damping: float | None,
     dtype: torch.dtype | None,
 ) -> Inverses:
     """Invert all damped blocks and the coarse Fisher; where one fails, the last inverse stands. Reads nothing back.
@@ -85,8 +85,8 @@ def inverted(
         averages: of the factors.
         last: the inverses so far.
         solvers: fine and coarse.
-        damping: λ.
-        coarse_damping: λ_c.
+        damping: of the blocks.
+        coarse_damping: λ_c; None: as the blocks, relative to the mean of the diagonal where they are.
         dtype: the factors are inverted in; by default their own.
     """
     fine = solvers.fine
@@ -109,7 +109,8 @@ def inverted(
     usable = torch.where(failed > 0, before, seen)
 
     coarse, coarse_failed = None, failed.new_zeros(1)
-    result = solvers.coarse.invert(averages.coarse, coarse_damping)
+    of_coarse = damping if coarse_damping is None else Damping(coarse_damping)
+    result = solvers.coarse.invert(averages.coarse, *of_coarse)
     if result is not None:
         coarse, is_coarse_bad = result
         standing = torch.zeros_like(coarse) if last is None or last.coarse is None else last.coarse

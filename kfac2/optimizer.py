@@ -1,4 +1,4 @@
-"""The optimizer: two-level K-FAC, then SGD with weight decay and momentum."""
+"""The optimizer: K-FAC, then SGD with momentum; AdamW for what K-FAC does not handle."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
-from torch.optim.sgd import sgd
 
+from kfac2.bound import Bound, ChangeLimit, divergence
 from kfac2.curvature import Curvature
-from kfac2.options import NUMBER, Options, check_option
+from kfac2.descent import adamw_step, sgd_step
+from kfac2.kinds import Layer
+from kfac2.options import NUMBER, OptimizerOptions, check_option
 from kfac2.preconditioner import Preconditioner
 from kfac2.readings import Readings
 
+Rate = float | Tensor
+
 
 class KFAC(Readings, Optimizer):
-    """Two-level K-FAC (Tselepidis, Kohler, Orvieto, 2020) with an SGD step.
+    """K-FAC (Martens & Grosse 2015) with SGD steps; with `levels=2` two-level K-FAC (Tselepidis et al. 2020).
 
     For layer i with gradient matrix ∇_i (bias in the last column) and Kronecker factors A_i, G_i:
 
         v_i = (G_i + √λ/π_i I)⁻¹ ∇_i (A_i + π_i √λ I)⁻¹ + ω c_i 1 1ᵀ,
         c   = (F_coarse + λ_c I)⁻¹ y,    y_i = the sum of all elements of ∇_i,
 
-    scaled by ν = min(1, √(κ / Σ_i η_i² |v_i · ∇_i|)). Then weight decay is added, and momentum takes its step.
-    Parameters that K-FAC does not handle take a plain SGD step.
+    (c = 0 with one level), scaled by ν = min(1, √(κ / Σ_i η_i² |v_i · ∇_i|)). Then weight decay is added, and momentum
+    takes its step d, shortened where the divergence that it would bring, measured with the Fisher of the rows at hand,
+    is above K: η² dᵀFd ≤ K. Parameters that K-FAC does not handle are trained by AdamW, at a rate of their own.
 
     ```python
-    opt = kfac2.KFAC(model, lr=1e-2, momentum=0.9, weight_decay=1e-3, damping=1e-3, kl_clip=1e-2)
+    opt = kfac2.KFAC(model)
     for x, y in loader:
         opt.zero_grad()
         out = model(x)
@@ -41,18 +46,31 @@ class KFAC(Readings, Optimizer):
     The mean of -log_prob of the distribution must be the training loss up to a constant: the damping λ is
     relative to the Fisher of that loss (see `accumulate_fisher`).
 
+    With the KL clip as the step length, the learning rate is a share of it: η = 1 takes all that κ allows, and a
+    schedule of η shortens it. The paper's method is `lr=1e-3, momentum=0.9, damping=1e-2, kl_clip=1e-3, cov_every=10,
+    inv_every=100, levels=2, burn_in=0, kl_bound=None, rest="sgd"`, or other such numbers.
+
     Args:
         model: the model; handled are `nn.Linear`, `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d` whose weight
-            requires grad at construction. Why another is left to SGD is logged to `kfac2`.
-        lr: η, the learning rate; default 1e-2.
-        params: parameters or groups as in `torch.optim` (lr, momentum, weight_decay, nesterov for each); by
-            default all of `model` in one group.
-        momentum: μ; default 0.9.
-        weight_decay: added to the preconditioned gradient; default 0.
+            requires grad at construction. Why another is left to `rest` is logged to `kfac2`.
+        lr: η, the learning rate; default 1.
+        params: parameters or groups as in `torch.optim` (lr, momentum, weight_decay, nesterov for each; rest_lr, betas
+            and eps for its parameters that K-FAC does not handle); by default all of `model` in one group. Each is
+            split in two where both kinds are there: `group["method"]` is `'kfac'` or `'adamw'`.
+        momentum: μ; default 0.5.
+        weight_decay: added to the preconditioned gradient; decoupled in AdamW. Default 0.
         nesterov: Nesterov's momentum; default False.
-        damping: λ > 0, in units of the Fisher of the mean loss; default 1e-3.
-        kl_clip: κ > 0, bounds the change of the predictions of one step; None switches it off. Default 1e-2.
-        levels: 2, or 1 for plain K-FAC.
+        damping: λ > 0, in units of the Fisher of the mean loss; default 1e-2.
+        kl_clip: κ > 0, bounds the change of the predictions of one step as the blocks see it; None switches it off.
+            Default 1e-3.
+        kl_bound: K > 0, bounds η² dᵀFd, measured over all layers with a quarter of the samples of each statistics
+            update; None switches it off. Default 0.1.
+        rest: `'adamw'` for the parameters that K-FAC does not handle, or `'sgd'`, which steps along their plain
+            gradients at the rate of their group.
+        rest_lr: the rate of AdamW; default 1e-3.
+        betas: of AdamW; default (0.9, 0.999).
+        eps: of AdamW; default 1e-8.
+        levels: 1 for plain K-FAC, the default; 2 for two-level K-FAC.
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
             of A ⊗ G + λI, `'ekfac'` for EKFAC (George et al. 2018): the same eigenbasis, with the diagonal that the
             Fisher has in it, estimated anew at each statistics update.
@@ -61,8 +79,10 @@ class KFAC(Readings, Optimizer):
             add up to the mean over their cases; not with a loss that is scaled (GradScaler), since its scale
             would count, nor with other gradients taken through the layers in the same iteration.
         stat_decay: bound of ε in the running averages; default 0.95.
-        cov_every: iterations between statistics; default 10.
-        inv_every: iterations between inverses; default 100.
+        cov_every: iterations between statistics; default 5.
+        inv_every: iterations between inverses; default 10. A new damping takes effect at once.
+        burn_in: for so many statistics updates from the first on, inverses are renewed with each. Default 10.
+            `damping`, `kl_clip`, `cov_every` and `inv_every` may also be callables that take the iteration.
         downsample: `'nearest'` or `'area'`, how maps of different grids meet.
         coarse_weight: ω, the weight of the coarse step; default 1 (the paper).
         coarse_damping: λ_c > 0; by default λ (the paper).
@@ -73,7 +93,7 @@ class KFAC(Readings, Optimizer):
             factor is inverted in its own dtype.
         cases: M for the empirical Fisher, the number of terms that the mean loss averages over; by default
             the batch size.
-        skip: full names of modules, or regular expressions that match them in full, left to SGD.
+        skip: full names of modules, or regular expressions that match them in full, left to `rest`.
 
     Attributes:
         options: the K-FAC options; `opt.options.damping = ...` sets one during training.
@@ -89,20 +109,28 @@ class KFAC(Readings, Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-2,  # η in the paper
+        lr: float = 1.0,  # η in the paper
         *,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
-        momentum: float = 0.9,  # μ
+        momentum: float = 0.5,  # μ
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        damping: float = 1e-3,  # λ
-        kl_clip: float | None = 1e-2,  # κ
-        levels: int = 2,
+        damping: float | Callable[[int], float] = 0.1,  # c, or λ
+        relative_damping: bool = True,
+        kl_clip: float | Callable[[int], float | None] | None = 0.1,  # κ
+        kl_bound: float | None = 0.5,  # K
+        max_change: float | None = 0.02,  # ρ
+        rest: str = "adamw",
+        rest_lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        levels: int = 1,
         inverse: str = "cholesky",
         fisher: str = "mc",
         stat_decay: float = 0.95,  # ε is at most this
-        cov_every: int = 10,
-        inv_every: int = 100,
+        cov_every: int | Callable[[int], int] = 5,
+        inv_every: int | Callable[[int], int] = 10,
+        burn_in: int = 10,
         downsample: str = "nearest",
         coarse_weight: float = 1.0,  # ω
         coarse_damping: float | None = None,  # λ_c
@@ -114,22 +142,31 @@ class KFAC(Readings, Optimizer):
         arguments = dict(locals())  # the options go on under their own names
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(model.parameters() if params is None else params, defaults)
+        check_option("rest", rest, str, lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
+        groups = _as_groups(model.parameters() if params is None else params)
+        self._rest = rest
+        self._bound = Bound()
+        self._change_limit: ChangeLimit | None = None
+        self.options = OptimizerOptions.of({name: arguments[name] for name in OptimizerOptions.__dataclass_fields__})
         self.preconditioner = Preconditioner(
             model,
-            params=[parameter for group in self.param_groups for parameter in group["params"]],
+            params=[parameter for group in groups for parameter in group["params"]],
             skip=skip,
-            **{name: arguments[name] for name in Options.__dataclass_fields__},
+            options=self.options,
         )
-        self.options, self.curvature = self.preconditioner.options, self.preconditioner.curvature
+        self.curvature = self.preconditioner.curvature
+        self.curvature.keeps_rows = kl_bound is not None
+        self._handled = {id(p) for layer in self.curvature.layout.layers for p in (layer.weight, layer.bias)}
+        self._known = {id(parameter) for parameter in self.curvature.params}
+        names = ("lr", "momentum", "weight_decay", "nesterov", "rest_lr", "betas", "eps")
+        super().__init__(groups, {**{name: arguments[name] for name in names}, "method": "kfac"})
 
     @property
     def _statistics(self) -> Curvature:
         return self.curvature
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in `torch.optim`; its layers, if new, are left to SGD.
+        """Add a group, as in `torch.optim`; its layers, if new, are left to `rest`.
 
         Args:
             param_group: `params`, and what differs from the defaults.
@@ -138,17 +175,19 @@ class KFAC(Readings, Optimizer):
             TypeError: if a value has the wrong type.
             ValueError: if a value is out of its range.
         """
-        settings = {**self.defaults, **param_group}
-        for name in ("lr", "momentum", "weight_decay"):
-            value = settings[name].item() if isinstance(settings[name], Tensor) else settings[name]
-            check_option(name, value, NUMBER, lambda v: 0 <= v < float("inf"), "a number of at least 0")
-        if not isinstance(settings["nesterov"], bool):
-            raise TypeError(f"nesterov must be True or False, got {settings['nesterov']!r}")
-        if settings["nesterov"] and settings["momentum"] == 0:
-            raise ValueError("nesterov must be False without momentum, got nesterov=True with momentum=0")
-        super().add_param_group(param_group)
-        if hasattr(self, "preconditioner"):
-            self.preconditioner.watch(param_group["params"])
+        _check_group({**self.defaults, **param_group})
+        (group,) = _as_groups([param_group])
+        handled = [p for p in group["params"] if id(p) in self._handled or self._rest == "sgd"]
+        others = [p for p in group["params"] if not (id(p) in self._handled or self._rest == "sgd")]
+        if handled or not others:
+            super().add_param_group({**group, "params": handled, "method": "kfac"})
+        if others:
+            lr = group.get("rest_lr", self.defaults["rest_lr"])
+            super().add_param_group({**group, "params": others, "method": "adamw", "lr": lr})
+        new = [parameter for parameter in group["params"] if id(parameter) not in self._known]
+        if new:
+            self._known.update(map(id, new))
+            self.preconditioner.watch(new)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -156,7 +195,7 @@ class KFAC(Readings, Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Precondition the gradients in place and take an SGD step.
+        """Precondition the gradients in place and take a step.
 
         Where a NaN or an infinity came up, nothing but the iteration count moves, and a warning names the
         layer.
@@ -177,49 +216,65 @@ class KFAC(Readings, Optimizer):
         rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
         layers = self.curvature.layout.layers
         if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
+            seen = self.curvature.layers_with_statistics()
+            self._limit(seen)
+            self._measure(rates, seen)
+            along = {id(p) for layer in seen for p in (layer.weight, layer.bias)}
             for group in self.param_groups:
-                self._sgd(group)
+                self._descend(group, along)
+        self.curvature.kept = []
         return loss
 
-    def _sgd(self, group: dict[str, Any]) -> None:
+    def _descend(self, group: dict[str, Any], along: set[int]) -> None:
+        """Step the parameters of a group: those along which K-FAC gave a direction, and the others."""
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
-        states = [self.state[parameter] for parameter in params]
-        can = [_can_be_fused(p, p.grad, state.get("momentum_buffer")) for p, state in zip(params, states, strict=True)]
-        if all(can):
-            self._sgd_of(params, states, group, True)
-            return
-        for fused in (True, False):
-            some = [i for i, takes in enumerate(can) if takes == fused]
-            found = self.preconditioner.found
-            if some and (fused or found is None or not found.item()):
-                self._sgd_of([params[i] for i in some], [states[i] for i in some], group, fused)
+        found = self.preconditioner.found
+        if self._rest == "sgd":
+            sgd_step(params, self.state, group, self._bounded(group["lr"]), found)
+        elif group["method"] == "adamw":
+            adamw_step(params, self.state, group, group["lr"], found)
+        else:  # a layer that was dropped, or has no statistics yet, has a plain gradient: not for the rate of K-FAC
+            own = [p for p in params if id(p) in along]
+            sgd_step(own, self.state, group, self._bounded(group["lr"]), found)
+            others = [p for p in params if id(p) not in along]
+            if others:
+                scheduled = group["lr"] / self.defaults["lr"] if self.defaults["lr"] else 0.0
+                adamw_step(others, self.state, group, group["rest_lr"] * scheduled, found)
 
-    def _sgd_of(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], fused: bool) -> None:
-        momentum = group["momentum"]
-        if fused and momentum != 0:  # the fused step would leave new buffers undefined where it is skipped
-            for parameter, state in zip(params, states, strict=True):
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [state.get("momentum_buffer") for state in states]
-        grads = [parameter.grad for parameter in params if parameter.grad is not None]
-        sgd(
-            params,
-            grads,
-            buffers,
-            has_sparse_grad=any(grad.is_sparse for grad in grads),
-            foreach=not fused,
-            fused=fused,
-            found_inf=self.preconditioner.found if fused else None,
-            weight_decay=group["weight_decay"],
-            momentum=momentum,
-            lr=group["lr"] if fused else float(group["lr"]),
-            dampening=0.0,
-            nesterov=group["nesterov"],
-            maximize=False,
-        )
-        if not fused and momentum != 0:
-            for state, buffer in zip(states, buffers, strict=True):
-                state["momentum_buffer"] = buffer
+    # -- the bounds -----------------------------------------------------------------------------------------
+
+    def _bounded(self, lr: Rate) -> Rate:
+        factor = self._bound.factor
+        return lr if self.options.kl_bound is None or (isinstance(factor, float) and factor == 1) else lr * factor
+
+    def _limit(self, layers: list[Layer]) -> None:
+        """Hold each layer's direction to a share of its weights."""
+        if self.options.max_change is None or not layers:
+            return
+        if self._change_limit is None or self._change_limit.layers != layers:
+            self._change_limit = ChangeLimit(layers)
+        self._change_limit.apply(self.options.max_change, bool(self.curvature.kept), self.curvature.health.at_once)
+
+    def _measure(self, rates: dict[int, Rate], layers: Iterable[Layer]) -> None:
+        """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
+        kept, bound = self.curvature.kept, self.options.kl_bound
+        self.curvature.keeps_rows = bound is not None
+        if bound is None or not kept:
+            return
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        moving = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
+
+        def direction(parameter: Tensor) -> Tensor | None:
+            if parameter.grad is None or id(parameter) not in moving:
+                return None
+            group, buffer = groups[id(parameter)], self.state[parameter].get("momentum_buffer")
+            d = parameter.grad + group["weight_decay"] * parameter if group["weight_decay"] else parameter.grad
+            if buffer is not None and group["momentum"]:
+                new = d + group["momentum"] * buffer
+                d = d + group["momentum"] * new if group["nesterov"] else new
+            return d * rates[id(parameter)]
+
+        self._bound.measured(divergence(kept, direction), bound, self.curvature.health.at_once)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied or pickled whole: the hooks belong to the model's own modules."""
@@ -252,7 +307,10 @@ class KFAC(Readings, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
-        return {**super().state_dict(), "kfac": self.preconditioner.state_dict()}
+        norms = self._change_limit.weight_norms if self._change_limit is not None else None
+        bounds = {"factor": float(self._bound.factor), "weight_norms": None if norms is None else norms.clone()}
+        state = {**self.preconditioner.state_dict(), "bounds": bounds}
+        return {**super().state_dict(), "kfac": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; see `Preconditioner.load_state_dict`.
@@ -268,45 +326,35 @@ class KFAC(Readings, Optimizer):
         self.preconditioner.check_state_dict(state_dict["kfac"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
         self.preconditioner.load_state_dict(state_dict["kfac"])
+        bounds = state_dict["kfac"]["bounds"]
+        self._bound.factor, norms = bounds["factor"], bounds["weight_norms"]
+        self._change_limit = None
+        if norms is not None:
+            self._change_limit = ChangeLimit(self.curvature.layers_with_statistics())
+            self._change_limit.weight_norms = norms.to(self.curvature.layout.device)
 
 
-_FULL = (torch.float32, torch.float64)
+def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Write parameters, or groups of them, as groups that hold lists."""
+    entries = list(params)
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    result = []
+    for group in groups:
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        named = [member for member in members if isinstance(member, tuple)]
+        result.append({**group, "params": [p for _, p in named] if named else members})
+    return result
 
 
-def _can_be_fused(parameter: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
-    """Tell whether torch's fused SGD takes a parameter: one kernel for all, which a flag on the device can skip.
-
-    It walks the memory of all three side by side, so that they must lie alike, without gaps. On a CPU it leaves
-    out most elements of 16-bit parameters (torch 2.12 and 2.13).
-    """
-    stride, dtype = parameter.stride(), parameter.dtype
-    alike = not grad.is_sparse and grad.dtype is dtype and grad.stride() == stride
-    alike = alike and (buffer is None or (buffer.dtype is dtype and buffer.stride() == stride))
-    if alike and dtype in _FULL and parameter.is_contiguous():
-        return True  # nearly always
-    full = dtype in _FULL
-    if not full and not (parameter.is_cuda and parameter.dtype in (torch.float16, torch.bfloat16)):
-        return False
-    if not (parameter.is_contiguous() or _is_channels_last(parameter)):
-        return False
-    return all(
-        other.dtype == parameter.dtype and other.device == parameter.device and _lie_alike(parameter, other)
-        for other in (grad, buffer)
-        if other is not None
-    )
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return tensor.dim() in formats and tensor.is_contiguous(memory_format=formats[tensor.dim()])
-
-
-def _lie_alike(a: Tensor, b: Tensor) -> bool:
-    if b.is_sparse:
-        return False
-    strides = a.stride(), b.stride()
-    return strides[0] == strides[1] or all(
-        s == t
-        for size, s, t in zip(a.shape, *strides, strict=True)
-        if size > 1  # others say nothing
-    )
+def _check_group(settings: dict[str, Any]) -> None:
+    """Check the hyper-parameters of a group."""
+    for name in ("lr", "momentum", "weight_decay", "rest_lr", "eps"):
+        value = settings[name].item() if isinstance(settings[name], Tensor) else settings[name]
+        check_option(name, value, NUMBER, lambda v: 0 <= v < float("inf"), "a number of at least 0")
+    for value in settings["betas"]:
+        check_option("betas", value, NUMBER, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
+    if not isinstance(settings["nesterov"], bool):
+        raise TypeError(f"nesterov must be True or False, got {settings['nesterov']!r}")
+    if settings["nesterov"] and settings["momentum"] == 0:
+        raise ValueError("nesterov must be False without momentum, got nesterov=True with momentum=0")

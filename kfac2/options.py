@@ -39,8 +39,13 @@ _RULES: dict[str, _Rule] = {
         lambda v: v in (None, torch.float32, torch.float64),
         "torch.float32, torch.float64, or None",
     ),
+    "relative_damping": (bool, lambda v: True, "True or False"),
+    "max_change": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
+    "burn_in": (int, lambda v: v >= 0, "an int of at least 0"),
+    "kl_bound": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
     "cases": ((int, type(None)), lambda v: v is None or v >= 1, "an int of at least 1, or None"),
 }
+SCHEDULED = ("damping", "kl_clip", "cov_every", "inv_every")  # may be callables of the iteration
 STRUCTURAL = ("levels", "inverse", "fisher", "downsample", "coarse_max_groups")  # state depends on them
 
 _Any = TypeVar("_Any", bound="CurvatureOptions")
@@ -58,7 +63,7 @@ class CurvatureOptions:
         ValueError: if a value is out of its range, or a fixed option is set again.
     """
 
-    levels: int = 2
+    levels: int = 1
     inverse: str = "cholesky"
     fisher: str = "mc"
     stat_decay: float = 0.95
@@ -82,7 +87,8 @@ class CurvatureOptions:
         names = [field.name for field in fields(self)]
         if name not in names:
             raise AttributeError(f"kfac2 has no option {name!r}; the options are {', '.join(names)}")
-        check_option(name, value, *_RULES[name])
+        if not (name in SCHEDULED and callable(value)):
+            check_option(name, value, *_RULES[name])
         if name in STRUCTURAL and name in self.__dict__ and self.__dict__[name] != value:
             raise ValueError(f"{name} is fixed at construction ({self.__dict__[name]!r}), got {value!r}")
         super().__setattr__(name, value)
@@ -94,19 +100,44 @@ class CurvatureOptions:
 
 @dataclass
 class Options(CurvatureOptions):
-    """The options of `Preconditioner` and `KFAC`: those of `Curvature` and a schedule."""
+    """The options of `Preconditioner`: those of `Curvature` and a schedule.
 
-    damping: float = 1e-3
-    kl_clip: float | None = 1e-2
-    cov_every: int = 10
-    inv_every: int = 100
+    `damping`, `kl_clip`, `cov_every` and `inv_every` may be callables that take the iteration, from 0.
+    """
+
+    damping: float | Callable[[int], float] = 0.1
+    kl_clip: float | Callable[[int], float | None] | None = 0.1
+    cov_every: int | Callable[[int], int] = 5
+    inv_every: int | Callable[[int], int] = 10
+    burn_in: int = 10
+    relative_damping: bool = True
+
+    def at(self, name: str, iteration: int) -> Any:
+        """Return the value of an option in an iteration; what a callable returns is checked."""
+        value = getattr(self, name)
+        if name in SCHEDULED and callable(value):
+            value = value(iteration)
+            check_option(f"{name}({iteration})", value, *_RULES[name])
+        return value
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options by name, without those that are callables."""
+        return {name: value for name, value in super().as_dict().items() if not callable(value)}
+
+
+@dataclass
+class OptimizerOptions(Options):
+    """The options of `KFAC`: those of `Preconditioner`, and a bound on the whole step."""
+
+    kl_bound: float | None = 0.5
+    max_change: float | None = 0.02
 
 
 def check_option(
     name: str, value: Any, types: type | tuple[type, ...], allowed: Callable[[Any], bool], wanted: str
 ) -> None:
     """Check one value; the error names it, says what it got and what would be right."""
-    if not isinstance(value, types) or isinstance(value, bool):
+    if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
         raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}")
     if not allowed(value):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 
 from kfac2.collector import NotFiniteError
 from kfac2.curvature import Curvature
+from kfac2.fine import Damping
 from kfac2.health import is_capturing
 from kfac2.options import NUMBER, Options, check_option
 from kfac2.readings import Readings
@@ -39,9 +40,10 @@ class Preconditioner(Readings):
             requires grad.
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
-        **options: `damping`, `kl_clip`, `levels`, `inverse`, `fisher`, `stat_decay`, `cov_every`,
-            `inv_every`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups`, `inverse_dtype` and
-            `cases`, as in `KFAC`.
+        options: checked options to share, in place of the following.
+        **settings: `damping`, `kl_clip`, `levels`, `inverse`, `fisher`, `stat_decay`, `cov_every`, `inv_every`,
+            `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups`,
+            `inverse_dtype` and `cases`, as in `KFAC`.
 
     Attributes:
         options: the options; those that state does not depend on may be set during training.
@@ -60,9 +62,10 @@ class Preconditioner(Readings):
         *,
         params: Iterable[nn.Parameter] | None = None,
         skip: Iterable[str] = (),
-        **options: Any,
+        options: Options | None = None,
+        **settings: Any,
     ) -> None:
-        self.options = Options.of(options)
+        self.options = Options.of(settings) if options is None else options
         self.curvature = Curvature(model, params=params, skip=skip, options=self.options)
         self.curvature.wanted = self._wants_statistics
         self.curvature.dropping = self.check
@@ -80,11 +83,22 @@ class Preconditioner(Readings):
     # -- the schedule ---------------------------------------------------------------------------------------
 
     def _wants_statistics(self) -> bool:
-        due = self.curvature.averages.updates == 0 or self.iteration % self.options.cov_every == 0
+        due = self.curvature.averages.updates == 0 or self.iteration % self._now("cov_every") == 0
         return due and bool(self.curvature.layout.layers)
 
     def _wants_inverses(self) -> bool:
-        return self.curvature.inverses is None or self.iteration % self.options.inv_every == 0
+        inverses = self.curvature.inverses
+        if inverses is None or self.iteration % self._now("inv_every") == 0:
+            return True
+        if self.curvature.averages.updates < self.options.burn_in and self._wants_statistics():
+            return True
+        return inverses.damping != self._damping()  # a new damping takes effect at once
+
+    def _damping(self) -> Damping:
+        return Damping(self._now("damping"), self.options.relative_damping)
+
+    def _now(self, name: str) -> Any:
+        return self.options.at(name, self.iteration)
 
     def accumulate_fisher(self, distribution: Distribution) -> None:
         """Take statistics from the model's own predictive distribution; does nothing unless `needs_fisher`.
@@ -144,7 +158,7 @@ class Preconditioner(Readings):
 
     def _rates(self, lr: Rate | Mapping[str, float] | None) -> dict[str, Rate]:
         if lr is None:
-            if self.options.kl_clip is not None:
+            if self._now("kl_clip") is not None:
                 raise ValueError("lr must be given, since the KL clip depends on it; got None (or set kl_clip=None)")
             lr = 1.0
         rates: dict[str, Rate] = {}
@@ -223,7 +237,7 @@ class Preconditioner(Readings):
         """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
         curvature, health = self.curvature, self.curvature.health
         looks = health.at_once or bool(curvature.sums.A)
-        averages, inverses = curvature.refreshed(self.options.damping if self._wants_inverses() else None)
+        averages, inverses = curvature.refreshed(self._damping() if self._wants_inverses() else None)
         if inverses is None:  # no layer is left: plain SGD
             first = int(gathered.first_bad)
             return curvature.source(first) if first < step.none_bad else None
@@ -235,7 +249,7 @@ class Preconditioner(Readings):
             curvature.solvers,
             averages.in_coarse,
             self.options.coarse_weight,
-            self.options.kl_clip,
+            self._now("kl_clip"),
             [rates[name] for name in self.layers],
             health.skipped,
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kfac2.fine import Damping
 from kfac2.inverses import Inverses, Solvers
 from kfac2.layout import Layout
 from kfac2.options import STRUCTURAL, CurvatureOptions
@@ -63,7 +64,7 @@ def from_inverses(layout: Layout, inverses: Inverses | None) -> State | None:
         if usable[i]
     }
     return {
-        "damping": inverses.damping,
+        "damping": list(inverses.damping),
         "fine": fine,
         "coarse": None if inverses.coarse is None else inverses.coarse.clone(),
         "observations": inverses.observations,
@@ -81,12 +82,13 @@ def to_inverses(state: State | None, layout: Layout, solvers: Solvers) -> Invers
             layout.view(fields[name], i).copy_(value)
     usable = layout.spans.new_tensor([layer.name in state["fine"] for layer in layout.layers]).double()
     coarse = None if state["coarse"] is None else _here(state["coarse"], layout).double()
+    damping = Damping(*state["damping"])
     return Inverses(
-        state["damping"],
+        damping,
         fields,
         usable.to(layout.device),
         coarse,
-        solvers.fine.derive(fields, state["damping"]),
+        solvers.fine.derive(fields, damping),
         None,
         state["observations"],
         tuple(layer.name in state["observed"] for layer in layout.layers),

@@ -10,10 +10,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
+from paper import KFAC
 from torch.distributions import Categorical
 from torch.nn.utils.parametrizations import weight_norm
-
-from kfac2 import KFAC
 
 
 def net(inplace=False):

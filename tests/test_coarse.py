@@ -6,9 +6,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal, error
+from paper import KFAC
 from torch.distributions import Categorical
 
-from kfac2 import KFAC, reference
+from kfac2 import reference
 
 
 def dividing_grids():

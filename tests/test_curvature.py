@@ -6,9 +6,10 @@ import models
 import pytest
 import torch
 from compare import assert_equal
+from paper import KFAC, Curvature
 from torch.distributions import Categorical
 
-from kfac2 import KFAC, Curvature, reference
+from kfac2 import reference
 
 
 def accumulated(name, **options):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from compare import assert_equal
 from inside import curvature_of, fields
+from paper import KFAC, Curvature
 
-from kfac2 import KFAC, Curvature
 from kfac2.fine import ekfac
 
 NETS = ("linear", "conv1d", "conv2d", "conv3d", "grouped", "transposed2d", "tokens", "sequence", "normal")

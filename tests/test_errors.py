@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from paper import KFAC, Preconditioner
 from torch.distributions import Categorical
 
-from kfac2 import KFAC, Preconditioner, ops
+from kfac2 import ops
 from kfac2.window import Window
 
 

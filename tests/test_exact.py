@@ -4,9 +4,8 @@ from itertools import pairwise
 
 import torch
 from compare import assert_equal
+from paper import KFAC
 from torch.distributions import Independent, Normal
-
-from kfac2 import KFAC
 
 N, D = 4, 3
 

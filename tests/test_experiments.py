@@ -147,7 +147,7 @@ def by_hand(settings, folder):
     else:
         optimizer = kfac2.KFAC(
             model, levels=int(settings.optimizer[-1]), momentum=0.8, damping=1e-3, kl_clip=1e-2, cov_every=2,
-            inv_every=4, **common,
+            inv_every=4, burn_in=0, relative_damping=False, kl_bound=None, max_change=None, rest="sgd", **common,
         )  # fmt: skip
     torch.manual_seed(settings.seed + 1000)
     order = torch.Generator().manual_seed(settings.seed + 2000)

@@ -10,10 +10,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
 from inside import fields, is_usable, set_factor
+from paper import KFAC, Curvature, Preconditioner
 from test_state import flatten
 from torch.distributions import Categorical, Independent
 
-from kfac2 import KFAC, Curvature, Preconditioner, reference
+from kfac2 import reference
 
 
 def net():

@@ -7,9 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
+from paper import KFAC, Preconditioner
 from torch.optim import SGD
-
-from kfac2 import KFAC, Preconditioner
 
 STEPS = 4
 

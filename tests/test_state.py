@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from paper import KFAC, Preconditioner
 from torch.distributions import Categorical
-
-from kfac2 import KFAC, Preconditioner
 
 
 def build(**options):

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from compare import assert_equal
 from inside import fields
 from oracle import Oracle
+from paper import KFAC, Preconditioner
 from torch.distributions import Categorical
 
-from kfac2 import KFAC, Preconditioner, reference
+from kfac2 import reference
 
 STEPS = 7
 BASE = {"lr": 0.05, "cov_every": 2, "inv_every": 3, "damping": 1e-2, "kl_clip": None, "weight_decay": 1e-2}

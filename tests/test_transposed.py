@@ -8,9 +8,8 @@ import torch.nn as nn
 from compare import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper import KFAC, Curvature
 from torch.distributions import Independent, Normal
-
-from kfac2 import KFAC, Curvature
 
 CLASSES = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 

@@ -10,10 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
 from inside import curvature_of, fields, is_usable, set_factor
+from paper import KFAC, Preconditioner
 from test_not_finite import iterate, net, same, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from kfac2 import KFAC, Preconditioner
 
 
 def unread(opt):

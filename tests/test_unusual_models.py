@@ -9,10 +9,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
+from paper import KFAC
 from torch.distributions import Categorical
 from torch.utils.checkpoint import checkpoint
-
-from kfac2 import KFAC
 
 X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
 

@@ -11,7 +11,7 @@ from networks import BINARY, CLASSES, DeepLinear, ResNet, initialised
 from timing import Clock, configure, machine
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
-from training import Problem, train
+from training import PLAIN, Problem, train
 
 import kfac2
 from experiments.coarse import Follower
@@ -67,7 +67,7 @@ def optimizer_of(settings: Settings, model: nn.Module) -> Optimizer:
     return kfac2.KFAC(
         model, lr, momentum=momentum, weight_decay=decay, damping=settings.damping, kl_clip=settings.kl_clip,
         levels=int(settings.optimizer[-1]), inverse=settings.inverse, cov_every=settings.cov_every,
-        inv_every=settings.inv_every,
+        inv_every=settings.inv_every, **PLAIN,
     )  # fmt: skip
 
 

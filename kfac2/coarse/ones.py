@@ -112,12 +112,16 @@ class Ones(CoarseSpace):
             for matrix, places in zip(averages, (kept.to(layout.device) for kept in others), strict=True)
         )
 
-    def invert(self, averages: tuple[Tensor, ...], damping: float) -> tuple[Tensor, Tensor] | None:
+    def invert(self, averages: tuple[Tensor, ...], damping: float, relative: bool) -> tuple[Tensor, Tensor] | None:
         """Return (F_coarse + λ_c I)⁻¹, eigenvalues floored at 0, and whether that failed."""
-        return coarse_inverse(averages[2], damping) if averages else None
+        if not averages:
+            return None
+        fisher = averages[2].double()
+        scale = fisher.diagonal().mean() if relative else torch.ones_like(fisher[0, 0])
+        return coarse_inverse(fisher, damping * torch.where(scale > 0, scale, 1.0))
 
 
-def coarse_inverse(fisher: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def coarse_inverse(fisher: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return (F_coarse + λ_c I)⁻¹ in float64, eigenvalues floored at 0, and whether that failed, on the device.
 
     Grids that do not divide each other can make F_coarse indefinite; the floor keeps the coarse step from

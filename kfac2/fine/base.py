@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ from kfac2.statistics import Pass, Sums
 
 Fields = dict[str, Stacks]
 """Fields of the inverses by name."""
+
+
+class Damping(NamedTuple):
+    """How blocks are damped.
+
+    Attributes:
+        value: λ, or c.
+        relative: whether λ of a block is c times the mean of its own eigenvalues, (tr A / d_in)(tr G / d_out). Then the
+            damping follows the Fisher wherever that goes, as layers deepen or their weights grow.
+    """
+
+    value: float
+    relative: bool = False
+
+    def of(self, eigenvalues: Tensor) -> Tensor:
+        """Return λ of each block, (blocks, 1, 1), given its eigenvalues (blocks, d_out, d_in)."""
+        scale = eigenvalues.mean((1, 2), keepdim=True) if self.relative else torch.ones_like(eigenvalues[:, :1, :1])
+        return self.value * torch.where(scale > 0, scale, 1.0)
 
 
 class FineSolver(ABC):
@@ -28,26 +46,26 @@ class FineSolver(ABC):
     length d_in, `'o'` of length d_out."""
 
     @abstractmethod
-    def invert(self, A: Stacks, G: Stacks, damping: float) -> tuple[Fields, Stacks]:
+    def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:
         """Invert the blocks of all batches.
 
         Args:
             A: factors, (blocks, d_in, d_in) for each batch.
             G: factors, (blocks, d_out, d_out).
-            damping: λ.
+            damping: λ of each block.
 
         Returns:
             The fields; and by batch the status of each block, (blocks,), not 0 where its entries hold no meaning.
         """
 
     @abstractmethod
-    def mend(self, A: Tensor, G: Tensor, damping: float) -> dict[str, Tensor] | None:
+    def mend(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor] | None:
         """Invert the blocks of one layer in float64, eigenvalues floored at 0; None where a factor is not finite.
 
         Args:
             A: (blocks, d_in, d_in).
             G: (blocks, d_out, d_out).
-            damping: λ.
+            damping: λ of each block.
         """
 
     @abstractmethod
@@ -61,7 +79,7 @@ class FineSolver(ABC):
             out: of the same shapes: where the result is written.
         """
 
-    def derive(self, fields: Fields, damping: float) -> Fields:
+    def derive(self, fields: Fields, damping: Damping) -> Fields:
         """Return further fields that follow from those that are kept, and are not saved."""
         return {}
 

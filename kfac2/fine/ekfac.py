@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac2.fine.base import Fields, ObservingSolver, decomposed_in_float64
+from kfac2.fine.base import Damping, Fields, ObservingSolver, decomposed_in_float64
 from kfac2.fine.exact import Exact, decomposed
 from kfac2.kinds import Rows
 from kfac2.layout import Layout, Stacks
@@ -28,13 +28,13 @@ class EKFAC(ObservingSolver, Exact):
 
     fields = {"A_vectors": "ii", "G_vectors": "oo", "diagonal": "oi"}  # noqa: RUF012
 
-    def invert(self, A: Stacks, G: Stacks, damping: float) -> tuple[Fields, Stacks]:
+    def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:
         """Decompose both factors of all blocks; the diagonal is K-FAC's for now."""
         A_values, A_vectors, G_values, G_vectors, status = decomposed(A, G)
         diagonal = [_outer(g, a) for g, a in zip(G_values, A_values, strict=True)]
         return {"A_vectors": A_vectors, "G_vectors": G_vectors, "diagonal": diagonal}, status
 
-    def mend(self, A: Tensor, G: Tensor, damping: float) -> dict[str, Tensor] | None:
+    def mend(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor] | None:
         """Decompose in float64; the diagonal is K-FAC's."""
         parts = decomposed_in_float64(A, G)
         if parts is None:
@@ -42,9 +42,9 @@ class EKFAC(ObservingSolver, Exact):
         A_values, A_vectors, G_values, G_vectors = parts
         return {"A_vectors": A_vectors, "G_vectors": G_vectors, "diagonal": _outer(G_values, A_values)}
 
-    def derive(self, fields: Fields, damping: float) -> Fields:
+    def derive(self, fields: Fields, damping: Damping) -> Fields:
         """Return what a step multiplies with in the eigenbasis, 1 / (s + λ)."""
-        return {"scales": [(diagonal + damping).reciprocal_() for diagonal in fields["diagonal"]]}
+        return {"scales": [(s + damping.of(s)).reciprocal_() for s in fields["diagonal"]]}
 
     def carry_over(self, new: Fields, last: Fields, had: Sequence[Tensor]) -> Fields:
         """Turn the diagonal into the new basis, where a block had one.

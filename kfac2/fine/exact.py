@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kfac2 import ops
-from kfac2.fine.base import Fields, FineSolver, decomposed_in_float64
+from kfac2.fine.base import Damping, Fields, FineSolver, decomposed_in_float64
 from kfac2.layout import Stacks
 
 
@@ -15,21 +15,22 @@ class Exact(FineSolver):
 
     fields = {"A_values": "i", "A_vectors": "ii", "G_values": "o", "G_vectors": "oo"}  # noqa: RUF012
 
-    def invert(self, A: Stacks, G: Stacks, damping: float) -> tuple[Fields, Stacks]:
+    def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:
         """Decompose both factors of all blocks."""
         *lists, status = decomposed(A, G)
         return dict(zip(Exact.fields, lists, strict=True)), status
 
-    def mend(self, A: Tensor, G: Tensor, damping: float) -> dict[str, Tensor] | None:
+    def mend(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor] | None:
         """Decompose in float64."""
         parts = decomposed_in_float64(A, G)
         return None if parts is None else dict(zip(Exact.fields, parts, strict=True))
 
-    def derive(self, fields: Fields, damping: float) -> Fields:
+    def derive(self, fields: Fields, damping: Damping) -> Fields:
         """Return what a step multiplies with in the eigenbasis, 1 / (g aᵀ + λ)."""
         scales = []
         for g, a in zip(fields["G_values"], fields["A_values"], strict=True):
-            scales.append((g.unsqueeze(-1) * a.unsqueeze(-2) + damping).reciprocal_())
+            eigenvalues = g.unsqueeze(-1) * a.unsqueeze(-2)
+            scales.append((eigenvalues + damping.of(eigenvalues)).reciprocal_())
         return {"scales": scales}
 
     def apply(self, fields: Fields, gradients: Stacks, work: Stacks, out: Stacks) -> None:

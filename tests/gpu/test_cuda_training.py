@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from compare import assert_equal
 from device import DEVICE, needs_device
 from inside import fields, set_factor
+from paper import KFAC
 from torch.distributions import Categorical
-
-from kfac2 import KFAC
 
 pytestmark = needs_device
 

@@ -1,0 +1,178 @@
+"""A bound on the step that is measured: η² dᵀFd, with the Fisher of the rows at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac2.kinds import Layer
+from kfac2.statistics import Pass
+
+Direction = Callable[[Tensor], Tensor | None]
+
+
+class KeptUse(NamedTuple):
+    """What is kept of a use until the step is known: the first samples of its input and output gradient."""
+
+    layer: Layer
+    x: Tensor
+    g: Tensor
+    samples: int
+
+
+class KeptPass(NamedTuple):
+    """What is kept of a pass.
+
+    Attributes:
+        uses: of its layers.
+        samples: how many samples were kept.
+        cases: M of these.
+    """
+
+    uses: list[KeptUse]
+    samples: int
+    cases: float
+
+
+def kept_of(passed: Pass, share: float, least: int = 32) -> KeptPass:
+    """Keep a share of the samples of a pass, and at least so many."""
+    whole = passed.uses[0].samples
+    count = min(whole, max(least, int(whole * share)))
+    uses = []
+    for use in passed.uses:
+        x, g, samples = use.x, use.g, use.samples
+        if count < whole and samples > 1:
+            samples = max(1, samples * count // whole)
+            x, g = x[:samples], g[:samples].clone()  # without the clone all of g would stay
+        uses.append(KeptUse(use.layer, x, g * passed.scale if passed.scale != 1 else g, samples))
+    return KeptPass(uses, count, passed.cases * count / whole)
+
+
+def divergence(passes: Sequence[KeptPass], direction: Direction) -> Tensor:
+    """Return dᵀFd = 1/M Σ_n (Σ_i s_ni)², s_ni = Σ_t g_ntᵀ D_i ā_nt: twice the divergence that a step d would bring.
+
+    D_i ā_nt is what the layer makes of its input with D_i in place of its weight: one product for each layer. All
+    layers are coupled, where the KL clip sees each for itself. A layer whose leading size is no multiple of the batch
+    counts for itself here, too.
+
+    Args:
+        passes: kept rows of this iteration.
+        direction: gives d of a parameter; None where it does not move.
+
+    Returns:
+        float64, one number on the device.
+    """
+    total, cases = None, 0.0
+    for kept in passes:
+        cases += kept.cases
+        products = []
+        for use in kept.uses:
+            weight, bias = direction(use.layer.weight), None if use.layer.bias is None else direction(use.layer.bias)
+            if weight is None:
+                continue
+            moved = use.layer.apply(use.x.to(weight.dtype), weight, bias, use.g)
+            s = (moved * use.g.to(weight.dtype)).reshape(use.samples, -1).sum(1).double()
+            if use.samples % kept.samples:
+                total = s.square().sum() if total is None else total + s.square().sum()
+            else:
+                products.append(s.reshape(kept.samples, -1).sum(1))
+        if products:
+            square = torch.stack(products).sum(0).square().sum()
+            total = square if total is None else total + square
+    assert total is not None
+    return total / cases
+
+
+class ChangeLimit:
+    """Holds each layer's direction to a share of its weights: |v_i| ≤ max(ρ |W_i|, r √n_i), norms of weight and bias.
+
+    Where the Fisher is nearly nothing (layers that hardly pass a signal, or saturated ones) the divergence bounds no
+    step in the parameters. The floor r √n_i, which AdamW at the rate r would take, lets weights leave 0.
+
+    Args:
+        layers: the layers.
+
+    Attributes:
+        layers: the layers.
+        weight_norms: |W_i|, (L,), as of the last statistics update: weights change little from one to the next.
+    """
+
+    FLOOR = 1e-3  # r
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list(layers)
+        self._parts = [(i, p) for i, layer in enumerate(layers) for p in (layer.weight, layer.bias) if p is not None]
+        device = layers[0].weight.device
+        self._layer_of_part = torch.tensor([i for i, _ in self._parts], device=device)
+        counts = torch.tensor([p.numel() for _, p in self._parts], dtype=torch.float32, device=device)
+        self._count = len(layers)
+        self._floors = self.FLOOR * self._added(counts).sqrt()
+        self.weight_norms: Tensor | None = None
+
+    def _added(self, parts: Tensor) -> Tensor:
+        return parts.new_zeros(self._count).index_add_(0, self._layer_of_part, parts)
+
+    def _norms(self, tensors: list[Tensor]) -> Tensor:
+        return self._added(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).square()).sqrt()
+
+    def apply(self, share: float, renew: bool, at_once: bool) -> None:
+        """Shorten the directions, which stand in `.grad`.
+
+        Args:
+            share: ρ.
+            renew: whether the norms of the weights are taken anew.
+            at_once: whether the host may wait for the norms.
+        """
+        if any(p.grad is None for _, p in self._parts):
+            return self._apply_to_some(share)
+        if renew or self.weight_norms is None:
+            self.weight_norms = self._norms([p.detach() for _, p in self._parts])
+        gradients = [p.grad for _, p in self._parts if p.grad is not None]
+        limits = torch.maximum(share * self.weight_norms, self._floors)
+        norms = self._norms(gradients)
+        factors = torch.where(norms > limits, limits / norms, 1.0)
+        if not at_once or bool((factors < 1).any()):
+            torch._foreach_mul_(gradients, list(factors[self._layer_of_part].unbind()))
+        return None
+
+    def _apply_to_some(self, share: float) -> None:
+        """Do the same where some have no gradient, layer by layer."""
+        for i in range(self._count):
+            own = [p.detach() for j, p in self._parts if j == i]
+            gradients = [p.grad for j, p in self._parts if j == i and p.grad is not None]
+            if gradients:
+                weight, v = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (own, gradients))
+                limit = torch.maximum(share * weight, self._floors[i])
+                torch._foreach_mul_(gradients, torch.where(v > limit, limit / v, 1.0))
+
+
+class Bound:
+    """The factor that holds the step to the bound. It falls at once, and rises slowly.
+
+    Attributes:
+        factor: by which the learning rate is multiplied: a number, or on a CUDA device a tensor, so that nothing waits.
+    """
+
+    RISE = 1.5  # the factor grows by this at most from one measurement to the next
+
+    def __init__(self) -> None:
+        self.factor: float | Tensor = 1.0
+
+    def measured(self, squared: Tensor, bound: float, at_once: bool) -> None:
+        """Take a measurement into account.
+
+        Args:
+            squared: η² dᵀFd of the step as it would be with the factor 1.
+            bound: K.
+            at_once: whether the host may wait for it.
+        """
+        wanted = (bound / squared.clamp(min=1e-300)).sqrt().nan_to_num(nan=1.0).clamp(max=1.0)
+        if at_once:
+            self.factor = min(float(wanted), self.RISE * float(self.factor))
+        elif isinstance(self.factor, Tensor):  # where a CUDA graph reads it
+            self.factor.copy_(torch.minimum(wanted.to(self.factor), self.RISE * self.factor))
+        else:
+            self.factor = wanted.clamp(max=self.RISE * self.factor).float()

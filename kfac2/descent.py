@@ -1,0 +1,158 @@
+"""Steps of SGD with momentum and of AdamW, through torch's fused kernels where they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+State = Mapping[Tensor, dict[str, Any]]
+Rate = float | Tensor
+
+_FULL = (torch.float32, torch.float64)
+
+
+def sgd_step(params: Sequence[Tensor], state: State, group: Mapping[str, Any], lr: Rate, found: Tensor | None) -> None:
+    """Take a step of SGD with weight decay and momentum.
+
+    Args:
+        params: parameters, all with a gradient.
+        state: the optimizer's, whose `momentum_buffer` is used.
+        group: `momentum`, `weight_decay` and `nesterov`.
+        lr: η.
+        found: on the device, 1 where the step is to be skipped; None where it is not.
+    """
+
+    def take(some: list[Tensor], fused: bool) -> None:
+        states = [state[parameter] for parameter in some]
+        momentum = group["momentum"]
+        if fused and momentum != 0:  # the fused step would leave new buffers undefined where it is skipped
+            for parameter, own in zip(some, states, strict=True):
+                if own.get("momentum_buffer") is None:
+                    own["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [own.get("momentum_buffer") for own in states]
+        grads = _gradients(some)
+        sgd(
+            some,
+            grads,
+            buffers,
+            has_sparse_grad=any(grad.is_sparse for grad in grads),
+            foreach=not fused,
+            fused=fused,
+            found_inf=found if fused else None,
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            lr=lr if fused else float(lr),  # type: ignore[arg-type]
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+        )
+        if not fused and momentum != 0:
+            for own, buffer in zip(states, buffers, strict=True):
+                own["momentum_buffer"] = buffer
+
+    _by_fusion(params, state, ("momentum_buffer",), found, take)
+
+
+def adamw_step(
+    params: Sequence[Tensor], state: State, group: Mapping[str, Any], lr: Rate, found: Tensor | None
+) -> None:
+    """Take a step of AdamW; a sparse gradient is taken as a dense one.
+
+    Args:
+        params: parameters, all with a gradient.
+        state: the optimizer's: `step`, `exp_avg` and `exp_avg_sq`.
+        group: `betas`, `eps` and `weight_decay`.
+        lr: its rate.
+        found: on the device, 1 where the step is to be skipped; None where it is not.
+    """
+    for parameter in params:
+        own = state[parameter]
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
+        if "step" not in own:
+            own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+    def take(some: list[Tensor], fused: bool) -> None:
+        states = [state[parameter] for parameter in some]
+        adamw(
+            some,
+            _gradients(some),
+            [own["exp_avg"] for own in states],
+            [own["exp_avg_sq"] for own in states],
+            [],
+            [own["step"] for own in states],
+            foreach=not fused,
+            fused=fused,
+            capturable=not fused and some[0].is_cuda,
+            found_inf=found if fused else None,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=lr if fused or some[0].is_cuda else float(lr),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    _by_fusion(params, state, ("exp_avg", "exp_avg_sq"), found, take)
+
+
+def _by_fusion(
+    params: Sequence[Tensor],
+    state: State,
+    names: Sequence[str],
+    found: Tensor | None,
+    take: Callable[[list[Tensor], bool], None],
+) -> None:
+    """Step those that the fused kernel takes, then the others, unless the step is to be skipped."""
+    can = [_can_be_fused(p, *(state[p].get(name) for name in names)) for p in params]
+    for fused in (True, False):
+        some = [parameter for parameter, takes in zip(params, can, strict=True) if takes == fused]
+        if some and (fused or found is None or not found.item()):
+            take(some, fused)
+
+
+def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in params if parameter.grad is not None]
+
+
+def _can_be_fused(parameter: Tensor, *states: Tensor | None) -> bool:
+    """Tell whether torch's fused kernel takes a parameter: one launch for all, which a flag on the device can skip.
+
+    It walks the memory of parameter, gradient and state side by side, so that they must lie alike, without gaps. On a
+    CPU it leaves out most elements of 16-bit parameters (torch 2.12 and 2.13).
+    """
+    others = [tensor for tensor in (parameter.grad, *states) if tensor is not None]
+    stride, dtype = parameter.stride(), parameter.dtype
+    alike = all(not other.is_sparse and other.dtype is dtype and other.stride() == stride for other in others)
+    if alike and dtype in _FULL and parameter.is_contiguous():
+        return True  # nearly always
+    if dtype not in _FULL and not (parameter.is_cuda and dtype in (torch.float16, torch.bfloat16)):
+        return False
+    if not (parameter.is_contiguous() or _is_channels_last(parameter)):
+        return False
+    return all(
+        other.dtype == dtype and other.device == parameter.device and _lie_alike(parameter, other) for other in others
+    )
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.dim() in formats and tensor.is_contiguous(memory_format=formats[tensor.dim()])
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    if b.is_sparse:
+        return False
+    strides = a.stride(), b.stride()
+    return strides[0] == strides[1] or all(
+        s == t
+        for size, s, t in zip(a.shape, *strides, strict=True)
+        if size > 1  # others say nothing
+    )
