@@ -100,9 +100,12 @@ class Captures:
         record = Capture(layer, x.detach(), get_gradient_edge(output), self._round)
         self.records.append(record)
         if self._follow_backward:
-            output.register_hook(lambda gradient: _receive(record, gradient))
+            known = weakref.ref(record)  # the graph must not keep it: it keeps the graph
+            output.register_hook(lambda gradient: _receive(known(), gradient))
 
 
-def _receive(record: Capture, gradient: Tensor) -> None:
+def _receive(record: Capture | None, gradient: Tensor) -> None:
+    if record is None:
+        return
     gradient = gradient.detach()
     record.g = gradient if record.g is None else record.g + gradient

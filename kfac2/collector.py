@@ -120,7 +120,8 @@ class Collector:
         """Order captures as the layers are, and drop layers that were called twice."""
         by_layer: dict[Layer, list[Use]] = {}
         for record, g in reached:
-            if g.numel() and record.x.numel():  # else no rows, as of an expert without tokens: not used in this pass
+            # Without rows (an expert without tokens) it is not used in this pass; an earlier pass may have dropped it.
+            if record.layer in self.captures.layers and g.numel() and record.x.numel():
                 by_layer.setdefault(record.layer, []).append(Use.of(record.layer, record.x, g))
         for layer, uses in by_layer.items():
             if len(uses) > 1:

@@ -98,7 +98,8 @@ class Curvature(Readings):
         follow_backward = self.options.fisher == "empirical"
         self.collector = Collector(layers, lambda: bool(self.layers) and self.wanted(), follow_backward, self.drop)
         self._step: Step | None = None
-        self._solved: tuple[Averages, float, float | None] | None = None
+        self.scheduled = False
+        self._solved: tuple[Averages, float, float | None, Inverses] | None = None
 
     @property
     def _statistics(self) -> Curvature:
@@ -121,10 +122,15 @@ class Curvature(Readings):
 
         Raises:
             TypeError: if an argument is no distribution.
-            ValueError: if one carries no graph, or none that holds a handled layer's output; or if something is not
-                finite. Nothing is changed then.
+            ValueError: if one carries no graph, or none that holds a handled layer's output; if there is one with
+                `fisher="empirical"`; or if something is not finite. Nothing is changed then.
             RuntimeError: with `fisher="empirical"`, if no backward pass has come by.
         """
+        if distributions and self.options.fisher == "empirical":
+            raise ValueError(
+                "distributions must be left out with fisher='empirical', whose gradients are those of backward(); "
+                f"got {len(distributions)}"
+            )
         try:
             for distribution in distributions:
                 self.collect(distribution)
@@ -165,9 +171,11 @@ class Curvature(Readings):
 
     @torch.no_grad()
     def _add(self, passed: Pass) -> None:
+        self._follow()
         self.sums.add_factors(passed)
         self.solvers.coarse.add(self.layout, self.sums, passed, self.averages.in_coarse)
         if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
+            self.mend()  # what is observed must be seen in the basis that it is averaged in
             self.solvers.fine.observe(self.layout, self.inverses.fields, passed, self.sums)
         if self.keeps_rows:
             self.kept.append(kept_of(passed, KEPT_SHARE))
@@ -265,38 +273,54 @@ class Curvature(Readings):
 
     @torch.no_grad()
     def _solve(self, step: Step, solutions: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
+        if not self.layout.layers:
+            return solutions
         settings = (damping, self.options.coarse_damping)
-        if self._solved is None or self._solved[0] is not self.averages or self._solved[1:] != settings:
-            self.commit(self.averages, self._inverted(self.averages, self.inverses, Damping(damping)))
-            self.mend()
-            self._solved = (self.averages, *settings)
-        assert self.inverses is not None
+        if self._solved is None or self._solved[0] is not self.averages or self._solved[1:3] != settings:
+            inverses = self._inverted(self.averages, self.inverses, Damping(damping))
+            inverses = self._mended(self.averages, inverses)
+            if not self.scheduled:
+                self.commit(self.averages, inverses)
+            self._solved = (self.averages, *settings, inverses)
+        for name, solution in solutions.items():
+            values = solution.coalesce().values() if solution.is_sparse else None
+            if values is not None and not values.isfinite().all():
+                raise ValueError(f"gradients must be finite, got a NaN or an infinity in the gradient of {name}")
         gathered = step.gather([solutions.get(self._names.get(id(p), "")) for p in step.parameters])
         rates = [1.0] * len(self.layout.layers)
         skipped = torch.zeros_like(self.health.skipped)
         weight, in_coarse = self.options.coarse_weight, self.averages.in_coarse
-        result = step.write(gathered, self.inverses, self.solvers, in_coarse, weight, None, rates, skipped)
+        result = step.write(gathered, self._solved[3], self.solvers, in_coarse, weight, None, rates, skipped)
         if result.found.item():
             raise ValueError(f"gradients must be finite, got a NaN or an infinity in {self.source(int(skipped[1]))}")
         return solutions
 
     def prepared(self) -> Step:
         """Return the step for the layers as they are, made anew where they have moved."""
-        if not self.layout.fits():
-            old, layers = self.layout, self.layout.layers
-            self.layout = Layout(layers, layers[0].weight.device)
-            coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse)
-            self.averages = self.averages.moved(old, self.layout, coarse)
-            self.inverses = self._step = None
-            if old.device != self.layout.device:
-                self.health = Health(self.layout.device)
+        self._follow()
         if self._step is None:
             own = {id(parameter) for layer in self.layout.layers for parameter in (layer.weight, layer.bias)}
             self._step = Step(self.layout, [parameter for parameter in self.params if id(parameter) not in own])
         return self._step
 
+    def _follow(self) -> None:
+        """Lay everything out anew where the layers have changed their device or dtype."""
+        if self.layout.fits():
+            return
+        self.dropping()
+        old, layers = self.layout, self.layout.layers
+        self.layout = Layout(layers, layers[0].weight.device)
+        coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse)
+        self.averages = self.averages.moved(old, self.layout, coarse)
+        if self.inverses is not None:
+            self.inverses = self.inverses.moved(old, self.layout, self.solvers.fine)
+        self._step = None
+        if old.device != self.layout.device:
+            self.health.move(self.layout.device)
+
     def watch(self, params: Iterable[nn.Parameter]) -> None:
         """Look for NaNs and infinities in the gradients of further parameters, too."""
+        self.dropping()  # what was found has the numbers of now
         self.params += list(params)
         self._step = None
 
@@ -336,7 +360,8 @@ class Curvature(Readings):
         Raises:
             ValueError: naming what does not fit.
         """
-        state.check(state_dict, [*keys, *state.KEYS], self.layout, self.dropped, self.options)
+        names = self.solvers.coarse.names
+        state.check(state_dict, [*keys, *state.KEYS], self.layout, self.dropped, self.options, names)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state. Options that may change during training are restored as well.
@@ -348,13 +373,15 @@ class Curvature(Readings):
             ValueError: if the state does not fit; nothing is changed then.
         """
         self.check_state_dict(state_dict)
+        self._follow()
         for layer in [layer for layer in self.layout.layers if layer.name in state_dict["dropped"]]:
             self.drop(layer)
         for name, value in state_dict["options"].items():
-            setattr(self.options, name, value)
+            if name in self.options.as_dict():  # a schedule's are not ours
+                setattr(self.options, name, value)
         self.discard()
         self.health.forget()
         inverses = state.to_inverses(state_dict["inverses"], self.layout, self.solvers)
         self.commit(state.to_averages(state_dict, self.layout, self.solvers), inverses)
-        if inverses is None:
-            self.inverses = None
+        if inverses is None:  # what comes next will not lie where a CUDA graph reads
+            self.inverses = self._step = None

@@ -81,6 +81,12 @@ class Health:
             )
         return count
 
+    def move(self, device: torch.device) -> None:
+        """Go on with another device, what was found and said before still known."""
+        self.at_once = device.type == "cpu"
+        self.skipped = self.skipped.to(device)
+        self.found = None
+
     def forget(self) -> None:
         """Forget what a run has found that is given up for another state."""
         self.skipped.zero_()

@@ -42,6 +42,15 @@ class Inverses:
     observations: int = 0
     observed: tuple[bool, ...] = ()
 
+    def moved(self, old: Layout, new: Layout, fine: FineSolver) -> Inverses:
+        """Return the inverses where another layout of the same layers says."""
+        fields = {
+            name: [stack.to(new.dtype) for stack in new.moved(stacks, old)] for name, stacks in self.fields.items()
+        }
+        coarse, failed = (None if t is None else t.to(new.device) for t in (self.coarse, self.failed))
+        usable, derived = self.usable.to(new.device), fine.derive(fields, self.damping)
+        return replace(self, fields=fields, derived=derived, usable=usable, coarse=coarse, failed=failed)
+
     def tensors(self) -> list[Tensor]:
         """Return what a step reads, in an order that depends on the layout and the options only."""
         stacks = [stack for part in (self.fields, self.derived) for stacks in part.values() for stack in stacks]
@@ -104,7 +113,7 @@ def inverted(
     failed = failed * seen  # the zeros of a layer without statistics are no failure
     before = failed.new_zeros(count) if last is None else last.usable
     if last is not None:
-        fields = fine.carry_over(fields, last.fields, _by_batch(layout, before > 0))
+        fields = _all_rounded(fine.carry_over(fields, last.fields, _by_batch(layout, before > 0)), layout)
     fields = _where(_by_batch(layout, failed > 0), last, fields)
     usable = torch.where(failed > 0, before, seen)
 
@@ -131,6 +140,10 @@ def inverted(
 def _rounded(stack: Tensor, layout: Layout, batch: int) -> Tensor:
     """Round to the dtype of the factors, row by row: so it is saved, and a resumed run computes the same."""
     return stack.to(layout.batches[batch].dtype).to(layout.dtype).contiguous()
+
+
+def _all_rounded(fields: Fields, layout: Layout) -> Fields:
+    return {name: [_rounded(s, layout, n) for n, s in enumerate(stacks)] for name, stacks in fields.items()}
 
 
 def _by_batch(layout: Layout, flags: Tensor) -> list[Tensor]:
@@ -163,6 +176,9 @@ def observed(layout: Layout, inverses: Inverses, fine: FineSolver, sums: Sums, d
         return inverses
     t = inverses.observations + 1
     fields, known = fine.averaged(layout, inverses.fields, inverses.observed, sums, kept_share(t, decay))
+    fields = _all_rounded(fields, layout)
+    has = inverses.usable.tolist()  # without an inverse there was no basis to observe it in
+    known = tuple(bool(was and there) for was, there in zip(known, has, strict=True))
     derived = fine.derive(fields, inverses.damping)
     return replace(inverses, fields=fields, derived=derived, observations=t, observed=known)
 
@@ -181,6 +197,7 @@ def mended(layout: Layout, averages: Averages, inverses: Inverses, solvers: Solv
         return inverses
     *layers, coarse = inverses.failed.tolist()
     numbers = [i for i, bad in enumerate(layers) if bad]
+    known = list(inverses.observed)
     for i in numbers:
         name = layout.layers[i].name
         entry = solvers.fine.mend(layout.view(averages.A, i), layout.view(averages.G, i), inverses.damping)
@@ -190,6 +207,7 @@ def mended(layout: Layout, averages: Averages, inverses: Inverses, solvers: Solv
         for field_name, value in entry.items():
             layout.view(inverses.fields[field_name], i).copy_(value.to(layout.layers[i].factor_dtype))
         inverses.usable[i] = 1
+        known[i] = False  # its fields are new, all of them
         warn(
             f"indefinite {name}",
             f"a factor of {name} is not positive definite (or its eigendecomposition did not converge); "
@@ -201,4 +219,4 @@ def mended(layout: Layout, averages: Averages, inverses: Inverses, solvers: Solv
         for name, stacks in solvers.fine.derive(inverses.fields, inverses.damping).items():
             for kept, value in zip(inverses.derived[name], stacks, strict=True):
                 kept.copy_(value)
-    return replace(inverses, failed=None)
+    return replace(inverses, failed=None, observed=tuple(known))

@@ -68,6 +68,7 @@ class Preconditioner(Readings):
         self.options = Options.of(settings) if options is None else options
         self.curvature = Curvature(model, params=params, skip=skip, options=self.options)
         self.curvature.wanted = self._wants_statistics
+        self.curvature.scheduled = True
         self.curvature.dropping = self.check
         self.iteration = 0
 

@@ -96,7 +96,12 @@ def to_inverses(state: State | None, layout: Layout, solvers: Solvers) -> Invers
 
 
 def check(
-    state: Mapping[str, Any], keys: Sequence[str], layout: Layout, dropped: Sequence[str], options: CurvatureOptions
+    state: Mapping[str, Any],
+    keys: Sequence[str],
+    layout: Layout,
+    dropped: Sequence[str],
+    options: CurvatureOptions,
+    names: Sequence[str],
 ) -> None:
     """Check that a state fits the model and the options that state depends on.
 
@@ -106,6 +111,7 @@ def check(
         layout: of the layers handled now.
         dropped: names of layers given up during training so far.
         options: the options of now.
+        names: what the averages of the coarse space are called.
 
     Raises:
         ValueError: naming what does not fit.
@@ -113,15 +119,20 @@ def check(
     missing = [key for key in keys if key not in state]
     if missing:
         raise ValueError(f"state_dict must be one of kfac2, got one without {missing}")
+    wanted = {"statistics": ("updates", "factors", *names), "inverses": ("damping", "fine", "observed", "observations")}
+    for part, inner in wanted.items():
+        missing = [key for key in inner if key not in (state[part] or inner)]
+        if missing:
+            raise ValueError(f"state_dict must be one of this version of kfac2, got {part} without {missing}")
     for name in STRUCTURAL:
         mine, theirs = getattr(options, name), state["options"][name]
         if theirs != mine:
             raise ValueError(f"state_dict must have been saved with {name}={mine!r}, got {theirs!r}")
-    names = [layer.name for layer in layout.layers]
-    expected = [name for name in names if name not in state["dropped"]]
-    if list(state["layers"]) != expected or not set(state["dropped"]) <= {*names, *dropped}:
+    layers = [layer.name for layer in layout.layers]
+    expected = [name for name in layers if name not in state["dropped"]]
+    if list(state["layers"]) != expected or not set(state["dropped"]) <= {*layers, *dropped}:
         raise ValueError(
-            f"state_dict must hold the layers {names}, got {list(state['layers'])} and {state['dropped']} left to SGD"
+            f"state_dict must hold the layers {layers}, got {list(state['layers'])} and {state['dropped']} left to SGD"
         )
     shapes = {layer.name: layer.matrix_shape for layer in layout.layers}
     for name, factors in (state["statistics"] or {"factors": {}})["factors"].items():

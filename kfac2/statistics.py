@@ -104,8 +104,9 @@ class Sums:
         """Name what holds a NaN or an infinity among the sums, or None."""
         if not self.A:
             return None
-        sums = [*self.A.values(), *self.G.values(), *self.coarse]  # a sum of features may overflow by itself
-        names = [f"the statistics of {layer.name}" for layer in (*self.A, *self.G)]
+        # a sum of features, or a square of a product, may overflow by itself
+        sums = [*self.A.values(), *self.G.values(), *self.squares.values(), *self.coarse]
+        names = [f"the statistics of {layer.name}" for layer in (*self.A, *self.G, *self.squares)]
         names += ["the coarse sums of inputs", "the coarse sums of output gradients"][: len(self.coarse)]
         first = first_not_finite(sums)
         return None if first == len(sums) else names[first]

@@ -15,6 +15,7 @@ from test_state import flatten
 from torch.distributions import Categorical, Independent
 
 from kfac2 import reference
+from kfac2.fine import Damping
 
 
 def net():
@@ -148,7 +149,7 @@ def invert(curvature, A_list, G):
     for i, A in enumerate(A_list):
         set_factor(curvature, str(i), A)
         set_factor(curvature, str(i), G, "G")
-    curvature.commit(*curvature.refreshed(0.1))
+    curvature.commit(*curvature.refreshed(Damping(0.1)))
 
 
 @pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac"])

@@ -98,7 +98,10 @@ class ConvTranspose(Layer):
             stuffed = stuffed.flip(tuple(range(2, 2 + rank)))
             padding = [(high, low) for low, high in padding]
         for axis, (low, high) in enumerate(padding):  # a padding larger than the kernel cuts places off
-            begin, end = max(0, -low), stuffed.shape[2 + axis] - max(0, -high)
+            extent = stuffed.shape[2 + axis]
+            begin, end = min(max(0, -low), extent), max(extent - max(0, -high), 0)
+            if begin + max(0, -high) > extent or -low > extent:  # nothing but zeros is left
+                padding[axis], end = (extent + low + high, 0), begin
             stuffed = stuffed.narrow(2 + axis, begin, end - begin)
         zeros = tuple((max(0, low), max(0, high)) for low, high in padding)
         bias = int(self.bias is not None)
