@@ -37,7 +37,7 @@ class KeptPass(NamedTuple):
     cases: float
 
 
-def kept_of(passed: Pass, share: float, least: int = 32) -> KeptPass:
+def kept_of(passed: Pass, share: float = 0.25, least: int = 32) -> KeptPass:
     """Keep a share of the samples of a pass, and at least so many."""
     whole = passed.uses[0].samples
     count = min(whole, max(least, int(whole * share)))
@@ -98,6 +98,7 @@ class ChangeLimit:
     Attributes:
         layers: the layers.
         weight_norms: |W_i|, (L,), as of the last statistics update: weights change little from one to the next.
+        norms: |v_i| of the last step, before the limit.
     """
 
     FLOOR = 1e-3  # r
@@ -111,6 +112,7 @@ class ChangeLimit:
         self._count = len(layers)
         self._floors = self.FLOOR * self._added(counts).sqrt()
         self.weight_norms: Tensor | None = None
+        self.norms: Tensor | None = None
 
     def _added(self, parts: Tensor) -> Tensor:
         return parts.new_zeros(self._count).index_add_(0, self._layer_of_part, parts)
@@ -132,8 +134,8 @@ class ChangeLimit:
             self.weight_norms = self._norms([p.detach() for _, p in self._parts])
         gradients = [p.grad for _, p in self._parts if p.grad is not None]
         limits = torch.maximum(share * self.weight_norms, self._floors)
-        norms = self._norms(gradients)
-        factors = torch.where(norms > limits, limits / norms, 1.0)
+        self.norms = self._norms(gradients)
+        factors = torch.where(self.norms > limits, limits / self.norms, 1.0)
         if not at_once or bool((factors < 1).any()):
             torch._foreach_mul_(gradients, list(factors[self._layer_of_part].unbind()))
         return None
@@ -154,12 +156,14 @@ class Bound:
 
     Attributes:
         factor: by which the learning rate is multiplied: a number, or on a CUDA device a tensor, so that nothing waits.
+        squared: the last measurement, or None.
     """
 
     RISE = 1.5  # the factor grows by this at most from one measurement to the next
 
     def __init__(self) -> None:
         self.factor: float | Tensor = 1.0
+        self.squared: Tensor | None = None
 
     def measured(self, squared: Tensor, bound: float, at_once: bool) -> None:
         """Take a measurement into account.
@@ -169,6 +173,7 @@ class Bound:
             bound: K.
             at_once: whether the host may wait for it.
         """
+        self.squared = squared
         wanted = (bound / squared.clamp(min=1e-300)).sqrt().nan_to_num(nan=1.0).clamp(max=1.0)
         if at_once:
             self.factor = min(float(wanted), self.RISE * float(self.factor))

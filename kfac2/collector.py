@@ -56,9 +56,14 @@ class Collector:
             The pass; None where it has no rows.
 
         Raises:
-            ValueError: if the distribution carries no graph, or none that holds a captured output.
+            TypeError: if it is no distribution.
+            ValueError: if it carries no graph, or none that holds a captured output.
             NotFiniteError: if no labels can be drawn for a NaN or an infinity.
         """
+        if not isinstance(distribution, Distribution):
+            raise TypeError(
+                f"distribution must be a torch.distributions.Distribution, got {type(distribution).__name__}"
+            )
         log_prob = self._log_prob_of_drawn_labels(distribution)
         if not log_prob.requires_grad:
             raise ValueError(

@@ -23,10 +23,9 @@ from kfac2.layout import Layout
 from kfac2.options import CurvatureOptions, check_damping
 from kfac2.processes import Alone
 from kfac2.readings import Readings
+from kfac2.solve import checked_gradients, solve_in_place
 from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
 from kfac2.step import Step
-
-KEPT_SHARE = 0.25  # of the samples whose rows are kept
 
 
 class Curvature(Readings):
@@ -146,20 +145,7 @@ class Curvature(Readings):
             self.discard()
 
     def collect(self, distribution: Distribution) -> None:
-        """Add one pass to the sums of this iteration, from the model's own predictive distribution.
-
-        Args:
-            distribution: as for `accumulate`.
-
-        Raises:
-            TypeError: if it is no distribution.
-            ValueError: if it carries no graph, or none that holds a handled layer's output.
-            NotFiniteError: if no labels can be drawn from it for a NaN or an infinity.
-        """
-        if not isinstance(distribution, Distribution):
-            raise TypeError(
-                f"distribution must be a torch.distributions.Distribution, got {type(distribution).__name__}"
-            )
+        """Add one pass to the sums of this iteration; raises what `Collector.sample` does."""
         passed = self.collector.sample(distribution)
         if passed is not None:
             self._add(passed)
@@ -178,7 +164,7 @@ class Curvature(Readings):
             self.mend()  # what is observed must be seen in the basis that it is averaged in
             self.solvers.fine.observe(self.layout, self.inverses.fields, passed, self.sums)
         if self.keeps_rows:
-            self.kept.append(kept_of(passed, KEPT_SHARE))
+            self.kept.append(kept_of(passed))
 
     def discard(self) -> None:
         """Free what this iteration has captured and summed."""
@@ -238,6 +224,7 @@ class Curvature(Readings):
             pinned = self.health.is_captured and self.inverses is not None
             self.inverses = self.inverses.holding(inverses) if pinned else inverses  # type: ignore[union-attr]
 
+    @torch.no_grad()
     def solve(self, gradients: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         """Multiply gradients by the damped inverse of the Fisher: both levels, no clip.
 
@@ -259,20 +246,10 @@ class Curvature(Readings):
             RuntimeError: if there are no statistics yet.
         """
         check_damping(damping)
-        step = self.prepared()
-        parameters = {self._names[id(p)]: p for p in step.parameters if id(p) in self._names}
-        for name, gradient in gradients.items():
-            if name not in parameters:
-                raise KeyError(f"gradients must have names of the model's parameters, got {name!r}")
-            if gradient.shape != parameters[name].shape:
-                wanted = tuple(parameters[name].shape)
-                raise ValueError(f"the gradient of {name} must have shape {wanted}, got {tuple(gradient.shape)}")
         if not self.averages.updates:
             raise RuntimeError("there are no statistics yet: call accumulate first")
-        return self._solve(step, {name: g.detach().clone() for name, g in gradients.items()}, damping)
-
-    @torch.no_grad()
-    def _solve(self, step: Step, solutions: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
+        named = {self._names[id(p)]: p for p in self.params if id(p) in self._names}
+        solutions = checked_gradients(gradients, named)
         if not self.layout.layers:
             return solutions
         settings = (damping, self.options.coarse_damping)
@@ -282,17 +259,12 @@ class Curvature(Readings):
             if not self.scheduled:
                 self.commit(self.averages, inverses)
             self._solved = (self.averages, *settings, inverses)
-        for name, solution in solutions.items():
-            values = solution.coalesce().values() if solution.is_sparse else None
-            if values is not None and not values.isfinite().all():
-                raise ValueError(f"gradients must be finite, got a NaN or an infinity in the gradient of {name}")
-        gathered = step.gather([solutions.get(self._names.get(id(p), "")) for p in step.parameters])
-        rates = [1.0] * len(self.layout.layers)
-        skipped = torch.zeros_like(self.health.skipped)
-        weight, in_coarse = self.options.coarse_weight, self.averages.in_coarse
-        result = step.write(gathered, self._solved[3], self.solvers, in_coarse, weight, None, rates, skipped)
-        if result.found.item():
-            raise ValueError(f"gradients must be finite, got a NaN or an infinity in {self.source(int(skipped[1]))}")
+        step = self.prepared()
+        own = [solutions.get(self._names.get(id(p), "")) for p in step.parameters]
+        arguments = self._solved[3], self.solvers, self.averages.in_coarse, self.options.coarse_weight
+        bad = solve_in_place(step, own, *arguments)
+        if bad is not None:
+            raise ValueError(f"gradients must be finite, got a NaN or an infinity in {self.source(bad)}")
         return solutions
 
     def prepared(self) -> Step:
@@ -351,15 +323,7 @@ class Curvature(Readings):
         }
 
     def check_state_dict(self, state_dict: Mapping[str, Any], keys: Iterable[str] = ()) -> None:
-        """Check that a state fits this model and these options; changes nothing.
-
-        Args:
-            state_dict: what `state_dict` returned.
-            keys: that it must have beside its own.
-
-        Raises:
-            ValueError: naming what does not fit.
-        """
+        """Check that a state fits this model and these options, with further keys; a ValueError names what does not."""
         names = self.solvers.coarse.names
         state.check(state_dict, [*keys, *state.KEYS], self.layout, self.dropped, self.options, names)
 

@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from kfac2.bound import Bound, ChangeLimit, divergence
 from kfac2.curvature import Curvature
 from kfac2.descent import adamw_step, sgd_step
+from kfac2.groups import as_groups, check_group
 from kfac2.kinds import Layer
-from kfac2.options import NUMBER, OptimizerOptions, check_option
+from kfac2.last_step import LastStep
+from kfac2.options import OptimizerOptions, check_option
 from kfac2.preconditioner import Preconditioner
 from kfac2.readings import Readings
 
@@ -143,7 +145,7 @@ class KFAC(Readings, Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_option("rest", rest, str, lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
-        groups = _as_groups(model.parameters() if params is None else params)
+        groups = as_groups(model.parameters() if params is None else params)
         self._rest = rest
         self._bound = Bound()
         self._change_limit: ChangeLimit | None = None
@@ -175,8 +177,8 @@ class KFAC(Readings, Optimizer):
             TypeError: if a value has the wrong type.
             ValueError: if a value is out of its range.
         """
-        _check_group({**self.defaults, **param_group})
-        (group,) = _as_groups([param_group])
+        check_group({**self.defaults, **param_group})
+        (group,) = as_groups([param_group])
         handled = [p for p in group["params"] if id(p) in self._handled or self._rest == "sgd"]
         others = [p for p in group["params"] if not (id(p) in self._handled or self._rest == "sgd")]
         if handled or not others:
@@ -240,6 +242,20 @@ class KFAC(Readings, Optimizer):
             if others:
                 scheduled = group["lr"] / self.defaults["lr"] if self.defaults["lr"] else 0.0
                 adamw_step(others, self.state, group, group["rest_lr"] * scheduled, found)
+
+    @property
+    def last_step(self) -> LastStep:
+        """What the last step was like: ν, the measured divergence, changes by layer. Nothing is read until asked for."""
+        inverses, limit = self.curvature.inverses, self._change_limit
+        return LastStep(
+            float("nan") if inverses is None else inverses.damping.value,
+            self.preconditioner.scale,
+            self._bound.squared,
+            self._bound.factor,
+            None if limit is None else limit.norms,
+            None if limit is None else limit.weight_norms,
+            [] if limit is None else [layer.name for layer in limit.layers],
+        )
 
     # -- the bounds -----------------------------------------------------------------------------------------
 
@@ -332,29 +348,3 @@ class KFAC(Readings, Optimizer):
         if norms is not None:
             self._change_limit = ChangeLimit(self.curvature.layers_with_statistics())
             self._change_limit.weight_norms = norms.to(self.curvature.layout.device)
-
-
-def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Write parameters, or groups of them, as groups that hold lists."""
-    entries = list(params)
-    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
-    result = []
-    for group in groups:
-        members = group["params"]
-        members = [members] if isinstance(members, Tensor) else list(members)
-        named = [member for member in members if isinstance(member, tuple)]
-        result.append({**group, "params": [p for _, p in named] if named else members})
-    return result
-
-
-def _check_group(settings: dict[str, Any]) -> None:
-    """Check the hyper-parameters of a group."""
-    for name in ("lr", "momentum", "weight_decay", "rest_lr", "eps"):
-        value = settings[name].item() if isinstance(settings[name], Tensor) else settings[name]
-        check_option(name, value, NUMBER, lambda v: 0 <= v < float("inf"), "a number of at least 0")
-    for value in settings["betas"]:
-        check_option("betas", value, NUMBER, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
-    if not isinstance(settings["nesterov"], bool):
-        raise TypeError(f"nesterov must be True or False, got {settings['nesterov']!r}")
-    if settings["nesterov"] and settings["momentum"] == 0:
-        raise ValueError("nesterov must be False without momentum, got nesterov=True with momentum=0")

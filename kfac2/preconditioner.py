@@ -48,6 +48,7 @@ class Preconditioner(Readings):
     Attributes:
         options: the options; those that state does not depend on may be set during training.
         curvature: the statistics and inverses that this is a schedule of.
+        scale: on the device, ν of the last step, and the sum that it bounds.
         iteration: k, calls of `step` so far.
 
     Raises:
@@ -70,6 +71,7 @@ class Preconditioner(Readings):
         self.curvature.wanted = self._wants_statistics
         self.curvature.scheduled = True
         self.curvature.dropping = self.check
+        self.scale = torch.ones(2, dtype=torch.float64)
         self.iteration = 0
 
     @property
@@ -255,6 +257,7 @@ class Preconditioner(Readings):
             health.skipped,
         )
         health.found = None if looks else result.found
+        self.scale = result.scale
         if looks and result.found.item():
             return curvature.source(health.take_skipped()[1])
         curvature.commit(averages, inverses)

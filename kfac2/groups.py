@@ -1,0 +1,36 @@
+"""Parameter groups as users write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from kfac2.options import NUMBER, check_option
+
+
+def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Write parameters, or groups of them, as groups that hold lists."""
+    entries = list(params)
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    result = []
+    for group in groups:
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        named = [member for member in members if isinstance(member, tuple)]
+        result.append({**group, "params": [p for _, p in named] if named else members})
+    return result
+
+
+def check_group(settings: dict[str, Any]) -> None:
+    """Check the hyper-parameters of a group."""
+    for name in ("lr", "momentum", "weight_decay", "rest_lr", "eps"):
+        value = settings[name].item() if isinstance(settings[name], Tensor) else settings[name]
+        check_option(name, value, NUMBER, lambda v: 0 <= v < float("inf"), "a number of at least 0")
+    for value in settings["betas"]:
+        check_option("betas", value, NUMBER, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
+    if not isinstance(settings["nesterov"], bool):
+        raise TypeError(f"nesterov must be True or False, got {settings['nesterov']!r}")
+    if settings["nesterov"] and settings["momentum"] == 0:
+        raise ValueError("nesterov must be False without momentum, got nesterov=True with momentum=0")

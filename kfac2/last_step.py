@@ -1,0 +1,58 @@
+"""What the last step was like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """Numbers of the last step of a `KFAC`. They are read from the device when they are asked for, not before.
+
+    Attributes:
+        damping: λ, or c with relative damping, of the inverses in use.
+    """
+
+    damping: float
+    _scale: Tensor
+    _squared: Tensor | float | None
+    _factor: Tensor | float
+    _norms: Tensor | None
+    _weight_norms: Tensor | None
+    _names: list[str]
+
+    @property
+    def nu(self) -> float:
+        """The factor ν of the KL clip: 1 where it did not act."""
+        return float(self._scale[0])
+
+    @property
+    def block_divergence(self) -> float:
+        """Σ_i η_i² |v_i · ∇_i|, the divergence as the blocks see it, before the clip: κ bounds it."""
+        return float(self._scale[1])
+
+    @property
+    def divergence(self) -> float | None:
+        """η² dᵀFd of the last statistics update, measured over all layers, as the step was before the bound K."""
+        return None if self._squared is None else float(self._squared)
+
+    @property
+    def bound_factor(self) -> float:
+        """What the bound K multiplies the step by now: 1 where it does not act."""
+        return float(self._factor)
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """By layer |v_i| / |W_i|, before the limit ρ; empty without a limit."""
+        if self._norms is None or self._weight_norms is None:
+            return {}
+        return dict(zip(self._names, (self._norms / self._weight_norms).tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        most = max(self.changes.items(), key=lambda change: change[1], default=None)
+        return (
+            f"LastStep(damping={self.damping:.3g}, nu={self.nu:.3g}, block_divergence={self.block_divergence:.3g}, "
+            f"divergence={self.divergence}, bound_factor={self.bound_factor:.3g}, largest change={most})"
+        )
