@@ -54,7 +54,6 @@ class Curvature(Readings):
     Attributes:
         options: the options; those that state does not depend on may be set at any time.
         keeps_rows: whether some rows of each pass are kept, in `kept`, until who asked for it clears the list.
-        kept: these rows.
         wanted: called at each forward pass with grad enabled: whether it is captured. By default all are.
         dropping: called before a layer is dropped, while what was found still has its names.
 

@@ -245,7 +245,7 @@ class KFAC(Readings, Optimizer):
 
     @property
     def last_step(self) -> LastStep:
-        """What the last step was like: ν, the measured divergence, changes by layer. Nothing is read until asked for."""
+        """What the last step was like: ν, the measured divergence, changes by layer; read when asked for."""
         inverses, limit = self.curvature.inverses, self._change_limit
         return LastStep(
             float("nan") if inverses is None else inverses.damping.value,
