@@ -155,7 +155,7 @@ def rise(record: Record) -> float:
 def steps_to(record: Record, loss: float) -> float:
     """Return after how many steps the mean over the last two blocks was at most `loss`; infinity if never."""
     for i, (a, b) in enumerate(pairwise(record["losses"]), start=2):
-        if None not in (a, b) and (a + b) / 2 <= loss:
+        if None not in (a, b) and (a + b) / 2 <= loss * (1 + 1e-4):  # all of them are rounded
             return i * BLOCK
     return math.inf
 
@@ -203,7 +203,7 @@ def comparison(runs: Sequence[Record]) -> str:
             over = seconds / median(r["seconds"] for r in same)
             rows.append([net, *map(digits, (loss, ratios[-1], quick[-1], rises[-1], seconds, over))])
         header = ["net", "final", "over AdamW", "steps to AdamW", "worst rise", "seconds", "over AdamW"]
-        half = max(r["steps"] for r in runs) / 2
+        half = max((r["steps"] for r in runs), default=0) / 2
         parts.append(
             f"{optimizer} {label or '(best rate)'}\n{table(header, rows)}\n"
             f"No worse than the best AdamW on {sum(r <= 1.02 for r in ratios)} of {len(rows)}, "
