@@ -42,7 +42,7 @@ kernels: $(BIN)/python  ## compile the CUDA kernels with nvcc for three architec
 bench: $(VENV)/installed  ## compare kernels and whole steps with the paper's way, plain torch and peers (20 minutes)
 	@$(BIN)/python bench/report.py $(ARGS)
 
-demo: $(VENV)/installed  ## train two networks with SGD, Adam, one- and two-level K-FAC; draw demo.png
+demo: $(VENV)/installed  ## train five networks with KFAC(model), nothing tuned, beside AdamW and SGD; draw demo.png
 	@$(BIN)/python bench/demo.py $(ARGS)
 
 deep-linear: $(VENV)/installed  ## the paper's figure 2, on the deep linear network; writes to build/results
