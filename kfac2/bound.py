@@ -120,6 +120,12 @@ class ChangeLimit:
     def _norms(self, tensors: list[Tensor]) -> Tensor:
         return self._added(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).square()).sqrt()
 
+    def go_on_with(self, weight_norms: Tensor) -> None:
+        """Take norms of the weights, to where a CUDA graph reads the last ones."""
+        if self.weight_norms is None:
+            self.weight_norms = torch.zeros_like(self._floors)
+        self.weight_norms.copy_(weight_norms)
+
     def apply(self, share: float, renew: bool, at_once: bool) -> None:
         """Shorten the directions, which stand in `.grad`.
 
@@ -131,7 +137,8 @@ class ChangeLimit:
         if any(p.grad is None for _, p in self._parts):
             return self._apply_to_some(share)
         if renew or self.weight_norms is None:
-            self.weight_norms = self._norms([p.detach() for _, p in self._parts])
+            self.go_on_with(self._norms([p.detach() for _, p in self._parts]))
+        assert self.weight_norms is not None
         gradients = [p.grad for _, p in self._parts if p.grad is not None]
         limits = torch.maximum(share * self.weight_norms, self._floors)
         self.norms = self._norms(gradients)
@@ -164,6 +171,13 @@ class Bound:
     def __init__(self) -> None:
         self.factor: float | Tensor = 1.0
         self.squared: Tensor | None = None
+
+    def go_on_with(self, factor: float) -> None:
+        """Take a factor, to where a CUDA graph reads the last one."""
+        if isinstance(self.factor, Tensor):
+            self.factor.fill_(factor)
+        else:
+            self.factor = factor
 
     def measured(self, squared: Tensor, bound: float, at_once: bool) -> None:
         """Take a measurement into account.

@@ -90,7 +90,7 @@ def adamw_step(
             foreach=not fused,
             fused=fused,
             capturable=not fused and some[0].is_cuda,
-            found_inf=found if fused else None,
+            found_inf=found.reshape(()) if fused and found is not None else None,  # steps count in its shape
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

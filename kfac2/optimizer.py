@@ -12,15 +12,13 @@ from torch.optim import Optimizer
 
 from kfac2.bound import Bound, ChangeLimit, divergence
 from kfac2.curvature import Curvature
-from kfac2.descent import adamw_step, sgd_step
+from kfac2.descent import Rate, adamw_step, sgd_step
 from kfac2.groups import as_groups, check_group
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
 from kfac2.options import OptimizerOptions, check_option
 from kfac2.preconditioner import Preconditioner
 from kfac2.readings import Readings
-
-Rate = float | Tensor
 
 
 class KFAC(Readings, Optimizer):
@@ -31,9 +29,10 @@ class KFAC(Readings, Optimizer):
         v_i = (G_i + √λ/π_i I)⁻¹ ∇_i (A_i + π_i √λ I)⁻¹ + ω c_i 1 1ᵀ,
         c   = (F_coarse + λ_c I)⁻¹ y,    y_i = the sum of all elements of ∇_i,
 
-    (c = 0 with one level), scaled by ν = min(1, √(κ / Σ_i η_i² |v_i · ∇_i|)). Then weight decay is added, and momentum
-    takes its step d, shortened where the divergence that it would bring, measured with the Fisher of the rows at hand,
-    is above K: η² dᵀFd ≤ K. Parameters that K-FAC does not handle are trained by AdamW, at a rate of their own.
+    (c = 0 with one level), scaled by ν = min(1, √(κ / Σ_i η_i² |v_i · ∇_i|)), and each layer's held to a share of its
+    weights, |v_i| ≤ ρ |W_i|. Then weight decay is added, and momentum takes its step d, shortened where the divergence
+    that it would bring, measured with the Fisher of the rows at hand, is above K: η² dᵀFd ≤ K. Parameters that K-FAC
+    does not handle are trained by AdamW, at a rate of their own.
 
     ```python
     opt = kfac2.KFAC(model)
@@ -48,9 +47,8 @@ class KFAC(Readings, Optimizer):
     The mean of -log_prob of the distribution must be the training loss up to a constant: the damping λ is
     relative to the Fisher of that loss (see `accumulate_fisher`).
 
-    With the KL clip as the step length, the learning rate is a share of it: η = 1 takes all that κ allows, and a
-    schedule of η shortens it. The paper's method is `lr=1e-3, momentum=0.9, damping=1e-2, kl_clip=1e-3, cov_every=10,
-    inv_every=100, levels=2, burn_in=0, kl_bound=None, rest="sgd"`, or other such numbers.
+    The learning rate is a share of the step that these bounds allow: a schedule of η shortens it. The paper's method is
+    `burn_in=0, relative_damping=False, kl_bound=None, max_change=None, rest="sgd", levels=2` with its η, μ, λ, κ.
 
     Args:
         model: the model; handled are `nn.Linear`, `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d` whose weight
@@ -61,17 +59,17 @@ class KFAC(Readings, Optimizer):
             split in two where both kinds are there: `group["method"]` is `'kfac'` or `'adamw'`.
         momentum: μ; default 0.5.
         weight_decay: added to the preconditioned gradient; decoupled in AdamW. Default 0.
-        nesterov: Nesterov's momentum; default False.
-        damping: λ > 0, in units of the Fisher of the mean loss; default 1e-2.
-        kl_clip: κ > 0, bounds the change of the predictions of one step as the blocks see it; None switches it off.
-            Default 1e-3.
+        nesterov: default False.
+        damping: c > 0; default 0.1: λ of a block is c times the mean of its own eigenvalues, (tr A/d_in)(tr G/d_out).
+        relative_damping: with False `damping` is λ itself, in units of the Fisher of the mean loss. Default True.
+        kl_clip: κ > 0, bounds the change of the predictions of one step as the blocks see it; None: off. Default 0.1.
         kl_bound: K > 0, bounds η² dᵀFd, measured over all layers with a quarter of the samples of each statistics
-            update; None switches it off. Default 0.1.
+            update; None: off. Default 0.5.
+        max_change: ρ > 0, bounds |v_i| by ρ |W_i|, or 1e-3 an element where that is more; None: off. Default 0.02.
         rest: `'adamw'` for the parameters that K-FAC does not handle, or `'sgd'`, which steps along their plain
             gradients at the rate of their group.
         rest_lr: the rate of AdamW; default 1e-3.
-        betas: of AdamW; default (0.9, 0.999).
-        eps: of AdamW; default 1e-8.
+        betas, eps: of AdamW; default (0.9, 0.999) and 1e-8.
         levels: 1 for plain K-FAC, the default; 2 for two-level K-FAC.
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
             of A ⊗ G + λI, `'ekfac'` for EKFAC (George et al. 2018): the same eigenbasis, with the diagonal that the
@@ -216,10 +214,10 @@ class KFAC(Readings, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
-        layers = self.curvature.layout.layers
+        layers, updates = self.curvature.layout.layers, self.curvature.averages.updates
         if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
             seen = self.curvature.layers_with_statistics()
-            self._limit(seen)
+            self._limit(seen, renew=self.curvature.averages.updates != updates)
             self._measure(rates, seen)
             along = {id(p) for layer in seen for p in (layer.weight, layer.bias)}
             for group in self.param_groups:
@@ -263,13 +261,15 @@ class KFAC(Readings, Optimizer):
         factor = self._bound.factor
         return lr if self.options.kl_bound is None or (isinstance(factor, float) and factor == 1) else lr * factor
 
-    def _limit(self, layers: list[Layer]) -> None:
+    def _limit(self, layers: list[Layer], renew: bool) -> None:
         """Hold each layer's direction to a share of its weights."""
-        if self.options.max_change is None or not layers:
-            return
+        if self.options.max_change is not None and layers:
+            self._limit_of(layers).apply(self.options.max_change, renew, self.curvature.health.at_once)
+
+    def _limit_of(self, layers: list[Layer]) -> ChangeLimit:
         if self._change_limit is None or self._change_limit.layers != layers:
             self._change_limit = ChangeLimit(layers)
-        self._change_limit.apply(self.options.max_change, bool(self.curvature.kept), self.curvature.health.at_once)
+        return self._change_limit
 
     def _measure(self, rates: dict[int, Rate], layers: Iterable[Layer]) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
@@ -342,9 +342,9 @@ class KFAC(Readings, Optimizer):
         self.preconditioner.check_state_dict(state_dict["kfac"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
         self.preconditioner.load_state_dict(state_dict["kfac"])
-        bounds = state_dict["kfac"]["bounds"]
-        self._bound.factor, norms = bounds["factor"], bounds["weight_norms"]
-        self._change_limit = None
-        if norms is not None:
-            self._change_limit = ChangeLimit(self.curvature.layers_with_statistics())
-            self._change_limit.weight_norms = norms.to(self.curvature.layout.device)
+        bounds, seen = state_dict["kfac"]["bounds"], self.curvature.layers_with_statistics()
+        self._bound.go_on_with(bounds["factor"])
+        if bounds["weight_norms"] is None or not seen:
+            self._change_limit = None
+        else:
+            self._limit_of(seen).go_on_with(bounds["weight_norms"])

@@ -1,10 +1,11 @@
 """Do two commits train alike? `python tests/compare_commits.py A B` compares parameters after 50 steps, bit for bit.
 
 Both are built in folders of their own, against the torch of this interpreter, and train the models of A's
-tests/models.py with both inverses and both levels on the CPU. MKL is told to give the same bits wherever matrices lie
+tests/models.py with both inverses and both levels on the CPU, by the paper's plain method. MKL is told to give the same bits wherever matrices lie
 in memory (MKL_CBWR), so that what is compared is the arithmetic.
 """
 
+import inspect
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ def train(out):
     from kfac2 import KFAC
 
     torch.set_num_threads(1)
+    plain = {"burn_in": 0, "relative_damping": False, "kl_bound": None, "max_change": None, "rest": "sgd"}
+    plain = {name: value for name, value in plain.items() if name in inspect.signature(KFAC).parameters}
     ends = {}
     for name in models.NAMES:
         for inverse in ("cholesky", "eigh"):
@@ -31,7 +34,7 @@ def train(out):
                 task = models.task(name)
                 opt = KFAC(
                     task.model, lr=1e-2, momentum=0.9, weight_decay=1e-3, damping=1e-2, kl_clip=1e-2, levels=levels,
-                    inverse=inverse, cov_every=5, inv_every=10,
+                    inverse=inverse, cov_every=5, inv_every=10, **plain,
                 )  # fmt: skip
                 for step in range(STEPS):
                     torch.manual_seed(step)

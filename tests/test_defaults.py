@@ -9,6 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
 from inside import curvature_of, fields
+from test_state import flatten
+from test_unread import Calls
 from torch.distributions import Categorical
 
 import kfac2
@@ -227,6 +229,26 @@ def test_relative_damping_follows_the_scale_of_the_loss():
     assert (directions[0] * directions[1]).sum() > 0.999
 
 
+def test_an_ordinary_step_reads_nothing_and_calls_nothing_for_each_layer():
+    counts = []
+    for depth in (3, 40):
+        torch.manual_seed(0)
+        layers = (m for _ in range(depth) for m in (nn.Linear(4, 4), nn.LayerNorm(4)))
+        model, x, y = nn.Sequential(*layers), torch.randn(6, 4), torch.arange(6) % 4
+        opt = kfac2.KFAC(model, cov_every=100, inv_every=100, burn_in=0)
+        curvature_of(opt).health.at_once = False  # as on a CUDA device
+        for _ in range(3):
+            opt.zero_grad()
+            out = model(x)
+            opt.accumulate_fisher(Categorical(logits=out))
+            F.cross_entropy(out, y).backward()
+            with Calls() as calls:
+                opt.step()
+        assert not [name for name in calls.names if "_local_scalar_dense" in name or "nonzero" in name]
+        counts.append(len(calls.names))
+    assert counts[0] == counts[1]
+
+
 def test_the_last_step_tells_what_bounded_it():
     torch.manual_seed(0)
     model = Mixed()
@@ -241,3 +263,36 @@ def test_the_last_step_tells_what_bounded_it():
     assert step.nu == 1 and step.bound_factor == pytest.approx((1e-7 / step.divergence) ** 0.5)
     assert list(step.changes) == ["body", "head"] and max(step.changes.values()) > 1e-3
     assert "largest change=(" in repr(step) and "nu=1," in repr(step)
+
+
+def test_a_step_that_is_skipped_unread_moves_neither_kind_of_parameter():
+    torch.manual_seed(0)
+    model = Mixed()
+    opt = kfac2.KFAC(model, cov_every=100, inv_every=100, burn_in=0)
+    curvature_of(opt).health.at_once = False
+    for _ in range(2):
+        iterate(model, opt)
+    before = copy.deepcopy([model.state_dict(), opt.state_dict()["state"]])
+    words, y = data()
+    opt.zero_grad()
+    F.cross_entropy(model(words), y).backward()
+    model.norm.weight.grad[0] = float("inf")
+    opt.step()
+    with pytest.warns(RuntimeWarning, match="1 steps before iteration 3 were skipped; .*norm.weight"):
+        after = [model.state_dict(), opt.state_dict()["state"]]
+    ours, theirs = flatten(before), flatten(after)
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_a_graph_finds_bounds_where_it_looks_for_them():
+    torch.manual_seed(0)
+    model = Mixed()
+    opt = kfac2.KFAC(model, cov_every=2)
+    curvature_of(opt).health.at_once = False
+    iterate(model, opt)
+    places = opt._bound.factor.data_ptr(), opt._change_limit.weight_norms.data_ptr()
+    for _ in range(3):
+        iterate(model, opt)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    iterate(model, opt)
+    assert (opt._bound.factor.data_ptr(), opt._change_limit.weight_norms.data_ptr()) == places
