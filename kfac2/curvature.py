@@ -94,7 +94,9 @@ class Curvature(Readings):
         self.wanted: Callable[[], bool] = lambda: True
         self.dropping: Callable[[], object] = lambda: None
         follow_backward = self.options.fisher == "empirical"
-        self.collector = Collector(layers, lambda: bool(self.layers) and self.wanted(), follow_backward, self.drop)
+        self.collector = Collector(
+            layers, lambda: bool(self.layout.layers) and self.wanted(), follow_backward, self.drop
+        )
         self._step: Step | None = None
         self.scheduled = False
         self._solved: tuple[Averages, float, float | None, Inverses] | None = None

@@ -130,9 +130,12 @@ def _can_be_fused(parameter: Tensor, *states: Tensor | None) -> bool:
     """
     others = [tensor for tensor in (parameter.grad, *states) if tensor is not None]
     stride, dtype = parameter.stride(), parameter.dtype
-    alike = all(not other.is_sparse and other.dtype is dtype and other.stride() == stride for other in others)
-    if alike and dtype in _FULL and parameter.is_contiguous():
-        return True  # nearly always
+    if dtype in _FULL and parameter.is_contiguous():
+        for other in others:
+            if other.is_sparse or other.dtype is not dtype or other.stride() != stride:
+                break
+        else:
+            return True  # nearly always
     if dtype not in _FULL and not (parameter.is_cuda and dtype in (torch.float16, torch.bfloat16)):
         return False
     if not (parameter.is_contiguous() or _is_channels_last(parameter)):
