@@ -93,10 +93,8 @@ class Curvature(Readings):
         self.kept: list[KeptPass] = []
         self.wanted: Callable[[], bool] = lambda: True
         self.dropping: Callable[[], object] = lambda: None
-        follow_backward = self.options.fisher == "empirical"
-        self.collector = Collector(
-            layers, lambda: bool(self.layout.layers) and self.wanted(), follow_backward, self.drop
-        )
+        is_empirical = self.options.fisher == "empirical"
+        self.collector = Collector(layers, lambda: self.wanted(), is_empirical, self.drop)
         self._step: Step | None = None
         self.scheduled = False
         self._solved: tuple[Averages, float, float | None, Inverses] | None = None

@@ -18,7 +18,8 @@ pytestmark = needs_device
 
 
 def train(model, x, target, steps, **options):
-    opt = KFAC(model, lr=0.05, damping=1e-2, cov_every=2, inv_every=3, fisher="empirical", **options)
+    settings = {"lr": 0.05, "damping": 1e-2, "cov_every": 2, "inv_every": 3, "fisher": "empirical", **options}
+    opt = KFAC(model, **settings)
     for _ in range(steps):
         opt.zero_grad()
         out = model(x)
@@ -27,8 +28,24 @@ def train(model, x, target, steps, **options):
     return opt
 
 
-@pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, {"levels": 1}, {"downsample": "area", "kl_clip": 1e-4}])
-@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d", "conv3d", "grouped", "same_even", "tokens", "sequence"])
+# What `KFAC(model)` adds to the paper's plain method.
+DEFAULTS = {
+    "damping": 0.1,
+    "relative_damping": True,
+    "kl_bound": 1e-3,
+    "max_change": 0.02,
+    "burn_in": 3,
+    "rest": "adamw",
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"inverse": "eigh"}, {"levels": 1}, {"downsample": "area", "kl_clip": 1e-4}, DEFAULTS, {"inverse": "ekfac"}],
+)
+@pytest.mark.parametrize(
+    "name", ["linear", "conv1d", "conv2d", "conv3d", "grouped", "same_even", "transposed2d", "tokens", "sequence"]
+)
 def test_training_follows_the_cpu(name, options):
     task = models.task(name)
     there = copy.deepcopy(task.model).to(DEVICE)
@@ -100,7 +117,7 @@ def iterate(model, opt, x, target, poison=lambda: None):
     opt.step()
 
 
-@pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, {"levels": 1, "kl_clip": None}])
+@pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, {"levels": 1, "kl_clip": None}, DEFAULTS])
 def test_an_ordinary_step_never_waits_for_the_device(options):
     model, x, target = net(), torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
     opt = KFAC(model, cov_every=100, inv_every=100, weight_decay=1e-3, **options)
@@ -136,7 +153,7 @@ def capture(model, opt, x, target):
     return graph
 
 
-@pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}])
+@pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, DEFAULTS])
 def test_a_cuda_graph_replayed_1000_times_follows_eager_steps(options):
     torch.manual_seed(0)
     x, target = torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
