@@ -272,9 +272,12 @@ def record(*losses, optimizer="sgd", **changes):
 
 def test_the_grid_is_the_papers():
     points = {name: grid.points(recipe("deep-linear", name)) for name in ("sgd", "adam", "kfac1", "kfac2")}
-    assert [len(set(some)) for some in points.values()] == [6, 6, 24, 24]
+    assert [len(set(some)) for some in points.values()] == [6, 6, 30, 30]
     assert {(s.lr, s.momentum) for s in points["adam"]} == {(a, b) for a in (1e-2, 1e-3, 1e-4) for b in (0, 0.9)}
-    assert {(s.damping, s.kl_clip) for s in points["kfac2"]} == {(a, b) for a in (1e-2, 1e-3) for b in (1e-2, 1e-3)}
+    papers = [s for s in points["kfac2"] if s.lr < 1]
+    assert {(s.damping, s.kl_clip) for s in papers} == {(a, b) for a in (1e-2, 1e-3) for b in (1e-2, 1e-3)}
+    region = [(s.momentum, s.kl_clip) for s in points["kfac1"] if s.lr == 1]
+    assert set(region) == {(a, b) for a in (0.5, 0.8) for b in (1e-3, 3e-3, 1e-2)} and len(region) == 6
 
 
 def winners(tried):
@@ -347,10 +350,11 @@ def test_deep_linear_and_grid_and_tuned(tmp_path, monkeypatch, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(grid, "RATES", (1e-2, 1e-3))
     monkeypatch.setattr(grid, "DAMPINGS", (1e-2,))
+    monkeypatch.setattr(grid, "REGION", ((1.0,), (0.5,), (1e-2,), (1e-3,)))
     text = call(monkeypatch, capsys, "--grid", "deep-linear", *options).out
     assert "### Grid: deep linear network, 4 hidden layers (96 samples), by train loss" in text
     tried = records.load(tmp_path / "records/grid-deep-linear.jsonl")
-    assert len(tried) == 4 + 4 + 8 + 8
+    assert len(tried) == 4 + 4 + 9 + 9
     text = call(monkeypatch, capsys, "deep-linear", *options, "--seeds", 2, "--tuned", "--first-seed", 3).out
     assert "(96 samples), tuned" in text and any(tmp_path.glob("figure2-tuned-*.png"))
     tuned = records.load(tmp_path / "records/deep-linear-tuned.jsonl")
