@@ -117,8 +117,11 @@ class ChangeLimit:
     def _added(self, parts: Tensor) -> Tensor:
         return parts.new_zeros(self._count).index_add_(0, self._layer_of_part, parts)
 
-    def _norms(self, tensors: list[Tensor]) -> Tensor:
-        return self._added(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).square()).sqrt()
+    def _norms(self, tensors: list[Tensor | None]) -> Tensor:
+        """Norms by layer of one tensor for each part; one that is not there counts nothing."""
+        norms = iter(torch._foreach_norm([tensor for tensor in tensors if tensor is not None]))
+        zero = self._floors.new_zeros(())
+        return self._added(torch.stack([zero if t is None else next(norms).float() for t in tensors]).square()).sqrt()
 
     def go_on_with(self, weight_norms: Tensor) -> None:
         """Take norms of the weights, to where a CUDA graph reads the last ones."""
@@ -134,28 +137,19 @@ class ChangeLimit:
             renew: whether the norms of the weights are taken anew.
             at_once: whether the host may wait for the norms.
         """
-        if any(p.grad is None for _, p in self._parts):
-            return self._apply_to_some(share)
         if renew or self.weight_norms is None:
             self.go_on_with(self._norms([p.detach() for _, p in self._parts]))
         assert self.weight_norms is not None
-        gradients = [p.grad for _, p in self._parts if p.grad is not None]
+        gradients = [p.grad for _, p in self._parts]
+        if all(gradient is None for gradient in gradients):
+            return
         limits = torch.maximum(share * self.weight_norms, self._floors)
         self.norms = self._norms(gradients)
         factors = torch.where(self.norms > limits, limits / self.norms, 1.0)
         if not at_once or bool((factors < 1).any()):
-            torch._foreach_mul_(gradients, list(factors[self._layer_of_part].unbind()))
-        return None
-
-    def _apply_to_some(self, share: float) -> None:
-        """Do the same where some have no gradient, layer by layer."""
-        for i in range(self._count):
-            own = [p.detach() for j, p in self._parts if j == i]
-            gradients = [p.grad for j, p in self._parts if j == i and p.grad is not None]
-            if gradients:
-                weight, v = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (own, gradients))
-                limit = torch.maximum(share * weight, self._floors[i])
-                torch._foreach_mul_(gradients, torch.where(v > limit, limit / v, 1.0))
+            of_parts = zip(gradients, factors[self._layer_of_part].unbind(), strict=True)
+            there = [(gradient, factor) for gradient, factor in of_parts if gradient is not None]
+            torch._foreach_mul_([gradient for gradient, _ in there], [factor for _, factor in there])
 
 
 class Bound:
