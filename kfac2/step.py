@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac2 import _C  # type: ignore[attr-defined]
 from kfac2.coarse import FineStep
 from kfac2.health import is_capturing
 from kfac2.inverses import Inverses, Solvers
@@ -16,8 +17,6 @@ from kfac2.ops.gather_gradients import gather_gradients
 from kfac2.ops.shift_and_scale import ShiftAndScale
 from kfac2.ops.write_gradients import write_gradients
 
-_MOST_AXES = 5  # of a tensor of any strides, see csrc/include/gradient_part.h
-_TOO_MANY = 2**31
 _GATHERED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -115,7 +114,7 @@ class Step:
         """Tell whether the native call takes a gradient that it only looks at."""
         if grad.is_sparse or grad.dtype not in _GATHERED or grad.device != self._layout.device:
             return False
-        return (grad.dim() <= _MOST_AXES or grad.is_contiguous()) and grad.numel() < _TOO_MANY
+        return (grad.dim() <= _C.gradient_max_axes or grad.is_contiguous()) and grad.numel() <= _C.gradient_max_elements
 
     def _make_table(self, present: tuple[bool, ...], others: tuple[int, ...]) -> Tensor:
         """For each gradient its place, row length, layer and number; -1 for one that is only looked at."""
