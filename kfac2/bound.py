@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac2.kinds import Layer
+from kfac2.kinds import Call, Layer
 from kfac2.statistics import Pass
 
 Direction = Callable[[Tensor], Tensor | None]
@@ -21,6 +21,7 @@ class KeptUse(NamedTuple):
     x: Tensor
     g: Tensor
     samples: int
+    call: Call
 
 
 class KeptPass(NamedTuple):
@@ -39,7 +40,7 @@ class KeptPass(NamedTuple):
 
 def kept_of(passed: Pass, share: float = 0.25, least: int = 32) -> KeptPass:
     """Keep a share of the samples of a pass, and at least so many."""
-    whole = passed.uses[0].samples
+    whole = passed.samples
     count = min(whole, max(least, int(whole * share)))
     uses = []
     for use in passed.uses:
@@ -47,7 +48,7 @@ def kept_of(passed: Pass, share: float = 0.25, least: int = 32) -> KeptPass:
         if count < whole and samples > 1:
             samples = max(1, samples * count // whole)
             x, g = x[:samples], g[:samples].clone()  # without the clone all of g would stay
-        uses.append(KeptUse(use.layer, x, g * passed.scale if passed.scale != 1 else g, samples))
+        uses.append(KeptUse(use.layer, x, g * passed.scale if passed.scale != 1 else g, samples, use.call))
     return KeptPass(uses, count, passed.cases * count / whole)
 
 
@@ -73,7 +74,7 @@ def divergence(passes: Sequence[KeptPass], direction: Direction) -> Tensor:
             weight, bias = direction(use.layer.weight), None if use.layer.bias is None else direction(use.layer.bias)
             if weight is None:
                 continue
-            moved = use.layer.apply(use.x.to(weight.dtype), weight, bias, use.g)
+            moved = use.call.repeated(use.x.to(weight.dtype), weight, bias)
             s = (moved * use.g.to(weight.dtype)).reshape(use.samples, -1).sum(1).double()
             if use.samples % kept.samples:
                 total = s.square().sum() if total is None else total + s.square().sum()

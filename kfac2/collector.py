@@ -1,159 +1,292 @@
-"""What one iteration brings to the statistics: captured calls and their gradients become passes."""
+"""From captured uses to the rows of a pass: gradients, samples, and what the loss can reach."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from kfac2.capture import Capture, Captures
 from kfac2.kinds import Layer
-from kfac2.layers import logger
+from kfac2.likelihood import Scores
+from kfac2.self_check import Rebuilt, SelfCheck
 from kfac2.statistics import Pass, Use
 
-
-class NotFiniteError(ValueError):
-    """Statistics cannot be taken for a NaN or an infinity.
-
-    Attributes:
-        source: what holds it.
-    """
-
-    def __init__(self, source: str) -> None:
-        super().__init__(f"statistics must be finite, got a NaN or an infinity in {source}")
-        self.source = source
+Reached = Sequence[tuple[Capture, Tensor]]
+"""Captures, and the gradients of their outputs."""
 
 
 class Collector:
-    """Makes passes of the captured calls of an iteration.
+    """Makes passes of the captured uses of an iteration.
 
     Args:
         layers: the layers to watch.
-        wanted: whether forwards are to be captured now.
         follow_backward: whether the ordinary backward pass brings the gradients (the empirical Fisher).
-        drop: called with a layer that was called twice in one pass.
+        drop: called with a layer that has to leave, and why.
+        batch_dim: the axis of samples of what has positions.
+        check_every: passes from one self-check to the next; 0: none.
 
     Attributes:
-        captures: the calls captured so far.
+        captures: the uses captured so far.
+        batch_dim: as above.
+        check: the self-check.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        wanted: Callable[[], bool],
         follow_backward: bool,
-        drop: Callable[[Layer], None],
+        drop: Callable[[Layer, str], None],
+        batch_dim: int = 0,
+        check_every: int = 100,
     ) -> None:
-        self.captures = Captures(layers, wanted, follow_backward)
+        self.captures = Captures(layers, follow_backward)
+        self.batch_dim = batch_dim
+        self.check = SelfCheck(check_every)
+        self._layers = list(layers)
         self._drop = drop
 
-    def sample(self, distribution: Distribution) -> Pass | None:
-        """Draw labels, and differentiate -log_prob with respect to the captured outputs.
+    def follow(self, layers: Sequence[Layer]) -> None:
+        """Watch these layers from now on."""
+        self._layers = list(layers)
+        self.captures.follow(layers)
+
+    # -- the sampled log-likelihood -------------------------------------------------------------------------
+
+    def captured_from(self, *tensors: Tensor) -> list[Capture]:
+        """Return the captures that are in the graphs of tensors."""
+        return [capture for tensor in tensors for capture, _ in self.captures.reached_from(tensor.grad_fn)]
+
+    def not_finite_input(self) -> str | None:
+        """Name the first captured input that is not finite, or None."""
+        for capture in self.captures.in_order():
+            if not capture.x.isfinite().all():
+                return f"the input of {capture.layer.name}"
+        return None
+
+    def sample(self, scores: Scores, mask: Tensor | None = None) -> list[Pass]:
+        """Differentiate with respect to the captured outputs.
+
+        Args:
+            scores: what to differentiate.
+            mask: bool, (N, S): which tokens are data. None: what the loss cannot reach is none.
 
         Returns:
-            The pass; None where it has no rows.
+            A pass, and one more for each further direction; none where there are no rows.
 
         Raises:
-            TypeError: if it is no distribution.
-            ValueError: if it carries no graph, or none that holds a captured output.
-            NotFiniteError: if no labels can be drawn for a NaN or an infinity.
+            ValueError: if the graph holds no captured output, or `mask` fits no layer.
+            RuntimeError: if the graph cannot be differentiated so.
         """
-        if not isinstance(distribution, Distribution):
-            raise TypeError(
-                f"distribution must be a torch.distributions.Distribution, got {type(distribution).__name__}"
-            )
-        log_prob = self._log_prob_of_drawn_labels(distribution)
-        if not log_prob.requires_grad:
-            raise ValueError(
-                f"distribution must carry the model's graph, got a {type(distribution).__name__} of detached "
-                "parameters: build it from the model's output, outside torch.no_grad()"
-            )
-        records = list(self.captures.records)
-        # M times the gradient of the mean is the gradient of the sum
-        edges = [record.edge for record in records]
-        with torch.enable_grad():
-            loss = -log_prob.sum()
-        grads = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True) if edges else ()
-        self.captures.records = records  # without what activation checkpointing ran, and captured, again
-        reached = [(record, g) for record, g in zip(records, grads, strict=True) if g is not None]
+        found = self.captures.reached_from(scores.drawn.grad_fn)
+        layers = [layer for layer in self._layers if layer.weight.requires_grad]
+        is_checked = self.check.is_due(Counter(capture.layer for capture, _ in found))
+        parameters = self.check.parameters(layers) if is_checked else []
+        edges = [edge for _, edge in found]
+        gradients = self._differentiated(scores.drawn, [*edges, *parameters])
+        reached = [(c, g) for (c, _), g in zip(found, gradients, strict=False) if g is not None]
         if not reached:
             raise ValueError(
                 "distribution must come from a forward pass of the model in this iteration, with grad enabled; "
-                "got one whose graph holds no output of a handled layer (if the model was compiled and run before "
-                "the optimizer was built: build it first, or call torch._dynamo.reset())"
+                "got one whose graph holds no use of a handled layer's weight"
             )
-        uses = self._uses(reached)
-        return Pass(uses, log_prob.numel()) if uses and log_prob.numel() else None
+        if is_checked:
+            self._leave(self.check.of_sample(layers, reached, gradients[len(edges) :]))
+        first = self._pass_of(reached, lambda last, samples: scores.cases, scores.leading, mask)
+        if first is None:
+            return []
+        passes = [replace(first, scale=scores.weight)]
+        for direction in scores.directions:
+            gradients = self._differentiated(direction(), edges)
+            passes.append(self._again(first, [(c, g) for (c, _), g in zip(found, gradients, strict=True) if g is not None]))
+        return passes
 
-    def followed_backward(self, cases: int | None) -> list[Pass]:
+    def _again(self, first: Pass, reached: Reached) -> Pass:
+        """Make a pass of other gradients of the same uses: what counts is known, and the inputs have been counted."""
+        known = {use.order: use for use in first.uses}
+        uses = []
+        for capture, g in reached:
+            use = known.get(capture.order)
+            if use is not None:
+                new = self._use_of(capture, g)
+                uses.append(new if use.reached is None else new.only(use.reached))
+        return Pass(self._in_order(uses), 0, first.samples, is_repeated=True)
+
+    def _differentiated(self, score: Tensor, inputs: Sequence[object]) -> Sequence[Tensor | None]:
+        if not inputs:
+            return ()
+        self.captures.is_paused = True  # activation checkpointing runs parts of the model again
+        try:
+            with torch.enable_grad():
+                return torch.autograd.grad(-score, inputs, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            raise RuntimeError(
+                "statistics differentiate the model's graph a second time, which torch.utils.checkpoint allows only "
+                "with use_reentrant=False, got a graph with reentrant checkpointing: set use_reentrant=False, or take "
+                "fisher='empirical'"
+            ) from error
+        finally:
+            self.captures.is_paused = False
+
+    # -- the ordinary backward passes -----------------------------------------------------------------------
+
+    def followed_backward(self, cases: int | str | None) -> list[Pass]:
         """Return the passes that the ordinary backward passes of this iteration left (the empirical Fisher).
 
         Args:
-            cases: M of one pass; by default its number of samples.
+            cases: M of one pass, see `KFAC`.
         """
         rounds: dict[int, list[tuple[Capture, Tensor]]] = {}
-        for record in self.captures.records:
-            if record.g is not None:
-                rounds.setdefault(record.round, []).append((record, record.g))
-        passes = [self._uses(reached) for reached in rounds.values()]
-        passes = [[use for use in uses if use.layer in self.captures.layers] for uses in passes]  # some dropped since
-        counts = [cases or uses[0].samples for uses in passes if uses]
-        # The losses of all passes add up to the mean over all their cases: that is what M multiplies.
-        return [
-            Pass(uses, count, scale=float(sum(counts)))
-            for uses, count in zip([uses for uses in passes if uses], counts, strict=True)
+        for capture in sorted(self.captures.received, key=lambda capture: capture.order):
+            assert capture.g is not None
+            rounds.setdefault(capture.round, []).append((capture, capture.g))
+        everything = [pair for reached in rounds.values() for pair in reached]
+        factor = 1.0
+        if self.check.every and everything:
+            failed, factor = self.check.of_backward(everything)
+            self._leave(failed)
+        passes = [
+            self._pass_of(reached, lambda last, samples: counted_cases(last, samples, cases), (), None)
+            for reached in rounds.values()
         ]
+        made = [passed for passed in passes if passed is not None]
+        # The losses of all passes add up to the mean over all their cases: that is what M multiplies.
+        total = sum(passed.cases for passed in made)
+        return [replace(passed, scale=factor * total) for passed in made]
 
-    def _log_prob_of_drawn_labels(self, distribution: Distribution) -> Tensor:
-        if any(_has_nan(value) for _, value in _parameters(distribution)):
-            # Not drawn from: on a CUDA device that fails an assertion, after which the process can use it no more.
-            raise NotFiniteError(self._not_finite_source(distribution) or "the distribution")
-        try:
-            with torch.no_grad():
-                labels = distribution.sample()
-            with torch.enable_grad():
-                return distribution.log_prob(labels)
-        except (RuntimeError, ValueError) as error:  # what sampling from NaNs raises
-            source = self._not_finite_source(distribution)
-            if source is None:
-                raise
-            raise NotFiniteError(source) from error
+    def _leave(self, failed: Mapping[Layer, Rebuilt]) -> None:
+        for layer, rebuilt in failed.items():
+            self._drop(layer, rebuilt.reason)
 
-    def _uses(self, reached: Sequence[tuple[Capture, Tensor]]) -> list[Use]:
-        """Order captures as the layers are, and drop layers that were called twice."""
-        by_layer: dict[Layer, list[Use]] = {}
-        for record, g in reached:
-            # Without rows (an expert without tokens) it is not used in this pass; an earlier pass may have dropped it.
-            if record.layer in self.captures.layers and g.numel() and record.x.numel():
-                by_layer.setdefault(record.layer, []).append(Use.of(record.layer, record.x, g))
-        for layer, uses in by_layer.items():
-            if len(uses) > 1:
-                logger.warning("%s is left to SGD: it is called %d times in one forward pass", layer.name, len(uses))
-                self._drop(layer)
-        return [by_layer[layer][0] for layer in self.captures.layers if layer in by_layer]
+    # -- rows -----------------------------------------------------------------------------------------------
 
-    def _not_finite_source(self, distribution: Distribution) -> str | None:
-        """Name what is not finite where drawing labels failed: a layer's input, or a parameter of the distribution."""
-        for record in self.captures.records:
-            if not record.x.isfinite().all():
-                return f"the input of {record.layer.name}"
-        for name, value in _parameters(distribution):
-            if not value.isfinite().all():
-                return f"{name.lstrip('_')} of the distribution"
-        return None
+    def _pass_of(
+        self,
+        reached: Reached,
+        count_cases: Callable[[Use, int], int],
+        leading: Sequence[int],
+        mask: Tensor | None,
+    ) -> Pass | None:
+        """Make a pass of captures and gradients; a layer whose use gives no rows leaves."""
+        uses = []
+        for capture, g in reached:
+            layer = capture.layer
+            # Without rows (an expert without tokens) it is not used in this pass.
+            if layer not in self._layers or not (g.numel() and capture.x.numel()):
+                continue
+            reason = layer.reason_against(capture.call)
+            if reason is not None:
+                self._drop(layer, reason)
+                continue
+            uses.append(self._use_of(capture, g))
+        uses = [use for use in uses if use.layer in self._layers]  # an earlier use of one that left
+        if not uses:
+            return None
+        samples = batch_size(uses, leading)
+        uses = with_reached(uses, samples, mask)
+        cases = count_cases(uses[-1], samples) if uses else 0
+        return Pass(self._in_order(uses), cases, samples) if cases else None
 
+    def _use_of(self, capture: Capture, g: Tensor) -> Use:
+        layer = capture.layer
+        x, g = (layer.samples_first(tensor, self.batch_dim) for tensor in (capture.x, g))
+        return Use.of(layer, x, g, capture.call, capture.order)
 
-def _parameters(distribution: Distribution) -> Iterator[tuple[str, Tensor]]:
-    """Find the tensors of a distribution, and of those that it is made of."""
-    for name, value in vars(distribution).items():
-        if isinstance(value, Distribution):
-            yield from _parameters(value)
-        elif isinstance(value, Tensor) and value.is_floating_point():
-            yield name, value
+    def _in_order(self, uses: Sequence[Use]) -> list[Use]:
+        """Sort uses by layer; those of one stay in the order of the forward pass."""
+        order = {layer: number for number, layer in enumerate(self._layers)}
+        return sorted(uses, key=lambda use: order[use.layer])
 
 
-def _has_nan(values: Tensor) -> bool:
-    """Tell by the greatest number, which is NaN if any is: no mask as large as a language model's logits."""
-    return bool(values.numel()) and bool(values.detach().amax().isnan())
+def batch_size(uses: Sequence[Use], leading: Sequence[int]) -> int:
+    """Return N, the leading size that most uses share; of two, that of the log-probabilities, then the last use's."""
+    counts = Counter(use.samples for use in uses)
+    most = max(counts.values())
+    shared = [size for size, count in counts.items() if count == most]
+    return next((size for size in leading if size in shared), shared[-1])
+
+
+def counted_cases(last: Use, samples: int, cases: int | str | None) -> int:
+    """Return M of an ordinary backward pass, whose loss says no M.
+
+    Args:
+        last: the last use of its forward pass.
+        samples: N.
+        cases: see `KFAC`.
+
+    Raises:
+        ValueError: if nobody says whether the loss is a mean over samples or over rows.
+    """
+    rows = last.row_count
+    if cases is None and rows != samples:
+        raise ValueError(
+            "cases must be given with fisher='empirical' where the last layer has another number of rows than there "
+            f"are samples, got None with {rows} rows of {last.layer.name or 'the model'} and {samples} samples: "
+            "cases='rows' if the loss is a mean over all of them (a token loss), 'samples' if it is one over samples, "
+            "or the number of its terms"
+        )
+    return {"rows": rows, "samples": samples, None: samples}.get(cases, cases)  # type: ignore[arg-type,return-value]
+
+
+def with_reached(uses: Sequence[Use], samples: int, mask: Tensor | None) -> list[Use]:
+    """Leave out the rows that the loss cannot reach, and those that `mask` does.
+
+    A row cannot be reached if g is exactly 0 there in every use on its grid. Where the last use has none such, as in
+    most passes, nothing else is looked at.
+
+    Args:
+        uses: in the order of the forward pass.
+        samples: N.
+        mask: bool, (N, S), or None.
+    """
+    result = list(uses)
+    if mask is not None:
+        result = _masked(result, mask)
+    grids: dict[tuple[int, int], list[int]] = {}
+    for number, use in enumerate(result):
+        if use.layer.has_tokens:
+            grids.setdefault((use.samples, use.places), []).append(number)
+    dead_samples = _unreached([use for use in result if use.samples == samples], whole_samples=True)
+    for number, use in enumerate(result):
+        if dead_samples is not None and use.samples == samples:
+            result[number] = use.only(~dead_samples.expand(-1, use.places))
+    for numbers in grids.values():
+        dead = _unreached([uses[number] for number in numbers], whole_samples=False)
+        if dead is not None:
+            for number in numbers:
+                result[number] = result[number].only(~dead)
+    return [use for use in result if use.reached is None or use.row_count]
+
+
+def _unreached(uses: Sequence[Use], whole_samples: bool) -> Tensor | None:
+    """Return which rows, (leading size, places), or samples, (N, 1), have no gradient in any use; None if all have."""
+    dead: Tensor | None = None
+    for use in reversed(uses):
+        none = (use.grads.tensor == 0).all(1).reshape(use.samples, -1)
+        none = none.all(1, keepdim=True) if whole_samples else none
+        dead = none if dead is None else dead & none
+        if not bool(dead.any()):
+            return None
+    return dead
+
+
+def _masked(uses: Sequence[Use], mask: Tensor) -> list[Use]:
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(f"mask must be a bool tensor of shape (N, S), got {mask.dtype} of shape {tuple(mask.shape)}")
+    shapes = {tuple(mask.shape), (mask.numel(), 1)}
+    if not any((use.samples, use.places) in shapes for use in uses):
+        raise ValueError(
+            f"mask must have the shape (N, S) of the tokens of a layer, got {tuple(mask.shape)}; "
+            f"the layers have {sorted({(use.samples, use.places) for use in uses})}"
+        )
+    return [
+        use.only(mask.to(use.g.device).reshape(use.samples, use.places))
+        if (use.samples, use.places) in shapes
+        else use
+        for use in uses
+    ]

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from kfac2 import state
 from kfac2.bound import KeptPass, kept_of
+from kfac2.capture import Trace
 from kfac2.coarse import coarse_space
-from kfac2.collector import Collector, NotFiniteError
+from kfac2.collector import Collector
 from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
 from kfac2.inverses import Inverses, Solvers, inverted, mended, observed
 from kfac2.kinds import Layer
-from kfac2.layers import find_layers
+from kfac2.layers import Found, find_layers
 from kfac2.layout import Layout
+from kfac2.likelihood import NotFiniteError, Prediction, scores_of, tensors_of
 from kfac2.options import CurvatureOptions, check_damping
+from kfac2.pending import Pending, misfit, that_count
 from kfac2.processes import Alone
 from kfac2.readings import Readings
 from kfac2.solve import checked_gradients, solve_in_place
 from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
 from kfac2.step import Step
+
+logger = logging.getLogger("kfac2")
 
 
 class Curvature(Readings):
@@ -49,12 +54,12 @@ class Curvature(Readings):
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
         **settings: `levels`, `inverse`, `fisher`, `stat_decay`, `downsample`, `coarse_weight`, `coarse_damping`,
-            `coarse_max_groups`, `inverse_dtype` and `cases`, as in `KFAC`.
+            `coarse_max_groups`, `inverse_dtype`, `cases`, `batch_dim` and `check_every`, as in `KFAC`.
 
     Attributes:
         options: the options; those that state does not depend on may be set at any time.
         keeps_rows: whether some rows of each pass are kept, in `kept`, until who asked for it clears the list.
-        wanted: called at each forward pass with grad enabled: whether it is captured. By default all are.
+        collector: captures forward passes with grad enabled, until `close`.
         dropping: called before a layer is dropped, while what was found still has its names.
 
     Raises:
@@ -72,12 +77,22 @@ class Curvature(Readings):
         options: CurvatureOptions | None = None,
         **settings: Any,
     ) -> None:
+        skip = [skip] if isinstance(skip, str) else list(skip)
         self.options = CurvatureOptions.of(settings) if options is None else options
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.params = list(model.parameters() if params is None else params)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        layers = find_layers(model, self.params, skip, self.options.coarse_max_groups)
+        self._find_layers = lambda: find_layers(model, self.params, skip, self.options.coarse_max_groups)
+        self.found = self._find_layers()
+        for name, module, reason in self.found.left:
+            logger.warning("%s (%s) is left to SGD: %s", name or "the model", type(module).__name__, reason)
+        layers = self.found.layers
+        if not layers:
+            raise ValueError(
+                "model must have a Linear or Conv layer that K-FAC can handle (trainable weight, not skipped), "
+                f"got none in {type(model).__name__}"
+            )
         self.layout = Layout(layers, layers[0].weight.device)
         self.solvers = Solvers(
             SOLVERS[self.options.inverse](),
@@ -91,10 +106,13 @@ class Curvature(Readings):
         self.dropped: list[str] = []
         self.keeps_rows = False
         self.kept: list[KeptPass] = []
-        self.wanted: Callable[[], bool] = lambda: True
+        self.pending: list[Pending] = []
         self.dropping: Callable[[], object] = lambda: None
         is_empirical = self.options.fisher == "empirical"
-        self.collector = Collector(layers, lambda: self.wanted(), is_empirical, self.drop)
+        self.collector = Collector(
+            layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every
+        )
+        self.collector.captures.turn(True)
         self._step: Step | None = None
         self.scheduled = False
         self._solved: tuple[Averages, float, float | None, Inverses] | None = None
@@ -103,14 +121,23 @@ class Curvature(Readings):
     def _statistics(self) -> Curvature:
         return self
 
+    def layers_and_seen(self) -> list[tuple[Layer, bool]]:
+        """Return the layers, and whether each has had rows."""
+        return list(zip(self.layout.layers, self.averages.seen, strict=True))
+
     def layers_with_statistics(self) -> list[Layer]:
         """Return the layers that have had rows."""
-        return [layer for layer, seen in zip(self.layout.layers, self.averages.seen, strict=True) if seen]
+        return [layer for layer, seen in self.layers_and_seen() if seen]
+
+    def uses_new_layer(self) -> bool:
+        """Tell whether a layer that has no statistics yet is used in a forward pass of this iteration."""
+        captures = self.collector.captures
+        return bool(captures.count) and any(captures.uses(layer) for layer, seen in self.layers_and_seen() if not seen)
 
     # -- statistics -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def accumulate(self, *distributions: Distribution) -> None:
+    def accumulate(self, *distributions: Prediction) -> None:
         """Average one batch into the statistics.
 
         Args:
@@ -134,51 +161,89 @@ class Curvature(Readings):
                 self.collect(distribution)
             if self.options.fisher == "empirical":
                 self.collect_backward()
-            if not self.sums.A:
-                raise RuntimeError("there is nothing to accumulate: got no distribution and no backward pass")
-            bad = self.sums.not_finite()
+            bad = self._take(self.pending) or self.sums.not_finite()
             if bad is not None:
                 raise NotFiniteError(bad)
+            if not self.sums.A:
+                raise RuntimeError("there is nothing to accumulate: got no distribution and no backward pass")
             self.commit(*self.refreshed(None))
         finally:
             self.discard()
 
-    def collect(self, distribution: Distribution) -> None:
-        """Add one pass to the sums of this iteration; raises what `Collector.sample` does."""
-        passed = self.collector.sample(distribution)
-        if passed is not None:
-            self._add(passed)
+    @torch.no_grad()
+    def collect(self, prediction: Prediction, mask: Tensor | None = None) -> None:
+        """Sum up one pass, which waits for its loss to go backward.
 
-    def collect_backward(self) -> None:
-        """Add the ordinary backward passes to the sums of this iteration (the empirical Fisher)."""
-        for passed in self.collector.followed_backward(self.options.cases):
-            self._add(passed)
+        Raises what `scores_of` and `Collector.sample` do; a NaN or an infinity waits, too.
+
+        Args:
+            prediction: the model's predictive distribution.
+            mask: see `Preconditioner.accumulate_fisher`.
+        """
+        self._follow()
+        traces = [capture.trace for capture in self.collector.captured_from(*tensors_of(prediction))]
+        try:
+            scores = scores_of(prediction, self.options.fisher == "exact", self.options.samples)
+        except NotFiniteError as error:
+            self.pending.append(Pending(traces, bad=self.collector.not_finite_input() or error.source))
+            return
+        passes = self.collector.sample(scores, mask)
+        if passes:
+            self.pending.append(self._summed(passes, traces))
 
     @torch.no_grad()
-    def _add(self, passed: Pass) -> None:
+    def collect_backward(self) -> None:
+        """Sum up the ordinary backward passes of this iteration (the empirical Fisher)."""
         self._follow()
-        self.sums.add_factors(passed)
-        self.solvers.coarse.add(self.layout, self.sums, passed, self.averages.in_coarse)
-        if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
-            self.mend()  # what is observed must be seen in the basis that it is averaged in
-            self.solvers.fine.observe(self.layout, self.inverses.fields, passed, self.sums)
-        if self.keeps_rows:
-            self.kept.append(kept_of(passed))
+        for passed in self.collector.followed_backward(self.options.cases):
+            self._take([self._summed([passed], [])])
+
+    def settle(self) -> str | None:
+        """Add up the passes whose loss has gone backward; return what is not finite in one of them, or None."""
+        return self._take(that_count(self.pending, self.health.warn_once))
+
+    def _take(self, passes: Iterable[Pending]) -> str | None:
+        bad = None
+        for one in passes:
+            bad = bad or one.bad
+            self.sums.add(one.sums)
+            self.kept += one.kept
+        self.pending = []
+        return bad
+
+    def _summed(self, passes: Sequence[Pass], traces: list[Trace]) -> Pending:
+        sums = Sums()
+        for passed in passes:
+            sums.add_factors(passed)
+            self.solvers.coarse.add(self.layout, sums, passed)
+            if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
+                self.mend()  # what is observed must be seen in the basis that it is averaged in
+                self.solvers.fine.observe(self.layout, self.inverses.fields, passed, sums)
+        for layer in sums.misfits:
+            self.health.warn_once(f"misfit {layer.name}", misfit(passes[0], layer))
+        return Pending(traces, sums, [kept_of(passed) for passed in passes] if self.keeps_rows else [])
 
     def discard(self) -> None:
         """Free what this iteration has captured and summed."""
         self.collector.captures.clear()
-        self.sums = Sums()
+        self.sums, self.pending = Sums(), []
 
-    def drop(self, layer: Layer) -> None:
+    def close(self) -> None:
+        """Look at no forward pass any more. What was found goes on to be used."""
+        self.discard()
+        self.collector.captures.turn(False)
+
+    def drop(self, layer: Layer, reason: str = "") -> None:
         """Leave a layer alone from now on; what this iteration has summed so far is discarded with it."""
+        if reason:
+            self.health.warn(f"{layer.name or 'the model'} leaves K-FAC, and takes its plain gradient: {reason}")
         self.dropping()
         old, self.layout = self.layout, self.layout.without(layer)
         coarse = self.solvers.coarse.without(old, self.averages.coarse, old.number(layer))
         self.averages = self.averages.moved(old, self.layout, coarse)
         self.dropped.append(layer.name)
-        self.collector.captures.forget(layer)
-        self.sums, self.kept = Sums(), []
+        self.collector.follow(self.layout.layers)
+        self.sums, self.kept, self.pending = Sums(), [], []
         self.inverses = self._step = None
 
     # -- inverses -------------------------------------------------------------------------------------------
@@ -275,19 +340,31 @@ class Curvature(Readings):
         return self._step
 
     def _follow(self) -> None:
-        """Lay everything out anew where the layers have changed their device or dtype."""
-        if self.layout.fits():
+        """Lay everything out anew where layers have changed their device or dtype, or are others now."""
+        found = self._found_anew() if self.found.has_changed() else self.found
+        if found is self.found and self.layout.fits():
             return
         self.dropping()
-        old, layers = self.layout, self.layout.layers
-        self.layout = Layout(layers, layers[0].weight.device)
-        coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse)
+        old, layers = self.layout, [layer for layer in found.layers if layer.name not in self.dropped]
+        self.layout = Layout(layers, layers[0].weight.device if layers else old.device)
+        is_same = self.layout.layers == old.layers
+        coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse) if is_same else ()
         self.averages = self.averages.moved(old, self.layout, coarse)
         if self.inverses is not None:
-            self.inverses = self.inverses.moved(old, self.layout, self.solvers.fine)
-        self._step = None
+            self.inverses = self.inverses.moved(old, self.layout, self.solvers.fine) if is_same else None
+        self._step, self.found = None, found
+        self.collector.follow(layers)
         if old.device != self.layout.device:
             self.health.move(self.layout.device)
+
+    def _found_anew(self) -> Found:
+        """Find the layers again; one whose parameters are the same is the same."""
+        found = self._find_layers()
+        known = {layer.name: layer for layer in self.found.layers if layer.is_current()}
+        for name in {layer.name for layer in self.layout.layers} - {layer.name for layer in found.layers}:
+            reason = next((left.reason for left in found.left if left.name == name), "it is no part of the model")
+            self.health.warn(f"{name or 'the model'} leaves K-FAC, and takes its plain gradient: {reason}")
+        return found._replace(layers=[known.get(layer.name, layer) for layer in found.layers])
 
     def watch(self, params: Iterable[nn.Parameter]) -> None:
         """Look for NaNs and infinities in the gradients of further parameters, too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Inverses:
     def moved(self, old: Layout, new: Layout, fine: FineSolver) -> Inverses:
         """Return the inverses where another layout of the same layers says."""
         fields = {
-            name: [stack.to(new.dtype) for stack in new.moved(stacks, old)] for name, stacks in self.fields.items()
+            name: new.moved(stacks, old, partial(fine.shape, name), new.dtype) for name, stacks in self.fields.items()
         }
         coarse, failed = (None if t is None else t.to(new.device) for t in (self.coarse, self.failed))
         usable, derived = self.usable.to(new.device), fine.derive(fields, self.damping)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -14,13 +13,47 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from kfac2.kinds import KINDS, Layer
 
-logger = logging.getLogger("kfac2")
+
+FROZEN = "its weight is frozen"
+
+
+class Left(NamedTuple):
+    """A module of a handled kind that is left alone.
+
+    Attributes:
+        name: in the model.
+        module: the module.
+        reason: why.
+    """
+
+    name: str
+    module: nn.Module
+    reason: str
+
+
+class Found(NamedTuple):
+    """The layers of a model.
+
+    Attributes:
+        layers: those that are handled, in the order of `model.named_modules()`.
+        left: those that are not.
+    """
+
+    layers: list[Layer]
+    left: list[Left]
+
+    def has_changed(self) -> bool:
+        """Tell whether a weight or a bias is another now, or was frozen or unfrozen."""
+        return not all(layer.is_current() for layer in self.layers) or any(
+            reason == FROZEN and module.weight is not None and module.weight.requires_grad  # type: ignore[union-attr]
+            for _, module, reason in self.left
+        )
 
 
 def find_layers(
     model: nn.Module, trained: Collection[nn.Parameter], skip: Iterable[str], coarse_max_groups: int
-) -> list[Layer]:
-    """Return the handled layers in the order of `model.named_modules()`; log why others are left to SGD.
+) -> Found:
+    """Return the handled layers, and why others are left alone.
 
     Args:
         model: the model.
@@ -30,14 +63,15 @@ def find_layers(
 
     Raises:
         TypeError: if `model` is no module, or `skip` is not made of strings.
-        ValueError: if an entry of `skip` matches no module, no layer is left, or layers are on two devices.
+        ValueError: if an entry of `skip` matches no module, or layers are on two devices.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     patterns = _skip_patterns(model, skip)
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    owners = _owners(model)
     ids = {id(parameter) for parameter in trained}
-    layers = []
+    layers: list[Layer] = []
+    left = []
     for name, module in model.named_modules():
         kind = next((kind for kind in KINDS if isinstance(module, kind.modules)), None)
         if kind is None:
@@ -46,23 +80,20 @@ def find_layers(
         if any(pattern.fullmatch(name) for pattern in patterns):
             reason = "it is named by skip"
         if reason is None:
+            if any(layer.weight is module.weight for layer in layers):
+                continue  # one layer for a weight, however many modules have it
             bias = module.bias
             is_trained = bias is not None and bias.requires_grad and id(bias) in ids
             layers.append(kind(name, module, bias if is_trained else None, coarse_max_groups))
         elif module.weight is not None:
-            logger.warning("%s (%s) is left to SGD: %s", name or "the model", type(module).__name__, reason)
-    if not layers:
-        raise ValueError(
-            "model must have a Linear or Conv layer that K-FAC can handle (trainable weight, not skipped), "
-            f"got none in {type(model).__name__}"
-        )
+            left.append(Left(name, module, reason))
     for layer in layers:
         if layer.weight.device != layers[0].weight.device:
             raise ValueError(
                 f"model must have all handled layers on one device, got {layers[0].name} on "
                 f"{layers[0].weight.device} and {layer.name} on {layer.weight.device}"
             )
-    return layers
+    return Found(layers, left)
 
 
 def _skip_patterns(model: nn.Module, skip: Iterable[str]) -> list[re.Pattern[str]]:
@@ -84,23 +115,37 @@ def _skip_patterns(model: nn.Module, skip: Iterable[str]) -> list[re.Pattern[str
     return patterns
 
 
-def _reason_against(kind: type[Layer], module: nn.Module, owners: Counter[int], trained: Collection[int]) -> str | None:
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return the modules that have each parameter, by its id, and the names that they have it under."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, name))
+    return owners
+
+
+def _reason_against(
+    kind: type[Layer], module: nn.Module, owners: dict[int, list[tuple[nn.Module, str]]], trained: Collection[int]
+) -> str | None:
     """Return the reason why a layer is left to SGD, or None where it is handled."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention calls its out_proj without running hooks"
+        return "nn.MultiheadAttention uses its out_proj inside of one function, where it is not seen"
     if is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is parametrised"
-    if type(module).forward not in {cls.forward for cls in kind.modules}:
-        return "its class has a forward of its own"
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if isinstance(weight, UninitializedParameter):
         return "its weight has no shape yet (run the lazy module once before building the optimizer)"
     if weight is None or not weight.requires_grad:
-        return "its weight is frozen"
+        return FROZEN
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     if id(weight) not in trained:
         return "its weight is in no parameter group"
-    if owners[id(weight)] > 1 or (bias is not None and owners[id(bias)] > 1):
-        return "its parameters are tied to another module's"
-    return kind.reason_against(module)
+    others = [owner for owner, name in owners[id(weight)] if not (name == "weight" and isinstance(owner, kind.modules))]
+    if others:
+        return f"its weight is tied to another module's, a {type(others[0]).__name__}"
+    sharing = [owner._parameters["bias"] for owner, _ in owners[id(weight)]]
+    if any(other is not bias for other in sharing) or (bias is not None and len(owners[id(bias)]) != len(sharing)):
+        return "its weight or its bias is tied to another module's, but not both"
+    return None

@@ -138,26 +138,25 @@ class Layout:
                 views[i] = view
         return views
 
-    def moved(self, stacks: Stacks, old: Layout, dtype: torch.dtype | None = None) -> Stacks:
-        """Copy a field that lies as another layout says, which has at least these layers.
+    def moved(
+        self,
+        stacks: Stacks,
+        old: Layout,
+        shape_of: Callable[[Batch], Sequence[int]],
+        dtype: torch.dtype | None = None,
+    ) -> Stacks:
+        """Copy a field that lies as another layout says; a layer that is not there has zeros.
 
         Args:
             stacks: the field.
             old: where it lies now.
+            shape_of: gives the shape of one block's entry.
             dtype: by default that of the factors.
         """
-        numbers = [old.number(layer) for layer in self.layers]
-        new = [
-            torch.zeros(
-                batch.blocks,
-                *old.view(stacks, numbers[batch.members[0]]).shape[1:],
-                dtype=dtype or batch.dtype,
-                device=self.device,
-            )
-            for batch in self.batches
-        ]
-        for i, number in enumerate(numbers):
-            self.view(new, i).copy_(old.view(stacks, number))
+        new = self.stacks(shape_of, dtype)
+        for i, layer in enumerate(self.layers):
+            if layer in old.layers:
+                self.view(new, i).copy_(old.view(stacks, old.number(layer)))
         return new
 
     # -- matrices -------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.optim import Optimizer
 
 from kfac2.bound import Bound, ChangeLimit, divergence
@@ -16,6 +15,7 @@ from kfac2.descent import Rate, adamw_step, sgd_step
 from kfac2.groups import as_groups, check_group
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
+from kfac2.likelihood import Prediction
 from kfac2.options import OptimizerOptions, check_option
 from kfac2.preconditioner import Preconditioner
 from kfac2.readings import Readings
@@ -74,10 +74,10 @@ class KFAC(Readings, Optimizer):
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
             of A ⊗ G + λI, `'ekfac'` for EKFAC (George et al. 2018): the same eigenbasis, with the diagonal that the
             Fisher has in it, estimated anew at each statistics update.
-        fisher: `'mc'` for the true Fisher, labels drawn from the model (call `accumulate_fisher`);
+        fisher: `'mc'` for the true Fisher, labels drawn from the model (call `accumulate_fisher`); `'exact'` for all
+            directions of a Categorical, Bernoulli or Normal, a backward pass for each number that a sample predicts;
             `'empirical'` for the gradients of the ordinary backward passes (no call needed), whose losses must
-            add up to the mean over their cases; not with a loss that is scaled (GradScaler), since its scale
-            would count, nor with other gradients taken through the layers in the same iteration.
+            add up to the mean over their cases.
         stat_decay: bound of ε in the running averages; default 0.95.
         cov_every: iterations between statistics; default 5.
         inv_every: iterations between inverses; default 10. A new damping takes effect at once.
@@ -91,8 +91,12 @@ class KFAC(Readings, Optimizer):
             well. Default 32.
         inverse_dtype: `torch.float64` inverts float32 factors in float64 and rounds the result; by default each
             factor is inverted in its own dtype.
-        cases: M for the empirical Fisher, the number of terms that the mean loss averages over; by default
-            the batch size.
+        cases: M for the empirical Fisher, the number of terms that the mean loss averages over, or `'samples'`, or
+            `'rows'`, all rows of the last layer (a token loss); needed where these two differ.
+        samples: how often labels are drawn for a statistics update with `fisher="mc"`; default 1.
+        batch_dim: the axis of samples of inputs with positions: 0, or 1 for time-major models.
+        check_every: passes of statistics from one self-check to the next, beside those of a set of uses that is new:
+            the rows of a weight must rebuild its gradient, or it leaves K-FAC. Default 100; 0: never.
         skip: full names of modules, or regular expressions that match them in full, left to `rest`.
 
     Attributes:
@@ -136,7 +140,10 @@ class KFAC(Readings, Optimizer):
         coarse_damping: float | None = None,  # λ_c
         coarse_max_groups: int = 32,
         inverse_dtype: torch.dtype | None = None,
-        cases: int | None = None,  # M
+        cases: int | str | None = None,  # M
+        samples: int = 1,
+        batch_dim: int = 0,
+        check_every: int = 100,
         skip: Iterable[str] = (),
     ) -> None:
         arguments = dict(locals())  # the options go on under their own names
@@ -299,9 +306,13 @@ class KFAC(Readings, Optimizer):
             "got copy.deepcopy or pickle of the optimizer itself"
         )
 
-    def accumulate_fisher(self, distribution: Distribution) -> None:
+    def accumulate_fisher(self, distribution: Prediction, mask: Tensor | None = None) -> None:
         """See `Preconditioner.accumulate_fisher`."""
-        self.preconditioner.accumulate_fisher(distribution)
+        self.preconditioner.accumulate_fisher(distribution, mask)
+
+    def close(self) -> None:
+        """See `Preconditioner.close`."""
+        self.preconditioner.close()
 
     @property
     def needs_fisher(self) -> bool:

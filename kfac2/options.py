@@ -26,7 +26,7 @@ _RULES: dict[str, _Rule] = {
     "kl_clip": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
     "levels": _one_of(1, 2),
     "inverse": _one_of(*SOLVERS),
-    "fisher": _one_of("mc", "empirical"),
+    "fisher": _one_of("mc", "exact", "empirical"),
     "stat_decay": (NUMBER, lambda v: 0 <= v < 1, "a number in [0, 1)"),
     "cov_every": (int, lambda v: v >= 1, "an int of at least 1"),
     "inv_every": (int, lambda v: v >= 1, "an int of at least 1"),
@@ -43,7 +43,14 @@ _RULES: dict[str, _Rule] = {
     "max_change": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
     "burn_in": (int, lambda v: v >= 0, "an int of at least 0"),
     "kl_bound": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
-    "cases": ((int, type(None)), lambda v: v is None or v >= 1, "an int of at least 1, or None"),
+    "cases": (
+        (int, str, type(None)),
+        lambda v: v in (None, "rows", "samples") or (isinstance(v, int) and v >= 1),
+        "an int of at least 1, 'rows', 'samples', or None",
+    ),
+    "samples": (int, lambda v: v >= 1, "an int of at least 1"),
+    "batch_dim": _one_of(0, 1),
+    "check_every": (int, lambda v: v >= 0, "an int of at least 0"),
 }
 SCHEDULED = ("damping", "kl_clip", "cov_every", "inv_every")  # may be callables of the iteration
 STRUCTURAL = ("levels", "inverse", "fisher", "downsample", "coarse_max_groups")  # state depends on them
@@ -72,7 +79,10 @@ class CurvatureOptions:
     coarse_damping: float | None = None
     coarse_max_groups: int = 32
     inverse_dtype: torch.dtype | None = None
-    cases: int | None = None
+    cases: int | str | None = None
+    samples: int = 1
+    batch_dim: int = 0
+    check_every: int = 100
 
     @classmethod
     def of(cls: type[_Any], options: Mapping[str, Any]) -> _Any:

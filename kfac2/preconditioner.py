@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
-from kfac2.collector import NotFiniteError
 from kfac2.curvature import Curvature
 from kfac2.fine import Damping
 from kfac2.health import is_capturing
+from kfac2.likelihood import Prediction
 from kfac2.options import NUMBER, Options, check_option
 from kfac2.readings import Readings
 from kfac2.step import Gathered, Step
@@ -68,11 +67,12 @@ class Preconditioner(Readings):
     ) -> None:
         self.options = Options.of(settings) if options is None else options
         self.curvature = Curvature(model, params=params, skip=skip, options=self.options)
-        self.curvature.wanted = self._wants_statistics
         self.curvature.scheduled = True
         self.curvature.dropping = self.check
         self.scale = torch.ones(2, dtype=torch.float64)
         self.iteration = 0
+        self._looking_since = 0
+        self._plan()
 
     @property
     def _statistics(self) -> Curvature:
@@ -80,14 +80,34 @@ class Preconditioner(Readings):
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether this iteration wants `accumulate_fisher`: each `cov_every`-th, and while there is nothing yet."""
-        return self.options.fisher == "mc" and self._wants_statistics()
+        """Whether this iteration wants `accumulate_fisher`.
+
+        Each `cov_every`-th does, each one while there is nothing yet, and one whose forward pass used a layer that has
+        no statistics so far.
+        """
+        return self.options.fisher != "empirical" and self._wants_statistics()
 
     # -- the schedule ---------------------------------------------------------------------------------------
 
+    LOOKING = 100  # iterations in a row that look for the first use of a layer without statistics
+
+    def _plan(self) -> None:
+        """Decide whether the forward passes of this iteration are looked at."""
+        averages, iteration = self.curvature.averages, self.iteration
+        looks = averages.updates > 0 and not all(averages.seen) and iteration - self._looking_since < self.LOOKING
+        self.curvature.collector.captures.turn(bool(self.curvature.layout.layers) and (self._is_due() or looks))
+
+    def _look_again(self) -> None:
+        """Look for the first use once more where a layer without statistics has a gradient."""
+        unseen = (layer for layer, seen in self.curvature.layers_and_seen() if not seen)
+        if any(layer.weight.grad is not None for layer in unseen):
+            self._looking_since = self.iteration
+
+    def _is_due(self) -> bool:
+        return self.curvature.averages.updates == 0 or self.iteration % self._now("cov_every") == 0
+
     def _wants_statistics(self) -> bool:
-        due = self.curvature.averages.updates == 0 or self.iteration % self._now("cov_every") == 0
-        return due and bool(self.curvature.layout.layers)
+        return bool(self.curvature.layout.layers) and (self._is_due() or self.curvature.uses_new_layer())
 
     def _wants_inverses(self) -> bool:
         inverses = self.curvature.inverses
@@ -103,7 +123,7 @@ class Preconditioner(Readings):
     def _now(self, name: str) -> Any:
         return self.options.at(name, self.iteration)
 
-    def accumulate_fisher(self, distribution: Distribution) -> None:
+    def accumulate_fisher(self, distribution: Prediction, mask: Tensor | None = None) -> None:
         """Take statistics from the model's own predictive distribution; does nothing unless `needs_fisher`.
 
         Draws labels with `.sample()` and differentiates -log_prob with respect to the layers' outputs only:
@@ -111,26 +131,29 @@ class Preconditioner(Readings):
         after the forward pass and before or after `backward()` (then with `retain_graph=True`). Several calls
         in one iteration add up, as micro-batches of one mean loss.
 
-        A forward pass with grad enabled in an iteration that wants statistics keeps its graph until `step`:
-        evaluate under `torch.no_grad()`.
+        In iterations of statistics what torch.compile has compiled runs as it was written.
 
         The training loss must be the mean of -log_prob up to a constant, or λ means something else: for
         `Normal(mean, 1)` that is ½ `F.mse_loss`; `Independent(Normal(...), 1)` has one case for each sample
         where `Normal` has one for each number, and differs by the dimension.
 
+        Statistics count once the loss of their own forward pass has gone backward, so that a batch that is thrown away
+        in between takes them with it.
+
         Args:
-            distribution: any `torch.distributions.Distribution` whose parameters carry the graph.
+            distribution: any `torch.distributions.Distribution` whose parameters carry the graph; a list of them, one
+                for each head, whose Fishers add up (two calls are two micro-batches of one); or log-probabilities of
+                labels that you drew from the model. `Normal(log ψ, 1)` gives quantum Monte Carlo's ⟨∂ log ψ ∂ log ψ⟩,
+                λ then being in its units.
+            mask: bool, (N, S): which tokens are data, where positions mix. By default those that the loss can reach.
 
         Raises:
             TypeError: if `distribution` is none.
-            ValueError: if it carries no graph, or none that holds a handled layer's output.
+            ValueError: if it carries no graph, or none that holds a handled layer's output; or if `mask` fits none.
         """
-        if not self.needs_fisher and isinstance(distribution, Distribution):
+        if self.options.fisher == "empirical" or not self._wants_statistics():
             return
-        try:
-            self.curvature.collect(distribution)
-        except NotFiniteError as error:
-            self.curvature.health.bad = error.source
+        self.curvature.collect(distribution, mask)
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
         """Precondition the gradients in place: statistics, inverses, both levels, KL clip.
@@ -194,6 +217,7 @@ class Preconditioner(Readings):
             )
         if self._wants_statistics():
             self._take_statistics()
+        self._look_again()
         step = curvature.prepared()
         gathered = step.gather([parameter.grad for parameter in step.parameters])
         bad = self._bad_before(step, gathered)
@@ -204,17 +228,19 @@ class Preconditioner(Readings):
         curvature.discard()
         curvature.health.bad = None
         self.iteration += not capturing
+        self._plan()
         return bad is None
 
     def _take_statistics(self) -> None:
         self.check()
         if self.options.fisher == "empirical":
             self.curvature.collect_backward()
+        self.curvature.health.bad = self.curvature.settle()
         if self.curvature.layout.layers and not self.curvature.sums.A and self.curvature.health.bad is None:
             self._report_missing()
 
     def _report_missing(self) -> None:
-        call = "accumulate_fisher" if self.options.fisher == "mc" else "backward() with grad enabled"
+        call = "accumulate_fisher" if self.options.fisher != "empirical" else "backward() with grad enabled"
         if not self.curvature.averages.updates:
             raise RuntimeError(f"there are no statistics at all: call {call} before step(), got none in this iteration")
         self.curvature.health.warn_once(
@@ -296,6 +322,7 @@ class Preconditioner(Readings):
                 "inverses: run it without the graph"
             )
         self.iteration += 1
+        self._plan()
 
     @torch.no_grad()
     def check(self) -> int:
@@ -347,4 +374,9 @@ class Preconditioner(Readings):
         """
         self.check_state_dict(state_dict)
         self.curvature.load_state_dict(state_dict)
-        self.iteration = state_dict["iteration"]
+        self.iteration = self._looking_since = state_dict["iteration"]
+        self._plan()
+
+    def close(self) -> None:
+        """Look at no forward pass any more; steps go on with the statistics that there are."""
+        self.curvature.close()

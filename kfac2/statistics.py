@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kfac2 import ops
-from kfac2.kinds import Layer, Rows
+from kfac2.kinds import Call, Layer, Rows
 from kfac2.layout import Layout, Stacks
 from kfac2.ops.gather_gradients import first_not_finite
 
 
 @dataclass(frozen=True)
 class Use:
-    """What one layer contributed to one forward-backward pass.
+    """What one use of a weight contributed to a forward-backward pass.
 
     Attributes:
-        layer: the layer.
-        x: its input, as the module got it.
-        g: the gradient at its output.
+        layer: whose weight it is.
+        x: the input, its samples first.
+        g: the gradient at the output, likewise.
+        call: how the weight was used.
         inputs: the rows ā.
         grads: the rows g.
+        order: of the use in the forward pass.
+        reached: bool, (leading size, places): which rows the loss can reach; the others are no rows. None: all.
     """
 
     layer: Layer
     x: Tensor
     g: Tensor
+    call: Call
     inputs: Rows
     grads: Rows
+    order: int = 0
+    reached: Tensor | None = None
 
     @staticmethod
-    def of(layer: Layer, x: Tensor, g: Tensor) -> Use:
+    def of(layer: Layer, x: Tensor, g: Tensor, call: Call, order: int = 0) -> Use:
         """Make rows of what was captured."""
-        return Use(layer, x, g, *layer.rows(x, g))
+        return Use(layer, x, g, call, *layer.rows(x, g, call), order)
+
+    def only(self, reached: Tensor) -> Use:
+        """Return the use where just these rows are reached; the gradients of others are left out."""
+        if self.reached is not None:
+            reached = reached & self.reached
+        rows = Rows(torch.where(_like(reached, self.grads.tensor), self.grads.tensor, 0), self.grads.window)
+        return replace(self, grads=rows, reached=reached)
+
+    def counted(self) -> tuple[Rows, Rows]:
+        """Return the rows that count in the factors."""
+        if self.reached is None:
+            return self.inputs, self.grads
+        return self.layer.rows_at(self.inputs, self.grads, self.reached)
 
     def map_rows(self) -> tuple[Rows, Rows]:
-        """Return the rows whose sums are the maps of the coarse space."""
-        return self.layer.map_rows(self.x, self.g, (self.inputs, self.grads))
+        """Return the rows whose sums are the maps of the coarse space, those that do not count among them."""
+        return self.layer.map_rows(self.x, self.g, self.call, (self.inputs, self.grads))
 
     @property
     def samples(self) -> int:
@@ -47,9 +66,19 @@ class Use:
         return self.inputs.tensor.shape[0]
 
     @property
+    def places(self) -> int:
+        """Rows of each of these: T."""
+        return self.grads.tensor[0, 0].numel()
+
+    @property
     def row_count(self) -> int:
-        """Rows g of all samples and places: N · T_i."""
-        return self.grads.tensor.numel() // self.grads.tensor.shape[1]
+        """Rows g that count, of all samples and places: N · T where all do."""
+        return self.samples * self.places if self.reached is None else int(self.reached.sum())
+
+
+def _like(mask: Tensor, tensor: Tensor) -> Tensor:
+    """View a mask of rows (samples, places) as one of a tensor (samples, channels, *places)."""
+    return mask.reshape(tensor.shape[0], 1, *tensor.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -57,14 +86,37 @@ class Pass:
     """One forward-backward pass.
 
     Attributes:
-        uses: of the layers that took part, each once, in the order of the layout.
+        uses: of the weights that took part, in the order of the layout; a weight may have several.
         cases: M of this pass.
+        samples: N, the leading size that most uses share.
         scale: what each g is to be multiplied by: M where g is the gradient of a mean.
+        is_repeated: whether these are further gradients of uses whose inputs, and cases, have been counted.
     """
 
     uses: list[Use]
     cases: int
+    samples: int
     scale: float = 1.0
+    is_repeated: bool = False
+
+    def fits(self, use: Use) -> bool:
+        """Tell whether a use holds rows of all samples, in their order: the leading size is N, or N·r.
+
+        It is N·r where r rows of each sample follow each other, as many as another use has places (flattened tokens,
+        windows of a map). Else (another axis first, the share of an expert, a table) nobody knows whose its rows are.
+        """
+        r, rest = divmod(use.samples, self.samples)
+        if rest or r == 1:
+            return r == 1 and not rest
+        places = {other.places for other in self.uses if other.samples == self.samples}
+        return r * use.places in places or r in places
+
+    def by_layer(self) -> dict[Layer, list[Use]]:
+        """Return the uses of each layer."""
+        uses: dict[Layer, list[Use]] = {}
+        for use in self.uses:
+            uses.setdefault(use.layer, []).append(use)
+        return uses
 
 
 @dataclass
@@ -77,7 +129,7 @@ class Sums:
         rows: number of g rows by layer, N · T_i.
         cases: M, independent cases of the loss.
         coarse: what the coarse space has summed up; empty without one.
-        misfits: layers whose batch did not fit the coarse space.
+        misfits: layers with a use that does not fit the samples, see `Pass.fits`.
         squares: what `inverse="ekfac"` observes, Σ_n (V_Gᵀ ∇_n V_A)² by layer, (blocks, d_out, d_in); else empty.
     """
 
@@ -91,14 +143,30 @@ class Sums:
 
     def add_factors(self, passed: Pass) -> None:
         """Add the rows of one pass to the sums of both factors, all layers in one native call."""
-        sources = [use.inputs for use in passed.uses] + [use.grads for use in passed.uses]
+        inputs, grads = zip(*(use.counted() for use in passed.uses), strict=True)
+        sources = [*grads, *([] if passed.is_repeated else inputs)]
         sums = ops.covariances([rows.tensor for rows in sources], [rows.window for rows in sources])
-        count = len(passed.uses)
-        for use, A, G in zip(passed.uses, sums[:count], sums[count:], strict=True):
-            add_to(self.A, use.layer, A)
+        for use, G in zip(passed.uses, sums, strict=False):
             add_to(self.G, use.layer, G * passed.scale**2 if passed.scale != 1 else G)
+        if passed.is_repeated:
+            return
+        for use, A in zip(passed.uses, sums[len(grads) :], strict=True):
+            add_to(self.A, use.layer, A)
             self.rows[use.layer] = self.rows.get(use.layer, 0) + use.row_count
         self.cases += passed.cases
+
+    def add(self, other: Sums) -> None:
+        """Add the sums of further passes."""
+        for mine, new in ((self.A, other.A), (self.G, other.G), (self.squares, other.squares)):
+            for layer, tensor in new.items():
+                add_to(mine, layer, tensor)
+        for layer, count in other.rows.items():
+            self.rows[layer] = self.rows.get(layer, 0) + count
+        self.cases += other.cases
+        self.coarse = (
+            tuple(a + b for a, b in zip(self.coarse, other.coarse, strict=True)) if self.coarse else other.coarse
+        )
+        self.misfits |= other.misfits
 
     def not_finite(self) -> str | None:
         """Name what holds a NaN or an infinity among the sums, or None."""
@@ -126,7 +194,7 @@ class Averages:
         A: A_ii, (blocks, d_in, d_in) for each batch of the layout.
         G: G_ii, (blocks, d_out, d_out).
         seen: by layer, whether it has had rows: if not, its factors are zeros that say nothing.
-        in_coarse: by layer, whether it is in the coarse space.
+        in_coarse: by layer, whether it is in the coarse space: whether it fitted the last update.
         coarse: the averages of the coarse space; empty without one.
     """
 
@@ -145,16 +213,18 @@ class Averages:
         return Averages(0, A, G, (False,) * count, (True,) * count)
 
     def moved(self, old: Layout, new: Layout, coarse: tuple[Tensor, ...]) -> Averages:
-        """Return the averages where another layout of the same layers, or of fewer, says.
+        """Return the averages where another layout says; a layer that was not there has none.
 
         Args:
             old: where they lie now.
             new: where they are to lie.
             coarse: those of the coarse space, in the new layout.
         """
-        A, G = new.moved(self.A, old), new.moved(self.G, old)
-        numbers = [old.number(layer) for layer in new.layers]
-        seen, in_coarse = (tuple(flags[number] for number in numbers) for flags in (self.seen, self.in_coarse))
+        A = new.moved(self.A, old, lambda b: (b.d_in, b.d_in))
+        G = new.moved(self.G, old, lambda b: (b.d_out, b.d_out))
+        numbers = [old.number(layer) if layer in old.layers else None for layer in new.layers]
+        seen = tuple(number is not None and self.seen[number] for number in numbers)
+        in_coarse = tuple(number is None or self.in_coarse[number] for number in numbers)
         return Averages(self.updates, A, G, seen, in_coarse, coarse)
 
 
@@ -173,7 +243,7 @@ def averaged(layout: Layout, old: Averages, sums: Sums, decay: float) -> Average
     A = mixed_in(layout, old.A, old.seen, sums.A, [1 / sums.cases] * len(sums.A), kept)
     G = mixed_in(layout, old.G, old.seen, sums.G, [1 / sums.rows[layer] for layer in sums.G], kept)
     seen = tuple(was or layer in sums.A for was, layer in zip(old.seen, layout.layers, strict=True))
-    fits = tuple(was and layer not in sums.misfits for was, layer in zip(old.in_coarse, layout.layers, strict=True))
+    fits = tuple(layer not in sums.misfits for layer in layout.layers)
     return Averages(t, A, G, seen, fits, old.coarse)
 
 

@@ -1,6 +1,7 @@
 """The bounds on a step: a measured divergence, exact against the dense Fisher, and a share of each layer's weights."""
 
 import copy
+from dataclasses import replace
 
 import models
 import pytest
@@ -15,13 +16,15 @@ import kfac2
 from kfac2.bound import Bound, divergence, kept_of
 from kfac2.collector import Collector
 from kfac2.layers import find_layers
+from kfac2.likelihood import scores_of
 
 
 def sampled_pass(task, seed=0):
-    layers = find_layers(task.model, list(task.model.parameters()), (), 32)
-    collector = Collector(layers, lambda: True, False, lambda layer: pytest.fail("no layer is to be dropped"))
+    layers = find_layers(task.model, list(task.model.parameters()), (), 32).layers
+    collector = Collector(layers, False, lambda layer, reason: pytest.fail(f"{layer.name} is to be dropped: {reason}"))
+    collector.captures.turn(True)
     torch.manual_seed(seed)
-    passed = collector.sample(task.distribution(task.model(task.x)))
+    (passed,) = collector.sample(scores_of(task.distribution(task.model(task.x))))
     return layers, passed
 
 
@@ -62,7 +65,7 @@ def test_a_layer_that_does_not_move_and_scaled_gradients():
     assert_equal(measured, (J @ moving[id(layers[1].weight)].flatten()).square().sum() / cases)
     for use in passed.uses:
         use.g.div_(7.0)
-    scaled = kept_of(passed.__class__(passed.uses, passed.cases, 7.0), 1.0)
+    scaled = kept_of(replace(passed, scale=7.0), 1.0)
     assert_equal(divergence([scaled], lambda p: moving.get(id(p))), measured)
 
 

@@ -117,7 +117,7 @@ def test_statistics_that_overflow_are_not_averaged_in():
     before = opt.coarse_fisher()
     opt.zero_grad()
     out = model[3](model[2](torch.randn(6, 4)) * 1e30)  # finite, but its square is not
-    opt.accumulate_fisher(Categorical(logits=out.clamp(-1, 1)))
+    opt.accumulate_fisher(Categorical(logits=out * 1e-30))
     with pytest.warns(RuntimeWarning, match="the statistics of 3"):
         opt.step()
     assert torch.equal(opt.coarse_fisher(), before)
@@ -254,13 +254,12 @@ def test_a_skipped_step_leaves_every_layer_in_the_coarse_space():
     iterate(model, opt, x)
     before = snapshot(model, opt)
     model.extra = 1
-    with pytest.warns(RuntimeWarning, match="odd has a leading size of 7"):
+    with pytest.warns(RuntimeWarning, match="odd has rows that do not belong"):
         iterate(model, opt, x, poison=lambda: model.first.weight.grad.fill_(float("nan")))
     assert same(before, snapshot(model, opt))
     model.extra = 0
     iterate(model, opt, x)
     assert opt.state_dict()["kfac"]["layers"]["odd"]["in_coarse"] and opt.coarse_fisher()[1, 1] > 0
     model.extra = 1
-    with pytest.warns(RuntimeWarning, match="odd has a leading size of 7"):
-        iterate(model, opt, x)
+    iterate(model, opt, x)
     assert not opt.state_dict()["kfac"]["layers"]["odd"]["in_coarse"]  # a step that counts does take it out

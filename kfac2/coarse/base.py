@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,14 +49,13 @@ class CoarseSpace(ABC):
     """What the averages are called in a saved state."""
 
     @abstractmethod
-    def add(self, layout: Layout, sums: Sums, passed: Pass, in_coarse: Sequence[bool]) -> None:
-        """Add the rows of one pass to `sums.coarse`; note in `sums.misfits` a layer whose batch does not fit.
+    def add(self, layout: Layout, sums: Sums, passed: Pass) -> None:
+        """Add the rows of one pass to `sums.coarse`; note in `sums.misfits` a layer with a use that does not fit.
 
         Args:
             layout: of the layers.
             sums: of the iteration so far.
             passed: the pass.
-            in_coarse: by layer, whether it is in the space.
         """
 
     @abstractmethod

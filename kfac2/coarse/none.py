@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from kfac2.coarse.base import CoarseSpace
@@ -14,7 +12,7 @@ from kfac2.statistics import Averages, Pass, Sums
 class NoSpace(CoarseSpace):
     """Plain K-FAC: sums nothing, and leaves the fine directions as they are."""
 
-    def add(self, layout: Layout, sums: Sums, passed: Pass, in_coarse: Sequence[bool]) -> None:
+    def add(self, layout: Layout, sums: Sums, passed: Pass) -> None:
         """Add nothing."""
 
     def averaged(self, layout: Layout, averages: Averages, sums: Sums, kept: float) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ inner products of maps.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from kfac2 import ops
 from kfac2.coarse.base import CoarseSpace
-from kfac2.kinds import Rows
+from kfac2.kinds import Layer, Rows
 from kfac2.layout import Layout
 from kfac2.ops.eigendecompose import floored_eigh
 from kfac2.statistics import Averages, Pass, Sums, Use
@@ -35,30 +34,34 @@ class Ones(CoarseSpace):
     def __init__(self, downsample: str) -> None:
         self._downsample = downsample
 
-    def add(self, layout: Layout, sums: Sums, passed: Pass, in_coarse: Sequence[bool]) -> None:
+    def add(self, layout: Layout, sums: Sums, passed: Pass) -> None:
         """Add the inner products of all pairs of maps, few samples at a time."""
-        inside = [use for use in passed.uses if in_coarse[layout.number(use.layer)] and use.layer not in sums.misfits]
-        samples = inside[0].samples if inside else 0
-        fitting = [use for use in inside if _fits(use, samples, sums)]
-        new = self._pair_sums(layout, fitting, samples, passed)
+        layers = passed.by_layer()
+        sums.misfits |= {layer for layer, uses in layers.items() if not all(map(passed.fits, uses))}
+        fitting = {layer: uses for layer, uses in layers.items() if layer not in sums.misfits}
+        new = self._pair_sums(layout, fitting, passed)
         sums.coarse = tuple(a + b for a, b in zip(sums.coarse, new, strict=True)) if sums.coarse else new
 
-    def _pair_sums(self, layout: Layout, uses: Sequence[Use], samples: int, passed: Pass) -> tuple[Tensor, Tensor]:
+    def _pair_sums(self, layout: Layout, layers: dict[Layer, list[Use]], passed: Pass) -> tuple[Tensor, Tensor]:
         """Both (B, B) matrices of sums of one pass; a layer that took no part is a zero map."""
         maps = len(layout.layer_of_map)
-        if not uses:
+        if not layers:
             dtype = torch.float64 if passed.uses[0].x.dtype == torch.float64 else torch.float32
             zeros = torch.zeros(maps, maps, dtype=dtype, device=layout.device)
             return zeros, zeros.clone()
         # One kind after the other, and few samples at a time, so that not all maps are alive together.
-        numbers = sum(use.layer.maps * use.row_count for use in uses)
-        share = max(1, samples * MAP_NUMBERS // max(numbers, 1))
+        uses = [use for of_layer in layers.values() for use in of_layer]
+        numbers = sum(use.layer.maps * use.samples * use.places for use in uses)
+        share = max(1, passed.samples * MAP_NUMBERS // max(numbers, 1))
         inputs, grads = zip(*(use.map_rows() for use in uses), strict=True)
+        grad_sums = self._sums_of_maps(uses, grads, passed.samples, share, passed.scale**2)
         sums = (
-            self._sums_of_maps(inputs, samples, share, 1.0),
-            self._sums_of_maps(grads, samples, share, passed.scale**2),
+            torch.zeros_like(grad_sums)
+            if passed.is_repeated
+            else self._sums_of_maps(uses, inputs, passed.samples, share, 1.0),
+            grad_sums,
         )
-        firsts = [(layout.first_map[layout.number(use.layer)], use.layer.maps) for use in uses]
+        firsts = [(layout.first_map[layout.number(layer)], layer.maps) for layer in layers]
         index = [first + q for first, count in firsts for q in range(count)]
         if len(index) == maps:
             return sums
@@ -68,14 +71,16 @@ class Ones(CoarseSpace):
             to[places.unsqueeze(1), places] = present
         return whole
 
-    def _sums_of_maps(self, sources: Sequence[Rows], samples: int, share: int, factor: float) -> Tensor:
+    def _sums_of_maps(
+        self, uses: Sequence[Use], sources: Sequence[Rows], samples: int, share: int, factor: float
+    ) -> Tensor:
         """Add up one matrix of sums over all maps of one kind, `share` of the samples at a time."""
         windows = [rows.window for rows in sources]
         sums: Tensor | None = None
         for begin in range(0, samples, share):
             count = min(share, samples - begin)
             parts = [_samples_of(rows.tensor, begin, count, samples) for rows in sources]
-            maps = [_on_samples(m, count) for m in ops.layer_maps(parts, windows)]
+            maps = [_on_samples(m, count) for m in _of_layers(uses, ops.layer_maps(parts, windows), begin, samples)]
             if len({m.dtype for m in maps}) > 1:  # layers of several precisions
                 maps = [m.double() for m in maps]
             sums = ops.cross_layer_sums(maps, self._downsample, previous=sums, kept=1.0, scale=factor)
@@ -134,18 +139,34 @@ def coarse_inverse(fisher: Tensor, damping: float | Tensor) -> tuple[Tensor, Ten
     return (vectors / (values + damping)) @ vectors.mT, status != 0
 
 
-def _fits(use: Use, samples: int, sums: Sums) -> bool:
-    """Tell whether a batch is a multiple of N; a layer whose is not leaves the coarse space with this iteration."""
-    if use.samples % samples == 0:
-        return True
-    sums.misfits.add(use.layer)
-    warnings.warn(
-        f"kfac2: {use.layer.name} has a leading size of {use.samples}, which is no multiple of the batch size "
-        f"{samples} of the first handled layer; it leaves the coarse space and keeps its own block",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return False
+def _of_layers(uses: Sequence[Use], maps: Sequence[Tensor], begin: int, samples: int) -> list[Tensor]:
+    """Return one map for each block of each layer: those of several uses side by side, 0 where a row does not count.
+
+    Args:
+        uses: those of one layer follow each other.
+        maps: of a share of the samples, one for each block of each use.
+        begin: the first of these samples.
+        samples: N.
+    """
+    result: list[Tensor] = []
+    rest, last = iter(maps), None
+    for use in uses:
+        own = [next(rest) for _ in range(use.layer.maps)]
+        if use.reached is not None:
+            r = use.samples // samples
+            counted = use.reached[begin * r : begin * r + len(own[0])]
+            own = [torch.where(counted.reshape(m.shape), m, 0) for m in own]
+        if use.layer is last:  # places of several grids have no order in common: they are one axis
+            count = own[0].shape[0] // (use.samples // samples)
+            before = result[-len(own) :]
+            result[-len(own) :] = [
+                torch.cat([old.reshape(count, -1), new.reshape(count, -1)], 1)
+                for old, new in zip(before, own, strict=True)
+            ]
+        else:
+            result += own
+        last = use.layer
+    return result
 
 
 def _samples_of(tensor: Tensor, begin: int, count: int, samples: int) -> Tensor:

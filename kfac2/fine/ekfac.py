@@ -64,20 +64,22 @@ class EKFAC(ObservingSolver, Exact):
     def observe(self, layout: Layout, fields: Fields, passed: Pass, sums: Sums) -> None:
         """Add Σ_n (V_Gᵀ ∇_n V_A)² of each layer, n counting the samples of the pass.
 
-        A layer whose leading size is N·r has r consecutive rows of each sample; one whose size is no multiple of N (an
-        expert's share of the batch) has a sample in each row.
+        The rows of a sample are those of all uses of the weight; in a use that does not fit the samples (an expert's
+        share of the batch) each entry of the leading axis is a sample of its own.
         """
-        samples = passed.uses[0].samples
-        for use in passed.uses:
-            i = layout.number(use.layer)
-            V_A, V_G = (layout.view(fields[name], i).to(use.layer.factor_dtype) for name in ("A_vectors", "G_vectors"))
+        for layer, uses in passed.by_layer().items():
+            i = layout.number(layer)
+            V_A, V_G = (layout.view(fields[name], i).to(layer.factor_dtype) for name in ("A_vectors", "G_vectors"))
             blocks = []
-            for q in range(use.layer.blocks):
-                a, g = (formed(rows, q).to(V_A.dtype) for rows in (use.inputs, use.grads))
-                if use.samples % samples == 0:
-                    a, g = (rows.reshape(samples, -1, rows.shape[2]) for rows in (a, g))
-                blocks.append(squares_in_basis(a, g, V_A[q], V_G[q]))
-            add_to(sums.squares, use.layer, torch.stack(blocks) * passed.scale**2)
+            for q in range(layer.blocks):
+                rows = [[formed(part, q).to(V_A.dtype) for part in (use.inputs, use.grads)] for use in uses]
+                if all(map(passed.fits, uses)):
+                    rows = [
+                        [torch.cat([m.reshape(passed.samples, -1, m.shape[2]) for m in side], 1)
+                         for side in zip(*rows, strict=True)]
+                    ]  # fmt: skip
+                blocks.append(sum((squares_in_basis(a, g, V_A[q], V_G[q]) for a, g in rows), V_A.new_zeros(())))
+            add_to(sums.squares, layer, torch.stack(blocks) * passed.scale**2)
 
     def averaged(
         self, layout: Layout, fields: Fields, known: Sequence[bool], sums: Sums, kept: float

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,24 @@ class Rows(NamedTuple):
 
     tensor: Tensor
     window: Window
+
+
+class Call(NamedTuple):
+    """How a weight was used: a call of one of torch's functions.
+
+    Attributes:
+        function: `F.linear`, say.
+        bias: the bias that it was called with.
+        geometry: its further arguments, by name.
+    """
+
+    function: Callable[..., Tensor]
+    bias: Tensor | None
+    geometry: tuple[tuple[str, Any], ...] = ()
+
+    def repeated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Call the function again with another input, weight and bias."""
+        return self.function(x, weight, bias, **dict(self.geometry))
 
 
 @dataclass(frozen=True)
@@ -60,16 +78,44 @@ class Layer(ABC):
 
     modules: ClassVar[tuple[type[nn.Module], ...]]
     """The module classes of this kind."""
+    functions: ClassVar[tuple[Callable[..., Tensor], ...]]
+    """The functions of torch that use a weight of this kind."""
+    arguments: ClassVar[tuple[str, ...]]
+    """The names of their arguments, in order: input, weight and bias first."""
+    has_tokens: ClassVar[bool] = False
+    """Whether the loss may leave out places of a use, as padding."""
 
     @classmethod
-    def reason_against(cls, module: nn.Module) -> str | None:
-        """Return why a module of this kind cannot be handled, or None where it can."""
+    def read_call(
+        cls, function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any, Call]:
+        """Return the input, the weight, and what else a call was made with."""
+        given = {**dict(zip(cls.arguments, args, strict=False)), **kwargs}
+        x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        return x, weight, Call(function, bias, tuple(given.items()))
+
+    def reason_against(self, call: Call) -> str | None:
+        """Return why a use of the weight gives no rows, or None where it does."""
+        if self.bias is not None and call.bias is not self.bias:
+            return "it is used without its bias, or with another"
         return None
+
+    def __post_init__(self) -> None:
+        """Note the parameters that it is made for."""
+        object.__setattr__(self, "_made_for", self._parameters())
+
+    def _parameters(self) -> tuple[Tensor | None, Tensor | None, bool, bool]:
+        weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
+        return weight, bias, *(p is not None and p.requires_grad for p in (weight, bias))
 
     @property
     def weight(self) -> Tensor:
-        """The module's weight."""
-        return self.module.weight  # type: ignore[return-value]
+        """The module's weight; one that takes its place makes another layer."""
+        return self._made_for[0]  # type: ignore[attr-defined,no-any-return]
+
+    def is_current(self) -> bool:
+        """Tell whether weight and bias are still the module's, and trained or not as they were."""
+        return all(now is then for now, then in zip(self._parameters(), self._made_for, strict=True))  # type: ignore[attr-defined]
 
     @property
     def factor_dtype(self) -> torch.dtype:
@@ -92,34 +138,40 @@ class Layer(ABC):
         """Shape of the gradient as matrices: (blocks, d_out, d_in), the bias column included."""
 
     @abstractmethod
-    def rows(self, x: Tensor, g: Tensor) -> tuple[Rows, Rows]:
+    def rows(self, x: Tensor, g: Tensor, call: Call) -> tuple[Rows, Rows]:
         """Return the rows ā and g of one use, both at the same places in the same order.
 
         Args:
-            x: the input as the module got it.
-            g: the gradient at its output.
+            x: the input, as the weight was used with it.
+            g: the gradient at the output.
+            call: how it was used.
         """
 
-    def map_rows(self, x: Tensor, g: Tensor, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
+    def map_rows(self, x: Tensor, g: Tensor, call: Call, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
         """Return the rows whose sums are the maps of the coarse space, at the places of the output as they lie.
 
         Args:
-            x: the input as the module got it.
-            g: the gradient at its output.
+            x: as in `rows`.
+            g: as in `rows`.
+            call: as in `rows`.
             rows: what `rows` made of them.
         """
         return self._for_maps(rows[0]), self._for_maps(rows[1])
 
-    @abstractmethod
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-        """Return what the module would make of an input with another weight and bias.
+    def rows_at(self, inputs: Rows, grads: Rows, reached: Tensor) -> tuple[Rows, Rows]:
+        """Return the rows of those samples of which the loss reaches any place.
 
         Args:
-            x: the input as the module got it.
-            weight: shaped as its own.
-            bias: likewise, or None.
-            like: a tensor shaped as the output.
+            inputs: the rows ā of one use.
+            grads: its rows g.
+            reached: bool, (samples, places).
         """
+        samples = reached.any(1)
+        return Rows(inputs.tensor[samples], inputs.window), Rows(grads.tensor[samples], grads.window)
+
+    def samples_first(self, x: Tensor, batch_dim: int) -> Tensor:
+        """Bring the axis of samples of an input, or of an output's gradient, to the front."""
+        return x
 
     def _for_maps(self, rows: Rows) -> Rows:
         """With too many groups, sum all of them into one map.

@@ -1,13 +1,14 @@
-"""`nn.Conv1d`, `2d` and `3d`: an im2col patch for each place of the output map (Grosse & Martens 2016)."""
+"""`F.conv1d`, `2d` and `3d`: an im2col patch for each place of the output map (Grosse & Martens 2016)."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from kfac2.kinds.base import Layer, Rows, places
+from kfac2.kinds.base import Call, Layer, Rows, places
 from kfac2.window import Window
 
 
@@ -15,14 +16,9 @@ class Conv(Layer):
     """A convolution of any stride, padding and dilation; each group is a block."""
 
     modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    functions = (torch.conv1d, torch.conv2d, torch.conv3d)
+    arguments = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-    @classmethod
-    def reason_against(cls, module: nn.Module) -> str | None:
-        """Return why: the border is padded with something other than zeros."""
-        if module.padding_mode != "zeros":
-            return f"padding_mode={module.padding_mode!r} is not built"
-        return None
 
     @property
     def blocks(self) -> int:
@@ -34,29 +30,37 @@ class Conv(Layer):
         """(groups, output channels of one group, patch length and bias)."""
         return self.blocks, self.weight.shape[0] // self.blocks, self.weight[0].numel() + (self.bias is not None)
 
-    def rows(self, x: Tensor, g: Tensor) -> tuple[Rows, Rows]:
+    def reason_against(self, call: Call) -> str | None:
+        """Return why: the groups are others than the module's."""
+        return other_groups(self, call) or super().reason_against(call)
+
+    def rows(self, x: Tensor, g: Tensor, call: Call) -> tuple[Rows, Rows]:
         """Return the patches of the input, and the output gradients, at the places of the output map."""
-        rank = len(self.module.kernel_size)
-        return Rows(batched(x, rank), self._window), Rows(batched(g, rank), places(rank, self.blocks))
+        rank = self.weight.dim() - 2
+        given = {name: value for name, value in call.geometry if name != "groups"}
+        window = _window(rank, tuple(self.weight.shape[2:]), self.blocks, int(self.bias is not None), **_hashable(given))
+        return Rows(batched(x, rank), window), Rows(batched(g, rank), places(rank, self.blocks))
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-        """Convolve."""
-        module = self.module
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
-        return convolve(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
 
-    @functools.cached_property
-    def _window(self) -> Window:
-        module, bias = self.module, int(self.bias is not None)
-        return Window.of(
-            len(module.kernel_size),
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-            bias,
-        )
+@functools.cache
+def _window(rank: int, kernel_size: tuple[int, ...], groups: int, bias: int, **geometry: Any) -> Window:
+    given = {name: per_axis(value, rank) for name, value in geometry.items()}
+    return Window.of(rank, kernel_size, groups=groups, bias=bias, **given)
+
+
+def other_groups(layer: Layer, call: Call) -> str | None:
+    """Return a reason where a convolution is used with other groups than its module has."""
+    groups = dict(call.geometry).get("groups", 1)
+    return f"it is used with {groups} groups, its module has {layer.blocks}" if groups != layer.blocks else None
+
+
+def _hashable(geometry: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in geometry.items()}
+
+
+def per_axis(value: Any, rank: int) -> Any:
+    """Return one number for each axis, where torch takes a list of a single one for all."""
+    return tuple(value) * rank if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
 def batched(x: Tensor, rank: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`nn.ConvTranspose1d`, `2d` and `3d`: the convolution of a stuffed input, a patch for each place of the output map.
+"""`F.conv_transpose1d`, `2d` and `3d`: the convolution of a stuffed input, a patch for each place of the output map.
 
 With s - 1 zeros between the places of x (x̂), and k, p, d the kernel, padding and dilation of an axis,
 
@@ -13,14 +13,13 @@ so that rows in the order of the weight's elements are those of an ordinary conv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac2.kinds.base import Layer, Part, Rows, places
-from kfac2.kinds.conv import batched
+from kfac2.kinds.base import Call, Layer, Part, Rows, places
+from kfac2.kinds.conv import batched, other_groups, per_axis
 from kfac2.window import Window
 
 
@@ -28,6 +27,8 @@ class ConvTranspose(Layer):
     """A transposed convolution; each group is a block. The weight is (C_in, C_out / groups, *kernel)."""
 
     modules = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    functions = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+    arguments = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
     @property
@@ -54,45 +55,38 @@ class ConvTranspose(Layer):
             parts.append(Part(self.bias, d_in - 1))
         return parts
 
-    def rows(self, x: Tensor, g: Tensor) -> tuple[Rows, Rows]:
+    def reason_against(self, call: Call) -> str | None:
+        """Return why: the groups are others than the module's."""
+        return other_groups(self, call) or super().reason_against(call)
+
+    def rows(self, x: Tensor, g: Tensor, call: Call) -> tuple[Rows, Rows]:
         """Return the patches of the stuffed input, and the output gradients, both of mirrored maps."""
-        rank = len(self.module.kernel_size)
+        rank = self.weight.dim() - 2
         g = batched(g, rank)
         mirrored = g.flip(tuple(range(2, 2 + rank)))
-        return self._patches(x, g, mirrored=True), Rows(mirrored, places(rank, self.blocks))
+        return self._patches(x, g, call, mirrored=True), Rows(mirrored, places(rank, self.blocks))
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-        """Convolve, transposed, to the size of `like`."""
-        module, rank = self.module, len(self.module.kernel_size)
-        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
-        shortest = [
-            (x.shape[axis - rank] - 1) * module.stride[axis]
-            - 2 * int(module.padding[axis])
-            + module.dilation[axis] * (module.kernel_size[axis] - 1)
-            + 1
-            for axis in range(rank)
-        ]
-        extra = tuple(like.shape[axis - rank] - shortest[axis] for axis in range(rank))
-        padding = tuple(int(zeros) for zeros in module.padding)
-        return convolve(x, weight, bias, module.stride, padding, extra, module.groups, module.dilation)
-
-    def map_rows(self, x: Tensor, g: Tensor, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
+    def map_rows(self, x: Tensor, g: Tensor, call: Call, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
         """Return the rows of maps that are not mirrored: the order of offsets does not count in a sum over a patch."""
-        rank = len(self.module.kernel_size)
+        rank = self.weight.dim() - 2
         g = batched(g, rank)
-        return self._for_maps(self._patches(x, g, mirrored=False)), self._for_maps(Rows(g, places(rank, self.blocks)))
+        return self._for_maps(self._patches(x, g, call, mirrored=False)), self._for_maps(Rows(g, places(rank, self.blocks)))
 
-    def _patches(self, x: Tensor, g: Tensor, mirrored: bool) -> Rows:
+    def _patches(self, x: Tensor, g: Tensor, call: Call, mirrored: bool) -> Rows:
         """Stuff x with zeros, and pad it so that the patches are at the places of g (`output_size` may choose them)."""
-        module, rank = self.module, len(self.module.kernel_size)
+        rank = self.weight.dim() - 2
+        kernel_size, given = tuple(self.weight.shape[2:]), dict(call.geometry)
+        stride, pad, dilation = (
+            _numbers(given.get(name, usual), rank) for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1))
+        )
         x = batched(x, rank)
-        stuffed = x.new_zeros(*x.shape[:2], *(s * (n - 1) + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)))
-        stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in module.stride))] = x
+        stuffed = x.new_zeros(*x.shape[:2], *(s * (n - 1) + 1 for n, s in zip(x.shape[2:], stride, strict=True)))
+        stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
         padding = []
         for axis in range(rank):
-            low = module.dilation[axis] * (module.kernel_size[axis] - 1) - int(module.padding[axis])
+            low = dilation[axis] * (kernel_size[axis] - 1) - pad[axis]
             high = g.shape[2 + axis] - stuffed.shape[2 + axis] - low
-            high += module.dilation[axis] * (module.kernel_size[axis] - 1)
+            high += dilation[axis] * (kernel_size[axis] - 1)
             padding.append((low, high))
         if mirrored:
             stuffed = stuffed.flip(tuple(range(2, 2 + rank)))
@@ -105,8 +99,13 @@ class ConvTranspose(Layer):
             stuffed = stuffed.narrow(2 + axis, begin, end - begin)
         zeros = tuple((max(0, low), max(0, high)) for low, high in padding)
         bias = int(self.bias is not None)
-        window = Window(tuple(module.kernel_size), (1,) * rank, zeros, tuple(module.dilation), module.groups, bias)
+        window = Window(kernel_size, (1,) * rank, zeros, dilation, self.blocks, bias)
         return Rows(stuffed, window)
+
+
+def _numbers(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    value = per_axis(value, rank)
+    return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
 def _group_with_outputs_first(begin: int, end: int) -> Callable[[Tensor], Tensor]:

@@ -1,17 +1,20 @@
-"""`nn.Linear`: a row for each position."""
+"""`F.linear`: a row for each position."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac2.kinds.base import Layer, Rows, places
+from kfac2.kinds.base import Call, Layer, Rows, places
 
 
 class Linear(Layer):
     """A fully connected layer on (N, d), or at all positions of (N, *positions, d), which are one grid axis."""
 
     modules = (nn.Linear,)
+    functions = (F.linear,)
+    arguments = ("input", "weight", "bias")
+    has_tokens = True
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
@@ -19,14 +22,21 @@ class Linear(Layer):
         d_out, d_in = self.weight.shape
         return 1, d_out, d_in + (self.bias is not None)
 
-    def rows(self, x: Tensor, g: Tensor) -> tuple[Rows, Rows]:
+    def rows(self, x: Tensor, g: Tensor, call: Call) -> tuple[Rows, Rows]:
         """Return the inputs, and the output gradients, of all positions."""
         x, g = _features_second(x), _features_second(g)
         return Rows(x, places(x.dim() - 2, 1, int(self.bias is not None))), Rows(g, places(g.dim() - 2))
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-        """Multiply."""
-        return F.linear(x, weight, bias)
+    def rows_at(self, inputs: Rows, grads: Rows, reached: Tensor) -> tuple[Rows, Rows]:
+        """Return the rows of those positions that the loss reaches."""
+        (x, _), (g, _) = inputs, grads
+        flat = [t if t.dim() == 2 else t.transpose(1, 2).flatten(0, 1) for t in (x, g)]
+        kept = reached.flatten()
+        return Rows(flat[0][kept], places(0, 1, inputs.window.bias)), Rows(flat[1][kept], places(0))
+
+    def samples_first(self, x: Tensor, batch_dim: int) -> Tensor:
+        """Bring the axis of samples to the front, where there are positions at all."""
+        return x.movedim(batch_dim, 0) if x.dim() > batch_dim + 1 else x
 
 
 def _features_second(x: Tensor) -> Tensor:
