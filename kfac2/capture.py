@@ -1,29 +1,27 @@
 """What the statistics need of a forward pass: the input of each use of a weight, kept as long as the graph that it is in.
 
 A *use* is a call of `F.linear`, `F.conv*` or `F.conv_transpose*` with the weight of a handled layer, whoever makes it: the
-module itself, another module, or a function. A mode of torch sees these calls while any module runs, in iterations of
-statistics only: a global hook of `torch.nn` puts it up around the outermost call. The modules of the model carry nothing.
+module itself, another module, or a function; `watch` sees them all. The modules of the model carry nothing.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from kfac2.kinds import KINDS, Call, Layer
+from kfac2.kinds import Call, Layer
+from kfac2.watch import WATCH as _WATCH
 
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 
 
 @dataclass(eq=False)
@@ -64,19 +62,25 @@ class Captures:
         follow_backward: whether the ordinary backward pass brings the gradients (the empirical Fisher).
 
     Attributes:
-        received: with the empirical Fisher, the captures whose gradients have come, in the order of their uses.
+        received: with the empirical Fisher, the captures whose gradients have come.
         is_paused: whether nothing is captured, since it is kfac2 that runs the model's graph.
+        thread: whose forward passes are looked at.
     """
 
     def __init__(self, layers: Sequence[Layer], follow_backward: bool) -> None:
         self.received: list[Capture] = []
         self.is_paused = False
+        self.thread = 0
         self._follow_backward = follow_backward
         self._round = self._count = 0
         self._key = object()  # of the graph's nodes: several optimizers may watch one model
         self._layers: dict[int, Layer] = {}  # by id of the weight
+        self._since: dict[Layer, int] = {}  # how many uses there had been when it was first watched
         self._alive: weakref.WeakSet[Capture] = weakref.WeakSet()
-        self._watch = _Watch(self)
+        self._arriving: list[tuple[int, bool, Capture, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        self._is_on = False
+        weakref.finalize(self, _WATCH.tidy)
         self.follow(layers)
 
     @property
@@ -91,21 +95,34 @@ class Captures:
     def follow(self, layers: Sequence[Layer]) -> None:
         """Watch these layers from now on; what was captured of their weights is theirs."""
         self._layers = {id(layer.weight): layer for layer in layers}
+        known = {id(layer.weight): count for layer, count in self._since.items()}
+        self._since = {layer: known.get(id(layer.weight), self._count) for layer in layers}
         for capture in [*self._alive]:
             capture.layer = next((layer for layer in layers if layer.weight is capture.layer.weight), capture.layer)
+        if self._is_on:
+            self._hook_weights()
 
     def uses(self, layer: Layer) -> bool:
         """Tell whether a use of this layer is captured."""
         return any(capture.layer is layer for capture in self._alive)
 
+    def was_watched(self, layer: Layer, first: int) -> bool:
+        """Tell whether a layer was watched already when the use of that order came."""
+        return self._since[layer] < first
+
     # -- while modules run ----------------------------------------------------------------------------------
 
     def turn(self, on: bool) -> None:
-        """Look at all forward passes from now on, or at none."""
+        """Look at all forward passes of this thread from now on, or at none."""
+        if on == self._is_on:
+            return
+        self._is_on, self.thread = on, threading.get_ident()
         if on:
-            self._watch.start()
+            self._hook_weights()
+            _WATCH.add(self)
         else:
-            self._watch.stop()
+            self._unhook_weights()
+            _WATCH.remove(self)
 
     def saw(self, call: Call, x: Any, weight: Any, output: Any) -> None:
         """Capture a use, if its weight is watched and its output part of a graph."""
@@ -115,7 +132,7 @@ class Captures:
         reason = _cannot_be_rows(x)
         if reason is not None:
             raise TypeError(
-                f"the input of {layer.name} must be a plain tensor where statistics are taken, got {reason}; "
+                f"the input of {layer.title} must be a plain tensor where statistics are taken, got {reason}; "
                 f"leave the layer to plain gradients with skip=[{layer.name!r}]"
             )
         if not output.requires_grad or output.grad_fn is None:
@@ -133,38 +150,64 @@ class Captures:
             self._round += 1
         return self._round
 
+    # -- while a backward pass runs -------------------------------------------------------------------------
+
     def receive(self, capture: Capture, gradient: Tensor) -> None:
-        """Take the gradient of an output from a backward pass of the user's."""
+        """Take the gradient of an output. With the empirical Fisher it waits until `.grad` has it, too."""
         if self.is_paused:
             return
         capture.trace.went_backward = True
-        if not self._follow_backward:
-            return
-        gradient = gradient.detach()
-        if capture.g is None:
-            capture.g = gradient
-            self._forget_what_was_zeroed(capture)
-            self.received.append(capture)
-        else:
-            capture.g = capture.g + gradient
+        if self._follow_backward:
+            task, before = torch._C._current_graph_task_id(), capture.layer.weight.grad
+            self._arriving = [one for one in self._arriving if one[0] == task]
+            self._arriving.append((task, before is None or not bool(before.any()), capture, gradient.detach()))
 
-    def _forget_what_was_zeroed(self, capture: Capture) -> None:
-        """Drop earlier passes whose gradients were thrown away: there is none, though they have brought some."""
-        before = [c.round for c in self.received if c.layer is capture.layer and c.round < capture.round]
-        gradient = capture.layer.weight.grad
-        if before and (gradient is None or not bool(gradient.any())):
-            self.received = [c for c in self.received if c.round > max(before)]
+    def _accumulated(self, weight: Tensor) -> None:
+        """Count the gradients that a backward pass has brought, now that `.grad` has them: no `autograd.grad` does so."""
+        task = torch._C._current_graph_task_id()
+        mine = [one for one in self._arriving if one[0] == task and one[2].layer.weight is weight]
+        if mine and all(was_zero for _, was_zero, _, _ in mine):  # what came before was thrown away
+            self.received = [c for c in self.received if c.round >= mine[0][2].round]
+        for _, _, capture, gradient in mine:
+            if capture.g is None:
+                self.received.append(capture)
+            capture.g = gradient if capture.g is None else capture.g + gradient
+        self._arriving = [one for one in self._arriving if one[2].layer.weight is not weight]
+
+    def _hook_weights(self) -> None:
+        self._unhook_weights()
+        if self._follow_backward:
+            hook = _Accumulated(weakref.ref(self))
+            self._handles = [
+                layer.weight.register_post_accumulate_grad_hook(hook)
+                for layer in self._layers.values()
+                if layer.weight.requires_grad
+            ]
+
+    def _unhook_weights(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # -- afterwards -----------------------------------------------------------------------------------------
 
     def reached_from(self, root: Node | None) -> list[tuple[Capture, GradientEdge]]:
-        """Find the captures in a graph, in the order of their uses, and where the gradients of their outputs arrive."""
-        found = [
-            (capture, GradientEdge(node, number))
-            for node in _nodes(root)
-            for capture, number in node.metadata.get(self._key, ())
-            if self._layers.get(id(capture.layer.weight)) is capture.layer
-        ]
+        """Find the captures in a graph, in the order of their uses, and where the gradients of their outputs arrive.
+
+        Raises:
+            RuntimeError: if a part of the graph was not recorded (reentrant checkpointing).
+        """
+        found = []
+        for node in _nodes(root):
+            if node.name() == "CheckpointFunctionBackward":
+                raise RuntimeError(
+                    "statistics differentiate the model's graph, which torch.utils.checkpoint records only with "
+                    "use_reentrant=False, got a graph with reentrant checkpointing: set use_reentrant=False, or take "
+                    "fisher='empirical'"
+                )
+            for capture, number in node.metadata.get(self._key, ()):
+                if self._layers.get(id(capture.layer.weight)) is capture.layer:
+                    found.append((capture, GradientEdge(node, number)))
         return sorted(found, key=lambda pair: pair[0].order)
 
     def clear(self) -> None:
@@ -172,7 +215,7 @@ class Captures:
         for capture in list(self._alive):
             capture.x, capture.g = _NOTHING, None
         self._alive.clear()
-        self.received = []
+        self.received, self._arriving = [], []
         self._round = 0
         self._key = object()
 
@@ -187,6 +230,18 @@ class _Receiver:
         capture, captures = self._capture(), self._captures()
         if capture is not None and captures is not None:
             captures.receive(capture, gradient)
+
+
+class _Accumulated:
+    """A hook of a weight that does not keep the optimizer."""
+
+    def __init__(self, captures: weakref.ref[Captures]) -> None:
+        self._captures = captures
+
+    def __call__(self, weight: Tensor) -> None:
+        captures = self._captures()
+        if captures is not None:
+            captures._accumulated(weight)
 
 
 def _nodes(root: Node | None) -> Iterator[Node]:
@@ -215,103 +270,3 @@ def _cannot_be_rows(x: Any) -> str | None:
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return "a tensor inside of a torch.func transform"
     return None
-
-
-# -- hooks of torch ---------------------------------------------------------------------------------------------
-
-
-class _Watch:
-    """Global hooks that put the mode up around the outermost call of a module, in the thread that asked for it.
-
-    What torch.compile has compiled runs as it was written meanwhile, since compiled code calls no hooks.
-    """
-
-    def __init__(self, captures: Captures) -> None:
-        self._thread = 0
-        self._inside: list[int] = []  # ids of the modules that are being called, outermost first
-        self._mode = _Mode(weakref.ref(captures))
-        self._handles: list[RemovableHandle] = []
-        weakref.finalize(captures, self.stop)
-
-    def start(self) -> None:
-        if self._handles:
-            return
-        self._thread = threading.get_ident()
-        self._handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
-        _hold_the_compiler_off(+1)
-
-    def stop(self) -> None:
-        if not self._handles:
-            return
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._inside.clear()
-        self._mode.take_down()
-        _hold_the_compiler_off(-1)
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        if not self._inside:
-            self._mode.put_up()
-        self._inside.append(id(module))
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != self._thread or id(module) not in self._inside:
-            return
-        while self._inside.pop() != id(module):  # what an exception has left without a word
-            pass
-        if not self._inside:
-            self._mode.take_down()
-
-
-_held_off = 0
-_stance: Any = None
-
-
-def _hold_the_compiler_off(change: int) -> None:
-    """Let compiled code run uncompiled while any optimizer looks at forward passes."""
-    global _held_off, _stance
-    _held_off += change
-    if _held_off == 1 and change > 0:
-        _stance = torch.compiler.set_stance("force_eager")
-    elif _held_off == 0:
-        _stance.__exit__(None, None, None)
-
-
-class _Mode(TorchFunctionMode):
-    """Sees every call of torch's functions, and tells the captures of those that use a weight."""
-
-    def __init__(self, captures: weakref.ref[Captures]) -> None:
-        super().__init__()
-        self._captures = captures
-        self._readers = {function: kind.read_call for kind in KINDS for function in kind.functions}
-        self._is_up = False
-
-    def put_up(self) -> None:
-        self._is_up = True
-        if not any(mode is self for mode in _get_current_function_mode_stack()):
-            self.__enter__()
-
-    def take_down(self) -> None:
-        """Leave the stack; below modes that came later and stayed it does nothing from now on."""
-        self._is_up = False
-        if _get_current_function_mode() is self:
-            self.__exit__(None, None, None)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        read = self._readers.get(func)
-        if read is not None and self._is_up and torch.is_grad_enabled():
-            captures = self._captures()
-            if captures is not None:
-                x, weight, call = read(func, args, kwargs)
-                captures.saw(call, x, weight, output)
-        return output

@@ -64,7 +64,7 @@ class Collector:
         """Name the first captured input that is not finite, or None."""
         for capture in self.captures.in_order():
             if not capture.x.isfinite().all():
-                return f"the input of {capture.layer.name}"
+                return f"the input of {capture.layer.title}"
         return None
 
     def sample(self, scores: Scores, mask: Tensor | None = None) -> list[Pass]:
@@ -82,7 +82,8 @@ class Collector:
             RuntimeError: if the graph cannot be differentiated so.
         """
         found = self.captures.reached_from(scores.drawn.grad_fn)
-        layers = [layer for layer in self._layers if layer.weight.requires_grad]
+        first_use = found[0][0].order if found else 0
+        layers = [layer for layer in self._layers if self.captures.was_watched(layer, first_use)]
         is_checked = self.check.is_due(Counter(capture.layer for capture, _ in found))
         parameters = self.check.parameters(layers) if is_checked else []
         edges = [edge for _, edge in found]
@@ -122,14 +123,6 @@ class Collector:
         try:
             with torch.enable_grad():
                 return torch.autograd.grad(-score, inputs, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            if "checkpoint" not in str(error).lower():
-                raise
-            raise RuntimeError(
-                "statistics differentiate the model's graph a second time, which torch.utils.checkpoint allows only "
-                "with use_reentrant=False, got a graph with reentrant checkpointing: set use_reentrant=False, or take "
-                "fisher='empirical'"
-            ) from error
         finally:
             self.captures.is_paused = False
 
@@ -148,7 +141,8 @@ class Collector:
         everything = [pair for reached in rounds.values() for pair in reached]
         factor = 1.0
         if self.check.every and everything:
-            failed, factor = self.check.of_backward(everything)
+            watched = [layer for layer in self._layers if self.captures.was_watched(layer, everything[0][0].order)]
+            failed, factor = self.check.of_backward(watched, everything)
             self._leave(failed)
         passes = [
             self._pass_of(reached, lambda last, samples: counted_cases(last, samples, cases), (), None)
@@ -226,7 +220,7 @@ def counted_cases(last: Use, samples: int, cases: int | str | None) -> int:
     if cases is None and rows != samples:
         raise ValueError(
             "cases must be given with fisher='empirical' where the last layer has another number of rows than there "
-            f"are samples, got None with {rows} rows of {last.layer.name or 'the model'} and {samples} samples: "
+            f"are samples, got None with {rows} rows of {last.layer.title} and {samples} samples: "
             "cases='rows' if the loss is a mean over all of them (a token loss), 'samples' if it is one over samples, "
             "or the number of its terms"
         )

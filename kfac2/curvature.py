@@ -181,6 +181,8 @@ class Curvature(Readings):
             mask: see `Preconditioner.accumulate_fisher`.
         """
         self._follow()
+        if not self.layout.layers:
+            return
         traces = [capture.trace for capture in self.collector.captured_from(*tensors_of(prediction))]
         try:
             scores = scores_of(prediction, self.options.fisher == "exact", self.options.samples)
@@ -236,7 +238,7 @@ class Curvature(Readings):
     def drop(self, layer: Layer, reason: str = "") -> None:
         """Leave a layer alone from now on; what this iteration has summed so far is discarded with it."""
         if reason:
-            self.health.warn(f"{layer.name or 'the model'} leaves K-FAC, and takes its plain gradient: {reason}")
+            self.health.warn(f"{layer.title} leaves K-FAC, and takes its plain gradient: {reason}")
         self.dropping()
         old, self.layout = self.layout, self.layout.without(layer)
         coarse = self.solvers.coarse.without(old, self.averages.coarse, old.number(layer))
@@ -341,10 +343,11 @@ class Curvature(Readings):
 
     def _follow(self) -> None:
         """Lay everything out anew where layers have changed their device or dtype, or are others now."""
-        found = self._found_anew() if self.found.has_changed() else self.found
-        if found is self.found and self.layout.fits():
+        has_changed = self.found.has_changed()
+        if not has_changed and self.layout.fits():
             return
         self.dropping()
+        found = self._found_anew() if has_changed else self.found
         old, layers = self.layout, [layer for layer in found.layers if layer.name not in self.dropped]
         self.layout = Layout(layers, layers[0].weight.device if layers else old.device)
         is_same = self.layout.layers == old.layers
@@ -374,7 +377,7 @@ class Curvature(Readings):
 
     def source(self, number: int) -> str:
         """Name what was not finite, by the number of a parameter of the step; what is behind them all is the result."""
-        parameters = self.prepared().parameters
+        parameters = (self._step or self.prepared()).parameters
         if number >= len(parameters):
             return "the preconditioned gradients"
         return f"the gradient of {self._names.get(id(parameters[number]), 'a parameter outside the model')}"

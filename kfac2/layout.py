@@ -77,14 +77,14 @@ class Layout:
         self.dtype = _widest(self.layers)
         self.batches = _batches(self.layers)
         self.size = self.batches[-1].end if self.batches else 0
-        self.spans = torch.zeros(len(self.layers), 2, dtype=torch.int64)
+        self.spans = torch.zeros(len(self.layers), 2, dtype=torch.int64, device="cpu")
         self._places = {}  # of each layer: its batch, begin and end among the batch's blocks
         for number, batch in enumerate(self.batches):
             block, size = 0, batch.d_out * batch.d_in
             for i, blocks in zip(batch.members, batch.sizes, strict=True):
                 self._places[i] = (number, block, block + blocks)
                 begin = batch.begin + block * size
-                self.spans[i] = torch.tensor([begin, begin + blocks * size])
+                self.spans[i] = torch.tensor([begin, begin + blocks * size], device="cpu")
                 block += blocks
         in_order = [
             i for batch in self.batches for i, n in zip(batch.members, batch.sizes, strict=True) for _ in range(n)

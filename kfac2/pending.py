@@ -49,7 +49,7 @@ def misfit(passed: Pass, layer: Layer) -> str:
     """Say which rows do not fit the samples of a pass, and what follows."""
     size = passed.by_layer()[layer][0].samples
     return (
-        f"{layer.name or 'the model'} has rows that do not belong to the {passed.samples} samples one by one (leading "
+        f"{layer.title} has rows that do not belong to the {passed.samples} samples one by one (leading "
         f"size {size}); it keeps its own block, and is out of the coarse space where that is so. If another axis counts "
         "the samples, say batch_dim="
     )

@@ -69,7 +69,7 @@ class Preconditioner(Readings):
         self.curvature = Curvature(model, params=params, skip=skip, options=self.options)
         self.curvature.scheduled = True
         self.curvature.dropping = self.check
-        self.scale = torch.ones(2, dtype=torch.float64)
+        self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
         self.iteration = 0
         self._looking_since = 0
         self._plan()
@@ -92,9 +92,10 @@ class Preconditioner(Readings):
     LOOKING = 100  # iterations in a row that look for the first use of a layer without statistics
 
     def _plan(self) -> None:
-        """Decide whether the forward passes of this iteration are looked at."""
+        """Decide whether statistics are due in this iteration, and whether its forward passes are looked at."""
         averages, iteration = self.curvature.averages, self.iteration
-        looks = averages.updates > 0 and not all(averages.seen) and iteration - self._looking_since < self.LOOKING
+        self._due = iteration % self._now("cov_every") == 0
+        looks = not all(averages.seen) and iteration - self._looking_since < self.LOOKING
         self.curvature.collector.captures.turn(bool(self.curvature.layout.layers) and (self._is_due() or looks))
 
     def _look_again(self) -> None:
@@ -104,7 +105,7 @@ class Preconditioner(Readings):
             self._looking_since = self.iteration
 
     def _is_due(self) -> bool:
-        return self.curvature.averages.updates == 0 or self.iteration % self._now("cov_every") == 0
+        return self.curvature.averages.updates == 0 or self._due
 
     def _wants_statistics(self) -> bool:
         return bool(self.curvature.layout.layers) and (self._is_due() or self.curvature.uses_new_layer())

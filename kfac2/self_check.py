@@ -91,7 +91,7 @@ class SelfCheck:
         return failed
 
     @torch.no_grad()
-    def of_backward(self, reached: Reached) -> tuple[dict[Layer, Rebuilt], float]:
+    def of_backward(self, watched: Sequence[Layer], reached: Reached) -> tuple[dict[Layer, Rebuilt], float]:
         """Compare with `.grad`, into which the ordinary backward passes of this iteration have added up.
 
         A factor that all layers share does not make rows wrong: gradients were clipped after the backward pass, or an
@@ -99,14 +99,15 @@ class SelfCheck:
         are powers of two, or so it is taken: then the rows' g are multiplied by it.
 
         Args:
+            watched: all layers that are watched.
             reached: the captures of all passes, and the gradients of their outputs.
 
         Returns:
             The layers that fail, and the factor.
         """
         rows = _Rows(reached)
-        layers = [layer for layer in dict.fromkeys(c.layer for c, _ in reached) if layer.weight.grad is not None]
-        factors = sorted(filter(math.isfinite, (rows.factor(layer) for layer in layers)))
+        layers = [layer for layer in watched if layer.weight.grad is not None]
+        factors = sorted(filter(math.isfinite, (rows.factor(layer) for layer in layers if layer in rows)))
         shared = factors[len(factors) // 2] if factors else 1.0
         if abs(shared - 1) < 1e-2:
             shared = 1.0
@@ -131,10 +132,13 @@ class _Rows:
             layer, parts = capture.layer, _rebuilt(capture, g)
             old = self._sums.get(layer)
             self._sums[layer] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
-            size = float(capture.x.float().norm()) * float(g.float().norm())
+            size = float(capture.x.double().norm()) * float(g.double().norm())
             self._bounds[layer] = self._bounds.get(layer, 0.0) + size
             if {capture.x.dtype, g.dtype, layer.weight.dtype} & {*_LOW}:
                 self._low.add(layer)
+
+    def __contains__(self, layer: Layer) -> bool:
+        return layer in self._sums
 
     def error(self, layer: Layer, true: Sequence[Tensor | None], factor: float = 1.0) -> float | None:
         """Return by how much the rebuilt gradient is off; None where it is right."""

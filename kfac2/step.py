@@ -67,7 +67,7 @@ class Step:
             torch.zeros(layout.size, dtype=layout.dtype, device=layout.device) for _ in range(3)
         )
         self._by_batch = [layout.of_batches(m) for m in (self._matrices, self._work, self._directions)]
-        self._table = torch.zeros(0, 4, dtype=torch.int64)
+        self._table = torch.zeros(0, 4, dtype=torch.int64, device="cpu")
         self._tabled: tuple[tuple[bool, ...], tuple[int, ...]] | None = None
         self._filled: tuple[bool, ...] = ()
         self._rate_index: dict[tuple[int, ...], Tensor] = {}
@@ -123,7 +123,7 @@ class Step:
             if present[number]:  # without its weight's gradient a bias keeps its own
                 rows.append(row if present[self._weights[row[2]]] else (-1, 0, -1, number))
         rows += [(-1, 0, -1, number) for number in others]
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 4)
 
     # -- the update -----------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class Step:
             kl_clip,
             skipped,
         )
-        mask = torch.tensor(in_coarse, dtype=torch.float64)
+        mask = torch.tensor(in_coarse, dtype=torch.float64, device="cpu")
         result = solvers.coarse.correct(step, inverses.coarse, mask, coarse_weight)
         write_gradients(gathered.gradients, gathered.table, self._directions, result, inverses.usable)
         return result
@@ -173,7 +173,7 @@ class Step:
     def _rates(self, rates: Sequence[float | Tensor]) -> tuple[Tensor, Tensor | None]:
         """Split η_i into numbers and, where rates lie on the device, what the numbers are multiplied by."""
         on_device = {id(rate): rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"}
-        host = torch.tensor([1.0 if id(r) in on_device else float(r) for r in rates], dtype=torch.float64)
+        host = torch.tensor([1.0 if id(r) in on_device else float(r) for r in rates], dtype=torch.float64, device="cpu")
         if not on_device:
             return host, None
         order = {key: place for place, key in enumerate(on_device, start=1)}

@@ -29,7 +29,7 @@ HYPER_PARAMETERS = [
     ({"levels": 3}, ValueError, "levels must be one of 1, 2, got 3"),
     ({"levels": "two"}, TypeError, "levels must be one of 1, 2"),
     ({"inverse": "qr"}, ValueError, "inverse must be one of 'cholesky', 'eigh', 'ekfac', got 'qr'"),
-    ({"fisher": "exact"}, ValueError, "fisher must be one of 'mc', 'empirical'"),
+    ({"fisher": "true"}, ValueError, "fisher must be one of 'mc', 'exact', 'empirical'"),
     ({"stat_decay": 1.0}, ValueError, r"stat_decay must be a number in \[0, 1\), got 1.0"),
     ({"cov_every": 0}, ValueError, "cov_every must be an int of at least 1"),
     ({"cov_every": 1.5}, TypeError, "cov_every must be an int of at least 1, got 1.5"),
@@ -40,7 +40,11 @@ HYPER_PARAMETERS = [
     ({"coarse_max_groups": 0}, ValueError, "coarse_max_groups must be an int of at least 1"),
     ({"inverse_dtype": torch.float16}, ValueError, "inverse_dtype must be torch.float32, torch.float64, or None"),
     ({"inverse_dtype": "float64"}, TypeError, "inverse_dtype must be torch.float32, torch.float64, or None"),
-    ({"cases": 0}, ValueError, "cases must be an int of at least 1, or None"),
+    ({"cases": 0}, ValueError, "cases must be an int of at least 1, 'rows', 'samples', or None"),
+    ({"cases": "tokens"}, ValueError, "cases must be an int of at least 1, 'rows', 'samples', or None, got 'tokens'"),
+    ({"samples": 0}, ValueError, "samples must be an int of at least 1, got 0"),
+    ({"batch_dim": 2}, ValueError, "batch_dim must be one of 0, 1, got 2"),
+    ({"check_every": -1}, ValueError, "check_every must be an int of at least 0"),
     ({"skip": ("nothing",)}, ValueError, "skip must name modules of the model in full, got 'nothing'"),
     ({"skip": (3,)}, TypeError, "skip must hold names or regular expressions, got 3"),
     ({"skip": (".*",)}, ValueError, "model must have a Linear or Conv layer"),
@@ -91,8 +95,12 @@ def test_distributions():
     model = net()
     opt = KFAC(model)
     out = model(torch.randn(5, 3))
-    with pytest.raises(TypeError, match=r"distribution must be a torch.distributions.Distribution, got Tensor"):
-        opt.accumulate_fisher(out)
+    with pytest.raises(TypeError, match=r"must be a torch.distributions.Distribution, a list of them, or .* got tuple"):
+        opt.accumulate_fisher([(out, out)])
+    with pytest.raises(ValueError, match="distribution must hold at least one head, got an empty list"):
+        opt.accumulate_fisher([])
+    with pytest.raises(ValueError, match="distribution must carry the model's graph, got log-probabilities"):
+        opt.accumulate_fisher(out.detach())
     with pytest.raises(ValueError, match="distribution must carry the model's graph, got a Categorical of detached"):
         opt.accumulate_fisher(Categorical(logits=out.detach()))
     other = nn.Linear(3, 2)(torch.randn(5, 3))

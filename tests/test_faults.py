@@ -133,25 +133,6 @@ def test_a_graph_does_not_outlive_inverses_that_a_state_took_away(monkeypatch):
     assert not opt.ordinary
 
 
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.a(torch.tanh(self.a(x))))
-
-
-def test_a_module_called_twice_in_several_micro_batches():
-    torch.manual_seed(0)
-    model = Twice()
-    opt = KFAC(model, fisher="empirical")
-    for part in X.chunk(3):
-        (F.cross_entropy(model(part), torch.arange(4) % 3) / 3).backward()
-    opt.step()
-    assert opt.layers == ["head"]
-
-
 def test_captures_are_freed_without_the_garbage_collector():
     model = net()
     opt = KFAC(model, fisher="empirical", cov_every=1)

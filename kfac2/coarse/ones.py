@@ -92,8 +92,8 @@ class Ones(CoarseSpace):
 
         With √(T_i T_j) both matrices stay Gram matrices. A layer outside of the space, or not used, is a zero map.
         """
-        inside = torch.tensor([averages.in_coarse[i] for i in layout.layer_of_map]).double()
-        counts = torch.tensor([sums.rows.get(layout.layers[i], 0) for i in layout.layer_of_map]).double()
+        inside = torch.tensor([averages.in_coarse[i] for i in layout.layer_of_map], device="cpu").double()
+        counts = torch.tensor([sums.rows.get(layout.layers[i], 0) for i in layout.layer_of_map], device="cpu").double()
         return ops.average_coarse_sums(
             *sums.coarse,
             input_scales=inside / sums.cases**0.5,
@@ -109,7 +109,7 @@ class Ones(CoarseSpace):
             return ()
         owners = layout.layer_of_map, layout.layer_of_map, range(len(layout.layers))
         others = [
-            torch.tensor([place for place, owner in enumerate(owner_of) if owner != number], dtype=torch.long)
+            torch.tensor([place for place, owner in enumerate(owner_of) if owner != number], dtype=torch.long, device="cpu")
             for owner_of in owners
         ]
         return tuple(

@@ -109,6 +109,11 @@ class Layer(ABC):
         return weight, bias, *(p is not None and p.requires_grad for p in (weight, bias))
 
     @property
+    def title(self) -> str:
+        """The name, for people."""
+        return self.name or "the model"
+
+    @property
     def weight(self) -> Tensor:
         """The module's weight; one that takes its place makes another layer."""
         return self._made_for[0]  # type: ignore[attr-defined,no-any-return]

@@ -38,8 +38,8 @@ def first_not_finite(tensors: Sequence[Tensor]) -> int:
         tensors: as the gradients of `gather_gradients`.
     """
     count = len(tensors)
-    layout = torch.full((count, 4), -1)
-    layout[:, 3] = torch.arange(count)
+    layout = torch.full((count, 4), -1, device="cpu")
+    layout[:, 3] = torch.arange(count, device="cpu")
     return int(gather_gradients(tensors, layout, 0, count, tensors[0].new_empty(0, dtype=torch.float32)))
 
 
