@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kfac2.change_limit import Limits
+
 
 @dataclass(frozen=True)
 class LastStep:
@@ -20,7 +22,7 @@ class LastStep:
     _squared: Tensor | float | None
     _factor: Tensor | float
     _norms: Tensor | None
-    _weight_norms: Tensor | None
+    _limits: Limits | None
     _names: list[str]
 
     @property
@@ -46,9 +48,10 @@ class LastStep:
     @property
     def changes(self) -> dict[str, float]:
         """By layer |v_i| / |W_i|, before the limit ρ; empty without a limit."""
-        if self._norms is None or self._weight_norms is None:
+        if self._norms is None or self._limits is None:
             return {}
-        return dict(zip(self._names, (self._norms / self._weight_norms).tolist(), strict=True))
+        changes = zip(self._names, (self._norms / self._limits.weight_norms).tolist(), self._limits.seen, strict=True)
+        return {name: change for name, change, seen in changes if seen}
 
     def __repr__(self) -> str:
         most = max(self.changes.items(), key=lambda change: change[1], default=None)

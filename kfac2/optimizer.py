@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from kfac2.bound import Bound, ChangeLimit, divergence
+from kfac2.bound import Bound, divergence
 from kfac2.curvature import Curvature
 from kfac2.descent import Rate, adamw_step, sgd_step
 from kfac2.groups import as_groups, check_group
@@ -146,7 +146,6 @@ class KFAC(Readings, Optimizer):
         groups = as_groups(model.parameters() if params is None else params)
         self._rest = rest
         self._bound = Bound()
-        self._change_limit: ChangeLimit | None = None
         self.options = OptimizerOptions.of({name: arguments[name] for name in OptimizerOptions.__dataclass_fields__})
         self.preconditioner = Preconditioner(
             model,
@@ -214,12 +213,12 @@ class KFAC(Readings, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
-        layers, updates = self.curvature.layout.layers, self.curvature.averages.updates
+        layers = self.curvature.layout.layers
         if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
             seen = self.curvature.layers_with_statistics()
-            self._limit(seen, renew=self.curvature.averages.updates != updates)
             self._measure(rates, seen)
-            along = {id(p) for layer in seen for p in (layer.weight, layer.bias)}
+            with_weights = ((weight, layer.bias) for layer in seen if (weight := layer.weight).grad is not None)
+            along = {id(parameter) for pair in with_weights for parameter in pair}
             for group in self.param_groups:
                 self._descend(group, along)
         self.curvature.kept = []
@@ -233,7 +232,8 @@ class KFAC(Readings, Optimizer):
             sgd_step(params, self.state, group, self._bounded(group["lr"]), found)
         elif group["method"] == "adamw":
             adamw_step(params, self.state, group, group["lr"], found)
-        else:  # a layer that was dropped, or has no statistics yet, has a plain gradient: not for the rate of K-FAC
+        else:  # a layer that was dropped, or has no statistics yet, has a plain gradient: not for the rate of K-FAC;
+            # so has a bias whose weight has no gradient
             own = [p for p in params if id(p) in along]
             sgd_step(own, self.state, group, self._bounded(group["lr"]), found)
             others = [p for p in params if id(p) not in along]
@@ -244,15 +244,15 @@ class KFAC(Readings, Optimizer):
     @property
     def last_step(self) -> LastStep:
         """What the last step was like: ν, the measured divergence, changes by layer; read when asked for."""
-        inverses, limit = self.curvature.inverses, self._change_limit
+        inverses, limit = self.curvature.inverses, self.preconditioner.change_limit
         return LastStep(
             float("nan") if inverses is None else inverses.damping.value,
             self.preconditioner.scale,
             self._bound.squared,
             self._bound.factor,
-            None if limit is None else limit.norms,
-            None if limit is None else limit.weight_norms,
-            [] if limit is None else [layer.name for layer in limit.layers],
+            limit.norms,
+            limit.current,
+            limit.names,
         )
 
     # -- the bounds -----------------------------------------------------------------------------------------
@@ -260,16 +260,6 @@ class KFAC(Readings, Optimizer):
     def _bounded(self, lr: Rate) -> Rate:
         factor = self._bound.factor
         return lr if self.options.kl_bound is None or (isinstance(factor, float) and factor == 1) else lr * factor
-
-    def _limit(self, layers: list[Layer], renew: bool) -> None:
-        """Hold each layer's direction to a share of its weights."""
-        if self.options.max_change is not None and layers:
-            self._limit_of(layers).apply(self.options.max_change, renew, self.curvature.health.at_once)
-
-    def _limit_of(self, layers: list[Layer]) -> ChangeLimit:
-        if self._change_limit is None or self._change_limit.layers != layers:
-            self._change_limit = ChangeLimit(layers)
-        return self._change_limit
 
     def _measure(self, rates: dict[int, Rate], layers: Iterable[Layer]) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
@@ -323,9 +313,8 @@ class KFAC(Readings, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
-        norms = self._change_limit.weight_norms if self._change_limit is not None else None
-        bounds = {"factor": float(self._bound.factor), "weight_norms": None if norms is None else norms.clone()}
-        state = {**self.preconditioner.state_dict(), "bounds": bounds}
+        state = self.preconditioner.state_dict()
+        state["bounds"]["factor"] = float(self._bound.factor)
         return {**super().state_dict(), "kfac": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -342,9 +331,4 @@ class KFAC(Readings, Optimizer):
         self.preconditioner.check_state_dict(state_dict["kfac"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
         self.preconditioner.load_state_dict(state_dict["kfac"])
-        bounds, seen = state_dict["kfac"]["bounds"], self.curvature.layers_with_statistics()
-        self._bound.go_on_with(bounds["factor"])
-        if bounds["weight_norms"] is None or not seen:
-            self._change_limit = None
-        else:
-            self._limit_of(seen).go_on_with(bounds["weight_norms"])
+        self._bound.go_on_with(state_dict["kfac"]["bounds"]["factor"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from kfac2.change_limit import ChangeLimit
 from kfac2.collector import NotFiniteError
 from kfac2.curvature import Curvature
 from kfac2.fine import Damping
@@ -43,12 +44,13 @@ class Preconditioner(Readings):
         options: checked options to share, in place of the following.
         **settings: `damping`, `kl_clip`, `levels`, `inverse`, `fisher`, `stat_decay`, `cov_every`, `inv_every`,
             `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups`,
-            `inverse_dtype` and `cases`, as in `KFAC`.
+            `inverse_dtype` and `cases`, as in `KFAC`; `max_change` as well, here by default None.
 
     Attributes:
         options: the options; those that state does not depend on may be set during training.
         curvature: the statistics and inverses that this is a schedule of.
         scale: on the device, ν of the last step, and the sum that it bounds.
+        change_limit: of each layer's direction.
         iteration: k, calls of `step` so far.
 
     Raises:
@@ -72,6 +74,7 @@ class Preconditioner(Readings):
         self.curvature.scheduled = True
         self.curvature.dropping = self.check
         self.scale = torch.ones(2, dtype=torch.float64)
+        self.change_limit = ChangeLimit()
         self.iteration = 0
 
     @property
@@ -133,7 +136,7 @@ class Preconditioner(Readings):
             self.curvature.health.bad = error.source
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
-        """Precondition the gradients in place: statistics, inverses, both levels, KL clip.
+        """Precondition the gradients in place: statistics, inverses, both levels, KL clip, limits.
 
         Parameters that K-FAC does not handle keep their gradients.
 
@@ -246,6 +249,8 @@ class Preconditioner(Readings):
             return curvature.source(first) if first < step.none_bad else None
         if capturing:
             health.capture((step, averages.in_coarse))
+        share = self.options.max_change
+        limits = self.change_limit.prepared(curvature.layout, share, averages.seen, bool(curvature.sums.A))
         result = step.write(
             gathered,
             inverses,
@@ -255,12 +260,14 @@ class Preconditioner(Readings):
             self._now("kl_clip"),
             [rates[name] for name in self.layers],
             health.skipped,
+            None if limits is None else limits.values,
         )
         health.found = None if looks else result.found
         self.scale = result.scale
         if looks and result.found.item():
             return curvature.source(health.take_skipped()[1])
         curvature.commit(averages, inverses)
+        self.change_limit.commit(limits, result.norms)
         return None
 
     # -- what an ordinary step leaves to later ---------------------------------------------------------------
@@ -311,11 +318,7 @@ class Preconditioner(Readings):
         return count
 
     def watch(self, params: Iterable[nn.Parameter]) -> None:
-        """Look for NaNs and infinities in the gradients of further parameters, too.
-
-        Args:
-            params: parameters that joined the optimizer later.
-        """
+        """Look for NaNs and infinities in the gradients of further parameters, which joined the optimizer later."""
         self.curvature.watch(params)
 
     # -- state ----------------------------------------------------------------------------------------------
@@ -323,17 +326,11 @@ class Preconditioner(Readings):
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training goes on from; see `Curvature.state_dict`."""
         self.check()
-        return {"iteration": self.iteration, **self.curvature.state_dict()}
+        bounds = {"weight_norms": self.change_limit.state()}
+        return {"iteration": self.iteration, **self.curvature.state_dict(), "bounds": bounds}
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Check that a state fits this model and these options; changes nothing.
-
-        Args:
-            state_dict: what `state_dict` returned.
-
-        Raises:
-            ValueError: naming what does not fit.
-        """
+        """Check that a state fits this model and these options; a ValueError names what does not."""
         self.curvature.check_state_dict(state_dict, ("iteration",))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -348,3 +345,5 @@ class Preconditioner(Readings):
         self.check_state_dict(state_dict)
         self.curvature.load_state_dict(state_dict)
         self.iteration = state_dict["iteration"]
+        norms = state_dict.get("bounds", {}).get("weight_norms")
+        self.change_limit.load(norms, self.curvature.layout, self.options.max_change, self.curvature.averages.seen)

@@ -1,4 +1,4 @@
-"""The step of every iteration (eq. 6, 10): gather, fine, coarse, clip, write."""
+"""The step of every iteration (eq. 6, 10): gather, fine, coarse, clip, limit, write."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ class Gathered:
         first_bad: on the device, the number of the first parameter whose gradient is not finite.
         elsewhere: numbers of parameters whose gradients only the host can look at: sparse ones, say, or on another
             device.
+        largest: by layer, on the CPU, the largest number that its gradients hold, where the directions hold larger
+            ones, else infinity; None: infinity for all.
     """
 
     gradients: list[Tensor]
     table: Tensor
     first_bad: Tensor
     elsewhere: list[int]
+    largest: Tensor | None
 
 
 class Step:
@@ -108,7 +111,17 @@ class Step:
             self._table = self._make_table(*self._tabled)
         count = len(self._layout.layers)
         first_bad = gather_gradients(seen, self._table, count, self.none_bad, self._matrices)
-        return Gathered(seen, self._table, first_bad, elsewhere)
+        return Gathered(seen, self._table, first_bad, elsewhere, self._largest(seen))
+
+    def _largest(self, seen: Sequence[Tensor]) -> Tensor | None:
+        most = torch.finfo(self._layout.dtype).max
+        if all(torch.finfo(dtype).max >= most for dtype in {gradient.dtype for gradient in seen}):
+            return None
+        numbers = torch.full((len(self._layout.layers),), torch.inf, dtype=torch.float64)
+        for gradient, layer in zip(seen, self._table[:, 2].tolist(), strict=True):
+            if layer >= 0 and torch.finfo(gradient.dtype).max < most:
+                numbers[layer] = min(float(numbers[layer]), torch.finfo(gradient.dtype).max)
+        return numbers
 
     def _can_look_at(self, grad: Tensor) -> bool:
         """Tell whether the native call takes a gradient that it only looks at."""
@@ -137,6 +150,7 @@ class Step:
         kl_clip: float | None,
         rates: Sequence[float | Tensor],
         skipped: Tensor,
+        limits: Tensor | None = None,
     ) -> ShiftAndScale:
         """Precondition the gathered gradients in place; where anything is not finite, write zeros. Reads nothing back.
 
@@ -149,6 +163,7 @@ class Step:
             kl_clip: κ, or None.
             rates: η_i by layer; a tensor on the device is not read.
             skipped: see `Health`.
+            limits: of |v_i|, (L,), float64 on the device; None: none.
         """
         matrices, work, directions = self._by_batch
         solvers.fine.apply({**inverses.fields, **inverses.derived}, matrices, work, directions)
@@ -164,6 +179,8 @@ class Step:
             self.none_bad,
             kl_clip,
             skipped,
+            limits,
+            gathered.largest,
         )
         mask = torch.tensor(in_coarse, dtype=torch.float64)
         result = solvers.coarse.correct(step, inverses.coarse, mask, coarse_weight)

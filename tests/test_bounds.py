@@ -160,6 +160,91 @@ def test_limits_where_a_gradient_is_missing():
     assert moved == [True, False, False, False, True, True]
 
 
+def changes_of(model, before):
+    """By name of the layer the norm of its change, weight and bias, and that of what it was before."""
+    norms = {}
+    for (name, layer), old in zip(model.named_modules(), before.modules(), strict=True):
+        if isinstance(layer, nn.Linear):
+            pairs = list(zip(layer.parameters(), old.parameters(), strict=True))
+            change = torch.cat([(p - q).detach().flatten() for p, q in pairs])
+            norms[name] = change.norm().item(), torch.cat([q.detach().flatten() for _, q in pairs]).norm().item()
+    return norms
+
+
+def test_a_layer_with_statistics_and_no_inverse_is_limited_along_its_plain_gradient():
+    model, x, y = mlp(2), torch.randn(64, 8), torch.arange(64) % 3
+    opt, _ = train(model, x, y, 1, max_change=0.01, momentum=0.0, kl_bound=None)
+    state = opt.state_dict()
+    state["kfac"]["statistics"]["factors"]["0"]["A"].fill_(float("nan"))
+    state["kfac"]["inverses"] = None
+    opt.load_state_dict(state)
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    model[0].weight.grad *= 100
+    gradient, before = model[0].weight.grad.clone(), copy.deepcopy(model)
+    with pytest.warns(RuntimeWarning, match="a factor of 0 is not finite"):
+        opt.step()
+    direction = before[0].weight - model[0].weight
+    assert F.cosine_similarity(direction.flatten(), gradient.flatten(), 0) > 0.9999
+    change, norm = changes_of(model, before)["0"]
+    assert change == pytest.approx(0.01 * norm, rel=0.1)  # of the weights as they were at the last statistics
+    assert opt.last_step.changes["0"] > 0.1
+
+
+def test_a_preconditioner_limits_changes_and_goes_on_from_its_state():
+    ends = []
+    for resumed in (False, True):
+        model = mlp(3).double()
+        torch.manual_seed(1)
+        x, y = torch.randn(32, 8).double(), torch.arange(32) % 3
+        preconditioner = kfac2.Preconditioner(model, max_change=0.01, kl_clip=None, cov_every=4)
+        for k in range(7):
+            if resumed and k == 6:
+                state = copy.deepcopy(preconditioner.state_dict())
+                preconditioner = kfac2.Preconditioner(model, max_change=0.01, kl_clip=None, cov_every=4)
+                preconditioner.load_state_dict(state)
+            model.zero_grad()
+            before, out = copy.deepcopy(model), model(x)
+            preconditioner.accumulate_fisher(Categorical(logits=out))
+            F.cross_entropy(out, y).backward()
+            preconditioner.step()
+            torch.optim.SGD(model.parameters(), lr=1.0).step()
+            if k % 4 == 0:
+                assert all(change <= 0.01001 * norm for change, norm in changes_of(model, before).values())
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    plain = copy.deepcopy([p.grad for p in model.parameters()])
+    preconditioner.options.max_change = None
+    preconditioner.step()
+    assert sum(p.grad.norm() for p in model.parameters()) > sum(g.norm() for g in plain)
+
+
+def test_a_share_that_is_set_during_training_counts_at_once():
+    model, x, y = mlp(2), torch.randn(64, 8), torch.arange(64) % 3
+    opt, _ = train(model, x, y, 2, kl_clip=None, kl_bound=None, momentum=0.0, max_change=0.02, cov_every=10)
+    opt.options.max_change = 0.005
+    before = copy.deepcopy(model)
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    opt.step()
+    floor = 1e-3 * 72**0.5
+    for name, (change, norm) in changes_of(model, before).items():
+        assert change <= max(0.0051 * norm, floor) and opt.last_step.changes[name] > 0
+
+
+def test_a_bias_whose_weight_has_no_gradient_is_left_to_adamw():
+    model, x, y = mlp(2), torch.randn(16, 8), torch.arange(16) % 3
+    opt, _ = train(model, x, y, 1, rest_lr=0.01)
+    before = model[0].bias.detach().clone()
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    model[0].weight.grad = None
+    opt.step()
+    assert_equal((model[0].bias - before).abs(), torch.full((8,), 0.01), 1e-3)  # the first step of Adam
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_bounded_training_reads_nothing_back_where_it_may_not_and_is_the_same(at_once):
     ends = []
