@@ -21,6 +21,7 @@ class LastStep:
     _scale: Tensor
     _squared: Tensor | float | None
     _factor: Tensor | float
+    _rise: Tensor | float
     _norms: Tensor | None
     _limits: Limits | None
     _names: list[str]
@@ -46,6 +47,11 @@ class LastStep:
         return float(self._factor)
 
     @property
+    def rise_factor(self) -> float:
+        """What a rise of the loss given to `step(closure)` multiplies the step by now: 1 where none is near."""
+        return float(self._rise)
+
+    @property
     def changes(self) -> dict[str, float]:
         """By layer |v_i| / |W_i|, before the limit ρ; empty without a limit."""
         if self._norms is None or self._limits is None:
@@ -57,5 +63,6 @@ class LastStep:
         most = max(self.changes.items(), key=lambda change: change[1], default=None)
         return (
             f"LastStep(damping={self.damping:.3g}, nu={self.nu:.3g}, block_divergence={self.block_divergence:.3g}, "
-            f"divergence={self.divergence}, bound_factor={self.bound_factor:.3g}, largest change={most})"
+            f"divergence={self.divergence}, bound_factor={self.bound_factor:.3g}, "
+            f"rise_factor={self.rise_factor:.3g}, largest change={most})"
         )

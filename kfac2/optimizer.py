@@ -19,6 +19,7 @@ from kfac2.last_step import LastStep
 from kfac2.options import OptimizerOptions, check_option
 from kfac2.preconditioner import Preconditioner
 from kfac2.readings import Readings
+from kfac2.rise import Rise
 
 
 class KFAC(Readings, Optimizer):
@@ -145,7 +146,7 @@ class KFAC(Readings, Optimizer):
         check_option("rest", rest, str, lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
         groups = as_groups(model.parameters() if params is None else params)
         self._rest = rest
-        self._bound = Bound()
+        self._bound, self._rise = Bound(), Rise()
         self.options = OptimizerOptions.of({name: arguments[name] for name in OptimizerOptions.__dataclass_fields__})
         self.preconditioner = Preconditioner(
             model,
@@ -200,7 +201,9 @@ class KFAC(Readings, Optimizer):
         layer.
 
         Args:
-            closure: reevaluates the model (calling `accumulate_fisher`) and returns the loss.
+            closure: reevaluates the model (calling `accumulate_fisher`) and returns the loss. One that is not finite,
+                or above its running mean m by |m| and by 8 times its spread, halves K-FAC's steps from this one on;
+                each later one takes back a factor of 1.5. `last_step.rise_factor` shows it.
 
         Returns:
             What `closure` returned, or None.
@@ -212,6 +215,7 @@ class KFAC(Readings, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._rise.follow(loss, self.curvature.layout.device, self.curvature.health.at_once)
         rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
         layers = self.curvature.layout.layers
         if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
@@ -250,6 +254,7 @@ class KFAC(Readings, Optimizer):
             self.preconditioner.scale,
             self._bound.squared,
             self._bound.factor,
+            self._rise.factor(self.curvature.health.at_once),
             limit.norms,
             limit.current,
             limit.names,
@@ -258,8 +263,10 @@ class KFAC(Readings, Optimizer):
     # -- the bounds -----------------------------------------------------------------------------------------
 
     def _bounded(self, lr: Rate) -> Rate:
-        factor = self._bound.factor
-        return lr if self.options.kl_bound is None or (isinstance(factor, float) and factor == 1) else lr * factor
+        of_bound = 1.0 if self.options.kl_bound is None else self._bound.factor
+        for factor in (of_bound, self._rise.factor(self.curvature.health.at_once)):
+            lr = lr if isinstance(factor, float) and factor == 1 else lr * factor
+        return lr
 
     def _measure(self, rates: dict[int, Rate], layers: Iterable[Layer]) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
@@ -314,7 +321,7 @@ class KFAC(Readings, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
         state = self.preconditioner.state_dict()
-        state["bounds"]["factor"] = float(self._bound.factor)
+        state["bounds"] |= {"factor": float(self._bound.factor), "rise": self._rise.state()}
         return {**super().state_dict(), "kfac": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -332,3 +339,4 @@ class KFAC(Readings, Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
         self.preconditioner.load_state_dict(state_dict["kfac"])
         self._bound.go_on_with(state_dict["kfac"]["bounds"]["factor"])
+        self._rise.load(state_dict["kfac"]["bounds"].get("rise"))
