@@ -180,7 +180,8 @@ class KFAC(Readings, Optimizer):
         handled = [p for p in group["params"] if id(p) in self._handled or self._rest == "sgd"]
         others = [p for p in group["params"] if not (id(p) in self._handled or self._rest == "sgd")]
         if handled or not others:
-            super().add_param_group({**group, "params": handled, "method": "kfac"})
+            first = float(group.get("lr", self.defaults["lr"]))  # a schedule's factor is lr over this
+            super().add_param_group({**group, "params": handled, "method": "kfac", "first_lr": first})
         if others:
             lr = group.get("rest_lr", self.defaults["rest_lr"])
             super().add_param_group({**group, "params": others, "method": "adamw", "lr": lr})
@@ -242,7 +243,7 @@ class KFAC(Readings, Optimizer):
             sgd_step(own, self.state, group, self._bounded(group["lr"]), found)
             others = [p for p in params if id(p) not in along]
             if others:
-                scheduled = group["lr"] / self.defaults["lr"] if self.defaults["lr"] else 0.0
+                scheduled = group["lr"] / group["first_lr"] if group["first_lr"] else 0.0
                 adamw_step(others, self.state, group, group["rest_lr"] * scheduled, found)
 
     @property
@@ -336,7 +337,11 @@ class KFAC(Readings, Optimizer):
         if "kfac" not in state_dict:
             raise ValueError(f"state_dict must be one of kfac2.KFAC, got one with the keys {sorted(state_dict)}")
         self.preconditioner.check_state_dict(state_dict["kfac"])
+        first = [group.get("first_lr") for group in self.param_groups]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
+        for group, lr in zip(self.param_groups, first, strict=True):
+            if lr is not None:
+                group.setdefault("first_lr", lr)  # states of earlier versions lack it
         self.preconditioner.load_state_dict(state_dict["kfac"])
         self._bound.go_on_with(state_dict["kfac"]["bounds"]["factor"])
         self._rise.load(state_dict["kfac"]["bounds"].get("rise"))

@@ -203,14 +203,16 @@ class Preconditioner(Readings):
         if bad is None:
             bad = self._write(step, gathered, rates, capturing)
         if bad is not None:
-            curvature.health.warn(f"a NaN or an infinity in {bad} at iteration {self.iteration}; the step is skipped")
+            curvature.health.skip(self.iteration, bad)
+        elif curvature.health.found is None:  # and the host has looked
+            curvature.health.went_on()
         curvature.discard()
         curvature.health.bad = None
         self.iteration += not capturing
         return bad is None
 
     def _take_statistics(self) -> None:
-        self.check()
+        self._look()
         if self.options.fisher == "empirical":
             self.curvature.collect_backward()
         if self.curvature.layout.layers and not self.curvature.sums.A and self.curvature.health.bad is None:
@@ -226,18 +228,11 @@ class Preconditioner(Readings):
 
     def _bad_before(self, step: Step, gathered: Gathered) -> str | None:
         """Name what the host of any process finds not finite before the step is computed."""
-        bad = self.curvature.health.bad or self.curvature.sums.not_finite() or self._bad_elsewhere(step, gathered)
+        bad = self.curvature.health.bad or self.curvature.sums.not_finite()
+        if bad is None and (number := step.bad_elsewhere(gathered)) is not None:
+            bad = self.curvature.source(number)
         is_bad = self.curvature.solvers.processes.agree(bad is not None)
         return (bad or "another process") if is_bad else None
-
-    def _bad_elsewhere(self, step: Step, gathered: Gathered) -> str | None:
-        """Name a gradient that is not finite among those that only the host can look at."""
-        for number in gathered.elsewhere:
-            grad = step.parameters[number].grad
-            values = grad.coalesce().values() if grad is not None and grad.is_sparse else grad
-            if values is not None and not values.isfinite().all():
-                return self.curvature.source(number)
-        return None
 
     def _write(self, step: Step, gathered: Gathered, rates: Mapping[str, Rate], capturing: bool) -> str | None:
         """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
@@ -313,6 +308,11 @@ class Preconditioner(Readings):
         Returns:
             How many steps were skipped because of a NaN or an infinity since the last report.
         """
+        count = self._look()
+        self.curvature.health.tell_skipped()
+        return count
+
+    def _look(self) -> int:
         count = self.curvature.health.report_skipped(self.iteration, self.curvature.source)
         self.curvature.mend()
         return count

@@ -129,6 +129,15 @@ class Step:
             return False
         return (grad.dim() <= _C.gradient_max_axes or grad.is_contiguous()) and grad.numel() <= _C.gradient_max_elements
 
+    def bad_elsewhere(self, gathered: Gathered) -> int | None:
+        """Return the number of a gradient that is not finite among those that only the host can look at."""
+        for number in gathered.elsewhere:
+            grad = self.parameters[number].grad
+            values = grad.coalesce().values() if grad is not None and grad.is_sparse else grad
+            if values is not None and not values.isfinite().all():
+                return number
+        return None
+
     def _make_table(self, present: tuple[bool, ...], others: tuple[int, ...]) -> Tensor:
         """For each gradient its place, row length, layer and number; -1 for one that is only looked at."""
         rows = []
