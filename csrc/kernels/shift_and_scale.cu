@@ -54,7 +54,6 @@ template <typename T>
 __device__ Sums sum_of_thread(int64_t begin, int64_t end, const T* gradients, const T* directions, const T* written,
                               bool extremes) {
   T gradient = 0, dot = 0, sum = 0, square = 0;
-  Sums sums = no_sums();
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     gradient += gradients[i];
     dot += gradients[i] * directions[i];
@@ -62,13 +61,13 @@ __device__ Sums sum_of_thread(int64_t begin, int64_t end, const T* gradients, co
       sum += written[i];
       square += written[i] * written[i];
     }
-    if (extremes) {
-      sums.lowest = std::fmin(sums.lowest, static_cast<double>(directions[i]));
-      sums.highest = std::fmax(sums.highest, static_cast<double>(directions[i]));
-    }
   }
-  sums.gradient = gradient, sums.dot = dot, sums.written = sum, sums.square = square;
-  return sums;
+  T lowest = HUGE_VAL, highest = -HUGE_VAL;
+  for (int64_t i = extremes ? begin + threadIdx.x : end; i < end; i += kThreads) {
+    lowest = std::fmin(lowest, directions[i]);
+    highest = std::fmax(highest, directions[i]);
+  }
+  return {gradient, dot, sum, square, lowest, highest};
 }
 
 // Only with `limits` are norms summed up; extremes only where the entry says how large a number may be.
