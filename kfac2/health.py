@@ -20,7 +20,9 @@ class Health:
       reported with the next statistics, which are looked at before they are averaged in, or by `check`.
     - An inverse that failed is replaced by the last one on the device. It is mended, and the warning given, when the
       host next looks: at once on a CPU.
-    - A warning that would come again and again is given once.
+    - Of steps that are skipped one after the other the first is told, then their number each time that it has doubled,
+      and what has not been told by then when one is not skipped, or `check` asks.
+    - Another warning that would come again and again is given once.
     - A captured CUDA graph holds the layout and the layers of the coarse space as they were at its capture. It is
       stale once either is another; new inverses do not make it so, since they are copied to where it reads them.
 
@@ -42,6 +44,8 @@ class Health:
         self.bad: str | None = None
         self._captured: object | None = None
         self._warned: set[str] = set()
+        self._streak = self._told = 0  # steps skipped one after the other, and how many of them were told
+        self._lately = (0, "")  # iteration and cause of the last of them
 
     # -- reports --------------------------------------------------------------------------------------------
 
@@ -54,6 +58,41 @@ class Health:
         if key not in self._warned:
             self._warned.add(key)
             self.warn(message, stacklevel=5)
+
+    def skip(self, iteration: int, cause: str) -> None:
+        """Count a step that the host knows to be skipped, and warn unless that was just said.
+
+        Args:
+            iteration: of the step.
+            cause: what was not finite.
+        """
+        self._count(
+            1, iteration, cause, f"a NaN or an infinity in {cause} at iteration {iteration}; the step is skipped"
+        )
+
+    def _count(self, count: int, iteration: int, cause: str, first: str) -> None:
+        self._streak += count
+        self._lately = (iteration, cause)
+        if not self._told:
+            self._told = self._streak
+            self.warn(first, stacklevel=6)
+        elif self._streak >= 2 * self._told:
+            self.tell_skipped()
+
+    def tell_skipped(self) -> None:
+        """Warn of skipped steps that were counted and not told."""
+        if self._streak > self._told:
+            self._told, (iteration, cause) = self._streak, self._lately
+            self.warn(
+                f"{self._streak} steps up to iteration {iteration} were skipped, lately for a NaN or an infinity in "
+                f"{cause}",
+                stacklevel=7,
+            )
+
+    def went_on(self) -> None:
+        """Note that a step was not skipped: what was not told before is told now."""
+        self.tell_skipped()
+        self._streak = self._told = 0
 
     def take_skipped(self) -> tuple[int, int]:
         """Wait for the device; return how many steps were skipped, and the number of the first bad gradient; forget."""
@@ -73,12 +112,12 @@ class Health:
         Returns:
             How many there were.
         """
-        count, first = self.take_skipped()
+        count, number = self.take_skipped()
         if count:
-            self.warn(
-                f"{count} steps before iteration {iteration} were skipped; the first for a NaN or an infinity in "
-                f"{name_of(first)}"
-            )
+            cause, skipped = name_of(number), f"{count} steps before iteration {iteration} were skipped"
+            self._count(count, iteration - 1, cause, f"{skipped}; the first for a NaN or an infinity in {cause}")
+        elif not self.at_once:
+            self.went_on()
         return count
 
     def move(self, device: torch.device) -> None:
@@ -91,6 +130,7 @@ class Health:
         """Forget what a run has found that is given up for another state."""
         self.skipped.zero_()
         self.found = self.bad = None
+        self._streak = self._told = 0
 
     # -- CUDA graphs ----------------------------------------------------------------------------------------
 

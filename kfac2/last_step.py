@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kfac2.change_limit import Limits
+
 
 @dataclass(frozen=True)
 class LastStep:
@@ -19,8 +21,9 @@ class LastStep:
     _scale: Tensor
     _squared: Tensor | float | None
     _factor: Tensor | float
+    _rise: Tensor | float
     _norms: Tensor | None
-    _weight_norms: Tensor | None
+    _limits: Limits | None
     _names: list[str]
 
     @property
@@ -44,15 +47,22 @@ class LastStep:
         return float(self._factor)
 
     @property
+    def rise_factor(self) -> float:
+        """What a rise of the loss given to `step(closure)` multiplies the step by now: 1 where none is near."""
+        return float(self._rise)
+
+    @property
     def changes(self) -> dict[str, float]:
         """By layer |v_i| / |W_i|, before the limit ρ; empty without a limit."""
-        if self._norms is None or self._weight_norms is None:
+        if self._norms is None or self._limits is None:
             return {}
-        return dict(zip(self._names, (self._norms / self._weight_norms).tolist(), strict=True))
+        changes = zip(self._names, (self._norms / self._limits.weight_norms).tolist(), self._limits.seen, strict=True)
+        return {name: change for name, change, seen in changes if seen}
 
     def __repr__(self) -> str:
         most = max(self.changes.items(), key=lambda change: change[1], default=None)
         return (
             f"LastStep(damping={self.damping:.3g}, nu={self.nu:.3g}, block_divergence={self.block_divergence:.3g}, "
-            f"divergence={self.divergence}, bound_factor={self.bound_factor:.3g}, largest change={most})"
+            f"divergence={self.divergence}, bound_factor={self.bound_factor:.3g}, "
+            f"rise_factor={self.rise_factor:.3g}, largest change={most})"
         )

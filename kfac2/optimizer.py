@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kfac2.bound import Bound, ChangeLimit, divergence
+from kfac2.bound import Bound, divergence
 from kfac2.curvature import Curvature
 from kfac2.descent import Rate, adamw_step, sgd_step
 from kfac2.groups import as_groups, check_group
@@ -19,6 +19,7 @@ from kfac2.likelihood import Prediction
 from kfac2.options import OptimizerOptions, check_option
 from kfac2.preconditioner import Preconditioner
 from kfac2.readings import Readings
+from kfac2.rise import Rise
 
 
 class KFAC(Readings, Optimizer):
@@ -152,8 +153,7 @@ class KFAC(Readings, Optimizer):
         check_option("rest", rest, str, lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
         groups = as_groups(model.parameters() if params is None else params)
         self._rest = rest
-        self._bound = Bound()
-        self._change_limit: ChangeLimit | None = None
+        self._bound, self._rise = Bound(), Rise()
         self.options = OptimizerOptions.of({name: arguments[name] for name in OptimizerOptions.__dataclass_fields__})
         self.preconditioner = Preconditioner(
             model,
@@ -187,7 +187,8 @@ class KFAC(Readings, Optimizer):
         handled = [p for p in group["params"] if id(p) in self._handled or self._rest == "sgd"]
         others = [p for p in group["params"] if not (id(p) in self._handled or self._rest == "sgd")]
         if handled or not others:
-            super().add_param_group({**group, "params": handled, "method": "kfac"})
+            first = float(group.get("lr", self.defaults["lr"]))  # a schedule's factor is lr over this
+            super().add_param_group({**group, "params": handled, "method": "kfac", "first_lr": first})
         if others:
             lr = group.get("rest_lr", self.defaults["rest_lr"])
             super().add_param_group({**group, "params": others, "method": "adamw", "lr": lr})
@@ -208,7 +209,9 @@ class KFAC(Readings, Optimizer):
         layer.
 
         Args:
-            closure: reevaluates the model (calling `accumulate_fisher`) and returns the loss.
+            closure: reevaluates the model (calling `accumulate_fisher`) and returns the loss. One that is not finite,
+                or above its running mean m by |m| and by 8 times its spread, halves K-FAC's steps from this one on;
+                each later one takes back a factor of 1.5. `last_step.rise_factor` shows it.
 
         Returns:
             What `closure` returned, or None.
@@ -220,13 +223,14 @@ class KFAC(Readings, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._rise.follow(loss, self.curvature.layout.device, self.curvature.health.at_once)
         rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
-        layers, updates = self.curvature.layout.layers, self.curvature.averages.updates
+        layers = self.curvature.layout.layers
         if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
             seen = self.curvature.layers_with_statistics()
-            self._limit(seen, renew=self.curvature.averages.updates != updates)
             self._measure(rates, seen)
-            along = {id(p) for layer in seen for p in (layer.weight, layer.bias)}
+            with_weights = ((weight, layer.bias) for layer in seen if (weight := layer.weight).grad is not None)
+            along = {id(parameter) for pair in with_weights for parameter in pair}
             for group in self.param_groups:
                 self._descend(group, along)
         self.curvature.kept = []
@@ -240,43 +244,37 @@ class KFAC(Readings, Optimizer):
             sgd_step(params, self.state, group, self._bounded(group["lr"]), found)
         elif group["method"] == "adamw":
             adamw_step(params, self.state, group, group["lr"], found)
-        else:  # a layer that was dropped, or has no statistics yet, has a plain gradient: not for the rate of K-FAC
+        else:  # a layer that was dropped, or has no statistics yet, has a plain gradient: not for the rate of K-FAC;
+            # so has a bias whose weight has no gradient
             own = [p for p in params if id(p) in along]
             sgd_step(own, self.state, group, self._bounded(group["lr"]), found)
             others = [p for p in params if id(p) not in along]
             if others:
-                scheduled = group["lr"] / self.defaults["lr"] if self.defaults["lr"] else 0.0
+                scheduled = group["lr"] / group["first_lr"] if group["first_lr"] else 0.0
                 adamw_step(others, self.state, group, group["rest_lr"] * scheduled, found)
 
     @property
     def last_step(self) -> LastStep:
         """What the last step was like: ν, the measured divergence, changes by layer; read when asked for."""
-        inverses, limit = self.curvature.inverses, self._change_limit
+        inverses, limit = self.curvature.inverses, self.preconditioner.change_limit
         return LastStep(
             float("nan") if inverses is None else inverses.damping.value,
             self.preconditioner.scale,
             self._bound.squared,
             self._bound.factor,
-            None if limit is None else limit.norms,
-            None if limit is None else limit.weight_norms,
-            [] if limit is None else [layer.name for layer in limit.layers],
+            self._rise.factor(self.curvature.health.at_once),
+            limit.norms,
+            limit.current,
+            limit.names,
         )
 
     # -- the bounds -----------------------------------------------------------------------------------------
 
     def _bounded(self, lr: Rate) -> Rate:
-        factor = self._bound.factor
-        return lr if self.options.kl_bound is None or (isinstance(factor, float) and factor == 1) else lr * factor
-
-    def _limit(self, layers: list[Layer], renew: bool) -> None:
-        """Hold each layer's direction to a share of its weights."""
-        if self.options.max_change is not None and layers:
-            self._limit_of(layers).apply(self.options.max_change, renew, self.curvature.health.at_once)
-
-    def _limit_of(self, layers: list[Layer]) -> ChangeLimit:
-        if self._change_limit is None or self._change_limit.layers != layers:
-            self._change_limit = ChangeLimit(layers)
-        return self._change_limit
+        of_bound = 1.0 if self.options.kl_bound is None else self._bound.factor
+        for factor in (of_bound, self._rise.factor(self.curvature.health.at_once)):
+            lr = lr if isinstance(factor, float) and factor == 1 else lr * factor
+        return lr
 
     def _measure(self, rates: dict[int, Rate], layers: Iterable[Layer]) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
@@ -334,9 +332,8 @@ class KFAC(Readings, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
-        norms = self._change_limit.weight_norms if self._change_limit is not None else None
-        bounds = {"factor": float(self._bound.factor), "weight_norms": None if norms is None else norms.clone()}
-        state = {**self.preconditioner.state_dict(), "bounds": bounds}
+        state = self.preconditioner.state_dict()
+        state["bounds"] |= {"factor": float(self._bound.factor), "rise": self._rise.state()}
         return {**super().state_dict(), "kfac": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -351,11 +348,11 @@ class KFAC(Readings, Optimizer):
         if "kfac" not in state_dict:
             raise ValueError(f"state_dict must be one of kfac2.KFAC, got one with the keys {sorted(state_dict)}")
         self.preconditioner.check_state_dict(state_dict["kfac"])
+        first = [group.get("first_lr") for group in self.param_groups]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
+        for group, lr in zip(self.param_groups, first, strict=True):
+            if lr is not None:
+                group.setdefault("first_lr", lr)  # states of earlier versions lack it
         self.preconditioner.load_state_dict(state_dict["kfac"])
-        bounds, seen = state_dict["kfac"]["bounds"], self.curvature.layers_with_statistics()
-        self._bound.go_on_with(bounds["factor"])
-        if bounds["weight_norms"] is None or not seen:
-            self._change_limit = None
-        else:
-            self._limit_of(seen).go_on_with(bounds["weight_norms"])
+        self._bound.go_on_with(state_dict["kfac"]["bounds"]["factor"])
+        self._rise.load(state_dict["kfac"]["bounds"].get("rise"))

@@ -110,7 +110,7 @@ class CurvatureOptions:
 
 @dataclass
 class Options(CurvatureOptions):
-    """The options of `Preconditioner`: those of `Curvature` and a schedule.
+    """The options of `Preconditioner`: those of `Curvature`, a schedule, and a limit of each layer's direction.
 
     `damping`, `kl_clip`, `cov_every` and `inv_every` may be callables that take the iteration, from 0.
     """
@@ -121,6 +121,7 @@ class Options(CurvatureOptions):
     inv_every: int | Callable[[int], int] = 10
     burn_in: int = 10
     relative_damping: bool = True
+    max_change: float | None = None
 
     def at(self, name: str, iteration: int) -> Any:
         """Return the value of an option in an iteration; what a callable returns is checked."""
@@ -137,7 +138,7 @@ class Options(CurvatureOptions):
 
 @dataclass
 class OptimizerOptions(Options):
-    """The options of `KFAC`: those of `Preconditioner`, and a bound on the whole step."""
+    """The options of `KFAC`: those of `Preconditioner`, with a limit of each layer, and a bound on the whole step."""
 
     kl_bound: float | None = 0.5
     max_change: float | None = 0.02

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac2.change_limit import ChangeLimit
 from kfac2.curvature import Curvature
 from kfac2.fine import Damping
 from kfac2.health import is_capturing
@@ -42,12 +43,13 @@ class Preconditioner(Readings):
         options: checked options to share, in place of the following.
         **settings: `damping`, `kl_clip`, `levels`, `inverse`, `fisher`, `stat_decay`, `cov_every`, `inv_every`,
             `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups`,
-            `inverse_dtype` and `cases`, as in `KFAC`.
+            `inverse_dtype` and `cases`, as in `KFAC`; `max_change` as well, here by default None.
 
     Attributes:
         options: the options; those that state does not depend on may be set during training.
         curvature: the statistics and inverses that this is a schedule of.
         scale: on the device, ν of the last step, and the sum that it bounds.
+        change_limit: of each layer's direction.
         iteration: k, calls of `step` so far.
 
     Raises:
@@ -70,6 +72,7 @@ class Preconditioner(Readings):
         self.curvature.scheduled = True
         self.curvature.dropping = self.check
         self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
+        self.change_limit = ChangeLimit()
         self.iteration = 0
         self._looking_since = 0
         self._plan()
@@ -157,7 +160,7 @@ class Preconditioner(Readings):
         self.curvature.collect(distribution, mask)
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
-        """Precondition the gradients in place: statistics, inverses, both levels, KL clip.
+        """Precondition the gradients in place: statistics, inverses, both levels, KL clip, limits.
 
         Parameters that K-FAC does not handle keep their gradients.
 
@@ -225,7 +228,9 @@ class Preconditioner(Readings):
         if bad is None:
             bad = self._write(step, gathered, rates, capturing)
         if bad is not None:
-            curvature.health.warn(f"a NaN or an infinity in {bad} at iteration {self.iteration}; the step is skipped")
+            curvature.health.skip(self.iteration, bad)
+        elif curvature.health.found is None:  # and the host has looked
+            curvature.health.went_on()
         curvature.discard()
         curvature.health.bad = None
         self.iteration += not capturing
@@ -233,7 +238,7 @@ class Preconditioner(Readings):
         return bad is None
 
     def _take_statistics(self) -> None:
-        self.check()
+        self._look()
         if self.options.fisher == "empirical":
             self.curvature.collect_backward()
         self.curvature.health.bad = self.curvature.settle()
@@ -250,18 +255,11 @@ class Preconditioner(Readings):
 
     def _bad_before(self, step: Step, gathered: Gathered) -> str | None:
         """Name what the host of any process finds not finite before the step is computed."""
-        bad = self.curvature.health.bad or self.curvature.sums.not_finite() or self._bad_elsewhere(step, gathered)
+        bad = self.curvature.health.bad or self.curvature.sums.not_finite()
+        if bad is None and (number := step.bad_elsewhere(gathered)) is not None:
+            bad = self.curvature.source(number)
         is_bad = self.curvature.solvers.processes.agree(bad is not None)
         return (bad or "another process") if is_bad else None
-
-    def _bad_elsewhere(self, step: Step, gathered: Gathered) -> str | None:
-        """Name a gradient that is not finite among those that only the host can look at."""
-        for number in gathered.elsewhere:
-            grad = step.parameters[number].grad
-            values = grad.coalesce().values() if grad is not None and grad.is_sparse else grad
-            if values is not None and not values.isfinite().all():
-                return self.curvature.source(number)
-        return None
 
     def _write(self, step: Step, gathered: Gathered, rates: Mapping[str, Rate], capturing: bool) -> str | None:
         """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
@@ -273,6 +271,8 @@ class Preconditioner(Readings):
             return curvature.source(first) if first < step.none_bad else None
         if capturing:
             health.capture((step, averages.in_coarse))
+        share = self.options.max_change
+        limits = self.change_limit.prepared(curvature.layout, share, averages.seen, bool(curvature.sums.A))
         result = step.write(
             gathered,
             inverses,
@@ -282,12 +282,14 @@ class Preconditioner(Readings):
             self._now("kl_clip"),
             [rates[name] for name in self.layers],
             health.skipped,
+            None if limits is None else limits.values,
         )
         health.found = None if looks else result.found
         self.scale = result.scale
         if looks and result.found.item():
             return curvature.source(health.take_skipped()[1])
         curvature.commit(averages, inverses)
+        self.change_limit.commit(limits, result.norms)
         return None
 
     # -- what an ordinary step leaves to later ---------------------------------------------------------------
@@ -334,16 +336,17 @@ class Preconditioner(Readings):
         Returns:
             How many steps were skipped because of a NaN or an infinity since the last report.
         """
+        count = self._look()
+        self.curvature.health.tell_skipped()
+        return count
+
+    def _look(self) -> int:
         count = self.curvature.health.report_skipped(self.iteration, self.curvature.source)
         self.curvature.mend()
         return count
 
     def watch(self, params: Iterable[nn.Parameter]) -> None:
-        """Look for NaNs and infinities in the gradients of further parameters, too.
-
-        Args:
-            params: parameters that joined the optimizer later.
-        """
+        """Look for NaNs and infinities in the gradients of further parameters, which joined the optimizer later."""
         self.curvature.watch(params)
 
     # -- state ----------------------------------------------------------------------------------------------
@@ -351,17 +354,11 @@ class Preconditioner(Readings):
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training goes on from; see `Curvature.state_dict`."""
         self.check()
-        return {"iteration": self.iteration, **self.curvature.state_dict()}
+        bounds = {"weight_norms": self.change_limit.state()}
+        return {"iteration": self.iteration, **self.curvature.state_dict(), "bounds": bounds}
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Check that a state fits this model and these options; changes nothing.
-
-        Args:
-            state_dict: what `state_dict` returned.
-
-        Raises:
-            ValueError: naming what does not fit.
-        """
+        """Check that a state fits this model and these options; a ValueError names what does not."""
         self.curvature.check_state_dict(state_dict, ("iteration",))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -376,6 +373,8 @@ class Preconditioner(Readings):
         self.check_state_dict(state_dict)
         self.curvature.load_state_dict(state_dict)
         self.iteration = self._looking_since = state_dict["iteration"]
+        norms = state_dict.get("bounds", {}).get("weight_norms")
+        self.change_limit.load(norms, self.curvature.layout, self.options.max_change, self.curvature.averages.seen)
         self._plan()
 
     def close(self) -> None:

@@ -244,3 +244,49 @@ def coarse_inverse(fisher: Tensor, damping: float) -> Tensor:
     """(F_coarse + λ_c I)⁻¹ by eigendecomposition, eigenvalues floored at 0 before damping."""
     values, vectors = torch.linalg.eigh(fisher)
     return vectors @ torch.diag(1 / (values.clamp(min=0) + damping)) @ vectors.T
+
+
+def shift_and_scale(
+    gradients: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    rates: Sequence[float],
+    in_coarse: Sequence[bool],
+    usable: Sequence[bool],
+    coarse_inverse: Tensor | None,
+    coarse_weight: float,
+    kl_clip: float | None,
+    limits: Sequence[float] | None,
+) -> tuple[list[Tensor], list[float], float]:
+    """Coarse correction, KL clip (eq. 6, 10), then the limit of each layer's norm, one after the other.
+
+    Args:
+        gradients: ∇_i, of any shape.
+        directions: G⁻¹ ∇ A⁻¹ of each layer, likewise.
+        rates: η_i.
+        in_coarse: whether a layer is in the coarse space.
+        usable: whether it has an inverse; else it keeps its gradient, outside of both levels and of the clip.
+        coarse_inverse: (F_coarse + λ_c I)⁻¹, or None.
+        coarse_weight: ω.
+        kl_clip: κ, or None.
+        limits: of the norms, or None.
+
+    Returns:
+        What takes the place of each gradient; its norms before the limits; ν.
+    """
+    steps = list(directions)
+    if coarse_inverse is not None:
+        inside = [a and b for a, b in zip(in_coarse, usable, strict=True)]
+        y = torch.stack([g.sum() if inside[i] else g.new_zeros(()) for i, g in enumerate(gradients)])
+        c = coarse_inverse @ y.to(coarse_inverse)
+        steps = [v + coarse_weight * c[i].item() if inside[i] else v for i, v in enumerate(steps)]
+    total = sum(
+        rates[i] ** 2 * abs((v * g).sum().item())
+        for i, (v, g) in enumerate(zip(steps, gradients, strict=True))
+        if usable[i]
+    )
+    nu = 1.0 if kl_clip is None or total == 0 else min(1.0, math.sqrt(kl_clip / total))
+    steps = [nu * v if usable[i] else gradients[i] for i, v in enumerate(steps)]
+    norms = [v.norm().item() for v in steps]
+    if limits is not None:
+        steps = [v * min(1.0, limits[i] / norms[i]) if norms[i] else v for i, v in enumerate(steps)]
+    return steps, norms, nu

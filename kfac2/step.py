@@ -1,4 +1,4 @@
-"""The step of every iteration (eq. 6, 10): gather, fine, coarse, clip, write."""
+"""The step of every iteration (eq. 6, 10): gather, fine, coarse, clip, limit, write."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ class Gathered:
         first_bad: on the device, the number of the first parameter whose gradient is not finite.
         elsewhere: numbers of parameters whose gradients only the host can look at: sparse ones, say, or on another
             device.
+        largest: by layer, on the CPU, the largest number that its gradients hold, where the directions hold larger
+            ones, else infinity; None: infinity for all.
     """
 
     gradients: list[Tensor]
     table: Tensor
     first_bad: Tensor
     elsewhere: list[int]
+    largest: Tensor | None
 
 
 class Step:
@@ -108,13 +111,32 @@ class Step:
             self._table = self._make_table(*self._tabled)
         count = len(self._layout.layers)
         first_bad = gather_gradients(seen, self._table, count, self.none_bad, self._matrices)
-        return Gathered(seen, self._table, first_bad, elsewhere)
+        return Gathered(seen, self._table, first_bad, elsewhere, self._largest(seen))
+
+    def _largest(self, seen: Sequence[Tensor]) -> Tensor | None:
+        most = torch.finfo(self._layout.dtype).max
+        if all(torch.finfo(dtype).max >= most for dtype in {gradient.dtype for gradient in seen}):
+            return None
+        numbers = torch.full((len(self._layout.layers),), torch.inf, dtype=torch.float64)
+        for gradient, layer in zip(seen, self._table[:, 2].tolist(), strict=True):
+            if layer >= 0 and torch.finfo(gradient.dtype).max < most:
+                numbers[layer] = min(float(numbers[layer]), torch.finfo(gradient.dtype).max)
+        return numbers
 
     def _can_look_at(self, grad: Tensor) -> bool:
         """Tell whether the native call takes a gradient that it only looks at."""
         if grad.is_sparse or grad.dtype not in _GATHERED or grad.device != self._layout.device:
             return False
         return (grad.dim() <= _C.gradient_max_axes or grad.is_contiguous()) and grad.numel() <= _C.gradient_max_elements
+
+    def bad_elsewhere(self, gathered: Gathered) -> int | None:
+        """Return the number of a gradient that is not finite among those that only the host can look at."""
+        for number in gathered.elsewhere:
+            grad = self.parameters[number].grad
+            values = grad.coalesce().values() if grad is not None and grad.is_sparse else grad
+            if values is not None and not values.isfinite().all():
+                return number
+        return None
 
     def _make_table(self, present: tuple[bool, ...], others: tuple[int, ...]) -> Tensor:
         """For each gradient its place, row length, layer and number; -1 for one that is only looked at."""
@@ -137,6 +159,7 @@ class Step:
         kl_clip: float | None,
         rates: Sequence[float | Tensor],
         skipped: Tensor,
+        limits: Tensor | None = None,
     ) -> ShiftAndScale:
         """Precondition the gathered gradients in place; where anything is not finite, write zeros. Reads nothing back.
 
@@ -149,6 +172,7 @@ class Step:
             kl_clip: κ, or None.
             rates: η_i by layer; a tensor on the device is not read.
             skipped: see `Health`.
+            limits: of |v_i|, (L,), float64 on the device; None: none.
         """
         matrices, work, directions = self._by_batch
         solvers.fine.apply({**inverses.fields, **inverses.derived}, matrices, work, directions)
@@ -164,6 +188,8 @@ class Step:
             self.none_bad,
             kl_clip,
             skipped,
+            limits,
+            gathered.largest,
         )
         mask = torch.tensor(in_coarse, dtype=torch.float64, device="cpu")
         result = solvers.coarse.correct(step, inverses.coarse, mask, coarse_weight)

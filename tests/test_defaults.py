@@ -101,6 +101,46 @@ def iterate_keeping(model, opt, new):
     assert torch.equal(new, torch.zeros(2))
 
 
+class Transposed(nn.Module):
+    """The second use of its first layer's weight is not seen, so that the layer leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.a(x)) @ self.a.weight.T)
+
+
+@pytest.mark.parametrize("old_state", [False, True])
+def test_a_schedule_scales_adamw_of_a_dropped_layer_by_the_rate_of_its_own_group(old_state):
+    torch.manual_seed(0)
+    model, x, y = Transposed(), torch.randn(12, 4), torch.arange(12) % 3
+
+    def groups():
+        return [{"params": model.a.parameters(), "lr": 0.2}, {"params": model.head.parameters()}]
+
+    opt = kfac2.KFAC(model, params=groups(), rest_lr=0.01, kl_bound=None)
+    state = copy.deepcopy(opt.state_dict())
+    if old_state:
+        state["param_groups"] = [
+            {name: value for name, value in group.items() if name != "first_lr"} for group in state["param_groups"]
+        ]
+    opt = kfac2.KFAC(model, params=groups(), rest_lr=0.01, kl_bound=None)
+    opt.load_state_dict(state)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 0.5)
+    assert [group["lr"] for group in opt.param_groups] == [0.1, 0.5]
+    before = model.a.weight.detach().clone()
+    out = model(x)
+    with pytest.warns(RuntimeWarning, match="a leaves K-FAC"):
+        opt.accumulate_fisher(Categorical(logits=out))
+    F.cross_entropy(out, y).backward()
+    opt.step()
+    assert opt.layers == ["head"]
+    change = (model.a.weight - before).abs()
+    assert_equal(change, torch.full_like(change, 0.5 * 0.01), 1e-3)  # the first step of Adam, half of rest_lr
+
+
 def test_rest_sgd_is_one_group_at_the_rate_of_kfac():
     opt = kfac2.KFAC(Mixed(), lr=0.1, rest="sgd")
     assert [group["method"] for group in opt.param_groups] == ["kfac"] and len(opt.param_groups[0]["params"]) == 7
@@ -109,14 +149,6 @@ def test_rest_sgd_is_one_group_at_the_rate_of_kfac():
 
 
 def test_a_layer_that_leaves_goes_to_adamw():
-    class Transposed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.head(torch.tanh(self.a(x)) @ self.a.weight.T)  # its second use is not seen
-
     torch.manual_seed(0)
     model, x, y = Transposed(), torch.randn(12, 4), torch.arange(12) % 3
     opt = kfac2.KFAC(model, rest_lr=0.01)
@@ -286,15 +318,19 @@ def test_a_step_that_is_skipped_unread_moves_neither_kind_of_parameter():
     assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
+def places_of(opt):
+    return [opt._bound.factor.data_ptr(), *(part.data_ptr() for part in opt.preconditioner.change_limit.current[:2])]
+
+
 def test_a_graph_finds_bounds_where_it_looks_for_them():
     torch.manual_seed(0)
     model = Mixed()
     opt = kfac2.KFAC(model, cov_every=2)
     curvature_of(opt).health.at_once = False
     iterate(model, opt)
-    places = opt._bound.factor.data_ptr(), opt._change_limit.weight_norms.data_ptr()
+    places = places_of(opt)
     for _ in range(3):
         iterate(model, opt)
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
     iterate(model, opt)
-    assert (opt._bound.factor.data_ptr(), opt._change_limit.weight_norms.data_ptr()) == places
+    assert places_of(opt) == places

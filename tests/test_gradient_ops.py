@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from compare import assert_equal
+from hypothesis import given
+from hypothesis import strategies as st
 
+from kfac2 import reference
 from kfac2.ops.gather_gradients import gather_gradients
-from kfac2.ops.shift_and_scale import shift_and_scale
+from kfac2.ops.shift_and_scale import ShiftAndScale, shift_and_scale
 from kfac2.ops.write_gradients import write_gradients
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -47,12 +50,19 @@ def test_there_and_back(dtype, total):
     usable = torch.ones(layers, dtype=torch.float64)
     usable[2] = 0
     before = [gradient.clone() for gradient in gradients]
-    step = (torch.arange(layers).double(), numbers(0.5), torch.zeros(1))
+    halves = torch.full((layers,), 0.5, dtype=torch.float64)
+    halves[2] = 1
+    step = ShiftAndScale(torch.arange(layers).double(), numbers(0.5, 0), torch.zeros(1), halves, halves)
     write_gradients(gradients, layout, matrices, step, usable)
     for i, (gradient, old) in enumerate(zip(gradients, before, strict=True)):
         wanted = old if i == 2 else (0.5 * (old.to(total) + i)).to(dtype)
         assert_equal(gradient.double(), wanted.double(), 1e-2 if dtype.itemsize == 2 else 1e-6)
-    write_gradients(gradients, layout, matrices, (*step[:2], torch.ones(1)), usable)
+    halves[2] = 0.25
+    write_gradients(
+        gradients, layout, matrices, step, usable
+    )  # without an inverse the gradient is scaled where it lies
+    assert_equal(gradients[2].double(), before[2].double() / 4, 1e-2 if dtype.itemsize == 2 else 1e-6)
+    write_gradients(gradients, layout, matrices, step._replace(found=torch.ones(1)), usable)
     assert all((gradient == 0).all() for gradient in gradients)
 
 
@@ -97,7 +107,7 @@ def test_shift_and_scale(dtype, coarse, clip):
     inverse = torch.randn(4, 4, dtype=torch.float64)
     none_bad, skipped = torch.tensor([9], dtype=torch.int32), SKIPPED.clone()
     arguments = (spans, rates, None, in_coarse, usable, inverse if coarse else None, none_bad, 9, 0.5, clip, skipped)
-    shifts, scale, found = shift_and_scale(gradients, directions, *arguments)
+    shifts, scale, found, factors, norms = shift_and_scale(gradients, directions, *arguments)
     y = torch.stack([part.double().sum() for part in gradients.split(sizes)]) * in_coarse * usable
     c = 0.5 * (inverse @ y) * in_coarse * usable if coarse else torch.zeros(4, dtype=torch.float64)
     dots = [
@@ -110,9 +120,89 @@ def test_shift_and_scale(dtype, coarse, clip):
     assert_equal(scale[1], total, tolerance)
     nu = 1.0 if clip is None else min(1.0, math.sqrt(clip / total))
     assert_equal(scale[0], torch.tensor(nu, dtype=torch.float64), tolerance)
-    assert found.item() == 0 and not skipped.any()
+    assert found.item() == 0 and not skipped.any() and norms.shape == (0,)
+    assert torch.equal(factors, torch.where(usable > 0, scale[0], 1.0))
     halved = shift_and_scale(gradients, directions, spans, rates, numbers(0.5, 0.5, 0.5, 0.5), *arguments[3:])
     assert_equal(halved.scale[1], total / 4, tolerance)
+
+
+@st.composite
+def drawn_steps(draw):
+    """Layers that are in the coarse space or not, usable or not, with a limit or none, some of several thousand numbers."""
+    layers = draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    shapes = [(draw(st.sampled_from([1, 3, 40])), draw(st.sampled_from([1, 2, 7, 150]))) for _ in range(layers)]
+    tensors = [[torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes] for _ in range(2)]
+    tensors[1] = [v + draw(st.sampled_from([0.0, 3.0])) for v in tensors[1]]
+    flags = [[draw(st.integers(0, 3)) > 0 for _ in shapes] for _ in range(2)]
+    rates = [draw(st.sampled_from([0.0, 0.1, 1.0])) for _ in shapes]
+    square = torch.randn(layers, layers, generator=generator, dtype=torch.float64)
+    inverse = square @ square.T if draw(st.booleans()) else None
+    clip = draw(st.sampled_from([None, 1e-3, 1e9]))
+    limits = [draw(st.sampled_from([1e-3, 0.5, 20.0, math.inf])) for _ in shapes] if draw(st.integers(0, 3)) else None
+    return *tensors, rates, *flags, inverse, 0.7, clip, limits
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(drawn_steps())
+def test_clip_then_limit_against_the_reference(dtype, drawn):
+    gradients, directions, rates, in_coarse, usable, inverse, weight, clip, limits = drawn
+    wanted, norms, nu = reference.shift_and_scale(*drawn)
+    mine = [gradient.to(dtype) for gradient in gradients]
+    ends = torch.tensor([gradient.numel() for gradient in mine]).cumsum(0)
+    begins = ends - torch.tensor([gradient.numel() for gradient in mine])
+    rows = [(int(begin), g.shape[1], i, i) for i, (begin, g) in enumerate(zip(begins, mine, strict=True))]
+    matrices, count = torch.zeros(int(ends[-1]), dtype=dtype), len(mine)
+    first_bad = gather_gradients(mine, torch.tensor(rows), count, count, matrices)
+    flat = torch.cat([direction.flatten() for direction in directions]).to(dtype)
+    flags = numbers(*in_coarse), numbers(*usable)
+    step = shift_and_scale(
+        matrices, flat, torch.stack([begins, ends], 1), numbers(*rates), None, *flags, inverse, first_bad, count, weight,
+        clip, SKIPPED.clone(), None if limits is None else numbers(*limits),
+    )  # fmt: skip
+    write_gradients(mine, torch.tensor(rows), flat, step, flags[1])
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-4
+    assert step.found.item() == 0
+    assert_equal(step.scale[0], torch.tensor(nu, dtype=torch.float64), tolerance)
+    for ours, theirs in zip(mine, wanted, strict=True):
+        assert_equal(ours, theirs, tolerance)
+    if limits is None:
+        assert step.norms.shape == (0,)
+    else:
+        assert_equal(step.norms, numbers(*norms), tolerance)
+        for gradient, limit in zip(mine, limits, strict=True):
+            assert gradient.norm() <= limit * (1 + tolerance)
+
+
+@pytest.mark.parametrize("shift", [0.0, 5e3])
+def test_what_would_overflow_once_written_is_found(shift):
+    """A direction is finite in float32; in float16 it is not, unless the clip or the limit shortens it."""
+    directions, gradients, spans = (
+        torch.tensor([1.0, -7e4, 3.0]),
+        torch.tensor([1e-6, 0.0, 0.0]),
+        torch.tensor([[0, 3]]),
+    )
+    none_bad, one, half = torch.tensor([1], dtype=torch.int32), numbers(1), numbers(torch.finfo(torch.float16).max)
+    inverse = numbers(shift * 1e6).reshape(1, 1)
+
+    def found(largest, clip=None, limits=None, usable=one, directions=directions):
+        skipped = SKIPPED.clone()
+        step = shift_and_scale(
+            gradients, directions, spans, one, None, one, usable, inverse, none_bad, 1, 1.0, clip, skipped, limits, largest
+        )  # fmt: skip
+        assert skipped.tolist() == [int(step.found.item()), int(step.found.item())]
+        written = torch.zeros(1, 3, dtype=torch.float16)
+        if usable.item():
+            write_gradients([written], torch.tensor([[0, 3, 0, 0]]), directions, step, usable)
+            assert written.isfinite().all() or largest is not half
+        return step.found.item()
+
+    assert found(half) == (shift == 0)  # with the shift it is -65,000
+    assert found(None) == 0 and found(numbers(math.inf)) == 0
+    assert found(half, directions=-directions) == 1 and found(half, directions=directions / 2) == 0
+    assert found(half, usable=numbers(0)) == 0
+    assert found(half, limits=numbers(6e4)) == 0
+    assert found(half, clip=1e-14) == 0  # ν is about 1/10 or less
 
 
 def test_what_is_not_finite_is_found_and_counted():
@@ -121,8 +211,8 @@ def test_what_is_not_finite_is_found_and_counted():
     none_bad, first_bad = torch.tensor([[3], [1]], dtype=torch.int32)
     skipped = SKIPPED.clone()
 
-    def found(directions, first=none_bad, usable=one, inverse=None, rates=one):
-        arguments = (spans, rates, None, one, usable, inverse, first, 3, 1.0, 0.1, skipped)
+    def found(directions, first=none_bad, usable=one, inverse=None, rates=one, limits=None):
+        arguments = (spans, rates, None, one, usable, inverse, first, 3, 1.0, 0.1, skipped, limits)
         return shift_and_scale(gradients, torch.tensor(directions), *arguments).found.item()
 
     fine = [1.0, 1.0, 1.0, 1.0]
@@ -133,11 +223,15 @@ def test_what_is_not_finite_is_found_and_counted():
     assert found([1.0, 1.0, 1.0, float("inf")], rates=numbers(0, 0)) == 1
     assert found(fine, inverse=torch.full((2, 2), 1e300, dtype=torch.float64)) == 1  # not a float32
     assert found([0.0] * 4) == 0  # the sum under the root is 0
+    huge = [1e30, 0.0, 0.0, 0.0]  # its squared norm is no float32
+    assert (
+        found(huge) == 0 and found(huge, limits=numbers(1, 1)) == 1 and found(huge, limits=numbers(torch.inf, 1)) == 0
+    )
 
 
 def test_bad_input_changes_nothing():
     gradient, matrices, layout = torch.randn(2, 3), torch.zeros(6), torch.tensor([[0, 3, 0, 0]])
-    step, one = (numbers(0), numbers(1), torch.zeros(1)), numbers(1)
+    step, one = ShiftAndScale(numbers(0), numbers(1, 0), torch.zeros(1), numbers(1), numbers()), numbers(1)
     spans, none_bad = torch.tensor([[0, 6]]), torch.tensor([1], dtype=torch.int32)
     rest = (one, None, one, one, None, none_bad, 1, 1.0, 0.1, SKIPPED)
     cases = [
@@ -150,14 +244,17 @@ def test_bad_input_changes_nothing():
         (lambda: gather_gradients([gradient], layout, 1, 1, matrices.half()), "matrices in one contiguous dimension"),
         (lambda: gather_gradients([gradient, gradient[:, :, None, None, None, None]], layout, 1, 1, matrices), r"\[2, 4\]"),
         (lambda: gather_gradients([gradient[:, :1].expand(2, 3)], layout, 1, 1, matrices), "memory for each of its elements"),
-        (lambda: write_gradients([gradient], layout, matrices, (numbers(), *step[1:]), one), "of 0 layers"),
-        (lambda: write_gradients([gradient], layout, matrices, (step[0].float(), *step[1:]), one), "to be float64"),
-        (lambda: write_gradients([gradient], layout, matrices, (*step[:2], torch.zeros(2)), one), r"found .*got shape \[2\]"),
+        (lambda: write_gradients([gradient], layout, matrices, step._replace(shifts=numbers()), one), "of 0 layers"),
+        (lambda: write_gradients([gradient], layout, matrices, step._replace(shifts=step.shifts.float()), one), "to be float64"),
+        (lambda: write_gradients([gradient], layout, matrices, step._replace(found=torch.zeros(2)), one), r"found .*got shape \[2\]"),
         (lambda: write_gradients([gradient], layout, matrices, step, numbers(1, 1)), r"usable of shape \[1\], got \[2\]"),
+        (lambda: write_gradients([gradient], layout, matrices, step._replace(factors=numbers()), one), r"factors .*\[1\], got \[0\]"),
         (lambda: shift_and_scale(matrices, matrices[:5], spans, *rest), r"of one size, dtype and device, .*\[6\] and \[5\]"),
         (lambda: shift_and_scale(matrices, matrices, spans + 1, *rest), "the span of layer 0 within 6 elements, got 1 to 7"),
         (lambda: shift_and_scale(matrices, matrices, spans[0, :1], *rest), r"spans to be contiguous, of 2 integer .*\[1\]"),
         (lambda: shift_and_scale(matrices, matrices, spans, *rest[:8], -1.0, SKIPPED), "kl_clip above 0, got -1"),
+        (lambda: shift_and_scale(matrices, matrices, spans, *rest, limits=numbers(1, 1)), r"limits .* 1 float64 .*got shape \[2\]"),
+        (lambda: shift_and_scale(matrices, matrices, spans, *rest, largest=numbers()), r"largest .* 1 float64 .*the CPU.*\[0\]"),
     ]  # fmt: skip
     before = gradient.clone()
     for call, message in cases:

@@ -235,6 +235,83 @@ def test_preconditioned_gradients_that_overflow_are_not_written():
     assert same(before, snapshot(model, opt))
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_gradients_that_float16_does_not_hold_are_not_written(at_once):
+    """They are finite in float32, where they are computed: the parameters would become infinite in silence."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).half(), torch.randn(6, 3).half()
+    opt = KFAC(model, kl_clip=None, cov_every=100)
+    opt.curvature.health.at_once = at_once
+    iterate(model, opt, x)
+    before = snapshot(model, opt)
+    with pytest.warns(RuntimeWarning, match="a NaN or an infinity in the preconditioned gradients"):
+        iterate(model, opt, x, poison=lambda: model[2].weight.grad.fill_(6e4))
+        opt.check()
+    assert not any(p.grad.any() for p in model.parameters())
+    assert same(before, snapshot(model, opt))
+    iterate(model, opt, x)
+    assert all(p.isfinite().all() for p in model.parameters()) and not same(before, snapshot(model, opt))
+    solved = opt.curvature.solve({"2.weight": torch.full((2, 4), 6e4)}, damping=1e-3)  # in float32 it is a number
+    assert solved["2.weight"].isfinite().all() and solved["2.weight"].abs().max() > 65504
+
+
+def warned(run):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message).removeprefix("kfac2: ") for warning in caught]
+
+
+def test_of_steps_skipped_in_a_row_few_are_told_and_none_is_left_out():
+    model, x = net(), torch.randn(6, 3)
+    opt = KFAC(model, cov_every=3)
+    iterate(model, opt, x)
+
+    def broken(count):
+        for _ in range(count):
+            iterate(model, opt, x, poison=lambda: model[3].bias.grad.fill_(float("nan")))
+
+    cause = "a NaN or an infinity in the gradient of 3.bias"
+    several = "{} steps up to iteration {} were skipped, lately for " + cause
+    assert warned(lambda: broken(11)) == [
+        f"{cause} at iteration 1; the step is skipped",
+        several.format(2, 2),
+        several.format(4, 4),
+        several.format(8, 8),
+    ]
+    assert warned(lambda: iterate(model, opt, x)) == [several.format(11, 11)]
+    assert warned(lambda: iterate(model, opt, x)) == []
+    assert warned(lambda: broken(1)) == [f"{cause} at iteration 14; the step is skipped"]  # another row begins
+    assert warned(lambda: iterate(model, opt, x)) == []
+    broken_and_asked = warned(lambda: (broken(3), opt.check(), opt.check()))
+    assert broken_and_asked == [
+        f"{cause} at iteration 16; the step is skipped",
+        several.format(2, 17),
+        several.format(3, 18),
+    ]
+    assert opt.preconditioner.iteration == 19
+
+
+def test_skipped_steps_that_are_read_late_are_told_as_rarely():
+    model, x = net(), torch.randn(6, 3)
+    opt = KFAC(model, cov_every=3)
+    opt.curvature.health.at_once = False
+    iterate(model, opt, x)
+    iterate(model, opt, x)
+
+    def broken(count):
+        for _ in range(count):
+            iterate(model, opt, x, poison=lambda: model[3].bias.grad.fill_(float("nan")))
+
+    messages = warned(lambda: broken(30))  # iterations 2 to 31, of which every third looks
+    assert [message.split(" ")[0] for message in messages] == ["1", "2", "4", "8", "16"]
+    assert messages[0].startswith("1 steps before iteration 3 were skipped; the first for a NaN")
+    assert messages[-1].startswith("16 steps up to iteration 17 were skipped, lately for a NaN")
+    after = warned(lambda: [iterate(model, opt, x) for _ in range(5)])  # read at iteration 33
+    assert len(after) == 1 and after[0].startswith("30 steps up to iteration 32 were skipped")
+    assert warned(lambda: opt.check()) == []
+
+
 class OneMore(nn.Module):
     """Its middle layer sees N + 1 rows from the second batch on."""
 

@@ -37,7 +37,7 @@ def samples(dtype):
         "coarse_fisher": (sums, sums.clone(), torch.ones(3).double(), None, sums + 1, sums * 2, 0.9, [0, 1, 1], 2),
         "factored_tikhonov_inverse": ([spd], [spd[:, :2, :2]], 0.1),
         "gather_gradients": (gradients, layout, 1, 2, matrices),
-        "shift_and_scale": (matrices, matrices + 1, *clip, none_bad, 2, 1.0, 0.1, skipped),
+        "shift_and_scale": (matrices, matrices + 1, *clip, none_bad, 2, 1.0, 0.1, skipped, doubles / 3, doubles * 7),
         "write_gradients": (gradients, layout, matrices, doubles, doubles, torch.zeros(1), doubles),
     }
 

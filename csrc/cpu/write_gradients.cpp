@@ -39,10 +39,14 @@ void write_part(const GradientPart& part, T* data, const Sum* directions, Sum sh
   });
 }
 
+// A part by a factor; 0 whatever it holds where that is 0.
 template <typename T>
-void zero_part(const GradientPart& part, T* data) {
+void scale_part(const GradientPart& part, T* data, double factor) {
   for_each_run(part, [&](int64_t offset, int64_t, int64_t count, int64_t stride) {
-    for (int64_t i = 0; i < count; ++i) data[offset + i * stride] = T{};
+    for (int64_t i = 0; i < count; ++i) {
+      T& number = data[offset + i * stride];
+      number = factor == 0 ? T{} : from_sum_type<T>(static_cast<SumType<T>>(factor * to_sum_type(number)));
+    }
   });
 }
 
@@ -56,11 +60,12 @@ class WriteGradients : public Work {
   void run_task(int64_t task) override {
     for (int64_t i = first_part_[task]; i < first_part_[task + 1]; ++i) {
       const GradientPart& part = params_.parts[i];
-      const bool kept = !part.belongs() || params_.usable[part.layer] == 0;
+      const bool skipped = *params_.found != 0, kept = !part.belongs() || params_.usable[part.layer] == 0;
+      const double scale = skipped ? 0 : part.belongs() ? params_.factors[part.layer] : 1;
+      if (kept && scale == 1) continue;
       with_type(part.element_type, part.data, [&](auto* data) {
-        if (*params_.found != 0) return zero_part(part, data);
-        if (kept) return;
-        const double shift = params_.shifts[part.layer], scale = *params_.scale;
+        if (kept || skipped) return scale_part(part, data, scale);
+        const double shift = params_.shifts[part.layer];
         if (params_.is_double) {
           write_part(part, data, static_cast<const double*>(params_.directions), shift, scale);
         } else {

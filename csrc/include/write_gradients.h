@@ -1,4 +1,4 @@
-// write_gradients: nu (v_i + omega c_i) back into every parameter's gradient.
+// write_gradients: f_i (v_i + omega c_i) back into every parameter's gradient.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@ struct WriteGradientsParams {
   const GradientPart* parts;  // [count]; a part that belongs to no layer keeps its gradient
   const void* directions;     // the matrices of all layers, float or double
   const double* shifts;       // [layers]: omega c_i
-  const double* scale;        // nu
+  const double* factors;      // [layers]: f_i
   const float* found;         // not 0: every gradient becomes 0, of layers or not
-  const double* usable;       // [layers]: 0 for a layer that keeps its gradient
+  const double* usable;       // [layers]: 0 for a layer that keeps its gradient, f_i of it
   int64_t count;
   bool is_double;
 };

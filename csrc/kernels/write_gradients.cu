@@ -7,18 +7,23 @@ namespace {
 
 template <typename Sum>
 __global__ void __launch_bounds__(kPartThreads)
-    write_kernel(const PartEntry* entries, int count, const Sum* directions, const double* shifts, const double* scale,
-                 const float* found, const double* usable) {
+    write_kernel(const PartEntry* entries, int count, const Sum* directions, const double* shifts,
+                 const double* factors, const float* found, const double* usable) {
   const PartEntry& entry = entries[entry_of(entries, count, blockIdx.x)];
   const GradientPart& part = entry.part;
   const bool skipped = *found != 0, kept = !part.belongs() || usable[part.layer] == 0;
-  if (kept && !skipped) return;  // there is no barrier
-  const Sum shift = kept ? Sum(0) : static_cast<Sum>(shifts[part.layer]), nu = static_cast<Sum>(*scale);
+  const double factor = part.belongs() ? factors[part.layer] : 1.0;
+  if (kept && !skipped && factor == 1) return;  // there is no barrier
+  const Sum shift = kept ? Sum(0) : static_cast<Sum>(shifts[part.layer]), scale = static_cast<Sum>(factor);
   with_type(part.element_type, part.data, [&](auto* data) {
     using T = ElementOf<decltype(data)>;
     for_each_element(entry, blockIdx.x, [&](int64_t offset, int64_t place) {
-      const Sum value = skipped ? Sum(0) : nu * (directions[place] + shift);
-      data[offset] = from_sum_type<T>(static_cast<SumType<T>>(value));
+      if (kept && !skipped) {
+        data[offset] = from_sum_type<T>(static_cast<SumType<T>>(factor * to_sum_type(data[offset])));
+      } else {
+        const Sum value = skipped ? Sum(0) : scale * (directions[place] + shift);
+        data[offset] = from_sum_type<T>(static_cast<SumType<T>>(value));
+      }
     });
   });
 }
@@ -36,7 +41,7 @@ class WriteGradients : public PartLaunch {
   template <typename Sum>
   cudaError_t write(const unsigned char* workspace, cudaStream_t stream) const {
     return launch_items(write_kernel<Sum>, workspace, stream, static_cast<const Sum*>(params_.directions),
-                        params_.shifts, params_.scale, params_.found, params_.usable);
+                        params_.shifts, params_.factors, params_.found, params_.usable);
   }
 
   WriteGradientsParams params_;

@@ -15,8 +15,9 @@ STABLE_TORCH_LIBRARY(kfac2, m) {
   m.def(
       "shift_and_scale(Tensor gradients, Tensor directions, Tensor spans, Tensor rates, Tensor? device_rates, "
       "Tensor in_coarse, Tensor usable, Tensor? coarse_inverse, Tensor first_bad, int none_bad, float coarse_weight, "
-      "float kl_clip, Tensor(a!) skipped) -> (Tensor, Tensor, Tensor)");
+      "float kl_clip, Tensor(a!) skipped, Tensor? limits=None, Tensor? largest=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "write_gradients(Tensor(a!)[] gradients, Tensor layout, Tensor directions, Tensor shifts, Tensor scale, "
+      "write_gradients(Tensor(a!)[] gradients, Tensor layout, Tensor directions, Tensor shifts, Tensor factors, "
       "Tensor found, Tensor usable) -> ()");
 }

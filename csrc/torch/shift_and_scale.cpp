@@ -10,7 +10,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Result = std::tuple<Tensor, Tensor, Tensor>;
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr const char* kOp = "shift_and_scale";
 
@@ -21,11 +21,12 @@ void check_numbers(const Tensor& tensor, const char* name, ScalarType type, int6
         on_device_of == nullptr ? "the CPU" : "the device of the gradients", ", got shape ", shape_of(tensor));
 }
 
-// shifts: [L], scale: [2], found: [1]
+// shifts: [L], scale: [2], found: [1], factors: [L], norms: [L] with limits, else [0]
 Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const Tensor& spans, const Tensor& rates,
                        const std::optional<Tensor>& device_rates, const Tensor& in_coarse, const Tensor& usable,
                        const std::optional<Tensor>& coarse_inverse, const Tensor& first_bad, int64_t none_bad,
-                       double coarse_weight, double kl_clip, const Tensor& skipped) {
+                       double coarse_weight, double kl_clip, const Tensor& skipped, const std::optional<Tensor>& limits,
+                       const std::optional<Tensor>& largest) {
   const int64_t layers = rates.numel();
   check(is_float_or_double(gradients) && gradients.scalar_type() == directions.scalar_type() &&
             gradients.numel() == directions.numel() && gradients.is_contiguous() && directions.is_contiguous() &&
@@ -40,6 +41,8 @@ Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const 
   if (coarse_inverse) {
     check_numbers(*coarse_inverse, "coarse_inverse", ScalarType::Double, layers * layers, &gradients);
   }
+  if (limits) check_numbers(*limits, "limits", ScalarType::Double, layers, &gradients);
+  if (largest) check_numbers(*largest, "largest", ScalarType::Double, layers, nullptr);
   check_numbers(first_bad, "first_bad", ScalarType::Int, 1, &gradients);
   check_numbers(skipped, "skipped", ScalarType::Long, 2, &gradients);
   const int64_t* span = static_cast<const int64_t*>(spans.const_data_ptr());
@@ -52,6 +55,8 @@ Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const 
   const Tensor shifts = allocate(gradients, {layers}, ScalarType::Double);
   const Tensor scale = allocate(gradients, {2}, ScalarType::Double);
   const Tensor found = allocate(gradients, {1}, ScalarType::Float);
+  const Tensor factors = allocate(gradients, {layers}, ScalarType::Double);
+  const Tensor norms = allocate(gradients, {limits ? layers : 0}, ScalarType::Double);
   const auto doubles = [](const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); };
   ShiftAndScaleParams params;
   params.gradients = gradients.const_data_ptr();
@@ -62,6 +67,8 @@ Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const 
   params.in_coarse = doubles(in_coarse);
   params.usable = doubles(usable);
   params.coarse_inverse = coarse_inverse ? doubles(*coarse_inverse) : nullptr;
+  params.limits = limits ? doubles(*limits) : nullptr;
+  params.largest = largest ? doubles(*largest) : nullptr;
   params.first_bad = static_cast<const int32_t*>(first_bad.const_data_ptr());
   params.none_bad = none_bad;
   params.coarse_weight = coarse_weight;
@@ -70,10 +77,12 @@ Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const 
   params.shifts = doubles(shifts);
   params.scale = doubles(scale);
   params.found = static_cast<float*>(found.data_ptr());
+  params.factors = doubles(factors);
+  params.norms = doubles(norms);
   params.skipped = static_cast<int64_t*>(skipped.data_ptr());
   params.is_double = is_double(gradients);
   KFAC2_RUN(shift_and_scale, gradients, params);
-  return {shifts, scale, found};
+  return {shifts, scale, found, factors, norms};
 }
 
 }  // namespace

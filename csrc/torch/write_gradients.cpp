@@ -11,22 +11,24 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "write_gradients";
 
-// shifts, usable: [layers]; scale: at least [1]; found: [1]
+// shifts, factors, usable: [layers]; found: [1]
 void write_gradients(const std::vector<Tensor>& gradients, const Tensor& layout, const Tensor& directions,
-                     const Tensor& shifts, const Tensor& scale, const Tensor& found, const Tensor& usable) {
+                     const Tensor& shifts, const Tensor& factors, const Tensor& found, const Tensor& usable) {
   const std::vector<GradientPart> parts = gradient_parts(kOp, gradients, layout, directions, shifts.numel());
-  for (const Tensor* numbers : {&shifts, &scale, &usable}) {
+  for (const Tensor* numbers : {&shifts, &factors, &usable}) {
     check(is_double(*numbers) && numbers->is_contiguous() && same_device(*numbers, directions), kOp,
-          "expected shifts, scale and usable to be float64, contiguous, on the device of the directions");
+          "expected shifts, factors and usable to be float64, contiguous, on the device of the directions");
   }
   check(found.scalar_type() == ScalarType::Float && found.numel() == 1 && same_device(found, directions), kOp,
         "expected found to be one float32 number on the device of the directions, got shape ", shape_of(found));
-  check(usable.numel() == shifts.numel() && scale.numel() >= 1, kOp, "expected usable of shape ", shape_of(shifts),
-        ", got ", shape_of(usable));
+  for (const Tensor* numbers : {&factors, &usable}) {
+    check(numbers->numel() == shifts.numel(), kOp, "expected factors and usable of shape ", shape_of(shifts), ", got ",
+          shape_of(*numbers));
+  }
   const WriteGradientsParams params{parts.data(),
                                     directions.const_data_ptr(),
                                     static_cast<const double*>(shifts.const_data_ptr()),
-                                    static_cast<const double*>(scale.const_data_ptr()),
+                                    static_cast<const double*>(factors.const_data_ptr()),
                                     static_cast<const float*>(found.const_data_ptr()),
                                     static_cast<const double*>(usable.const_data_ptr()),
                                     static_cast<int64_t>(parts.size()),

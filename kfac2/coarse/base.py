@@ -15,7 +15,7 @@ from kfac2.statistics import Averages, Pass, Sums
 
 @dataclass(frozen=True)
 class FineStep:
-    """A step before the coarse correction and the KL clip; the arguments of `shift_and_scale`.
+    """A step before the coarse correction, the KL clip and the limits; the arguments of `shift_and_scale`.
 
     Attributes:
         gradients: ∇ of all layers, one dimension.
@@ -28,6 +28,8 @@ class FineStep:
         none_bad: what it is where all gradients are finite.
         kl_clip: κ, or None.
         skipped: where steps that are not finite are counted.
+        limits: of |v_i|, (L,), or None.
+        largest: (L,), on the CPU: the largest number that the gradients of a layer hold, or infinity.
     """
 
     gradients: Tensor
@@ -40,6 +42,8 @@ class FineStep:
     none_bad: int
     kl_clip: float | None
     skipped: Tensor
+    limits: Tensor | None
+    largest: Tensor | None
 
 
 class CoarseSpace(ABC):
@@ -93,7 +97,7 @@ class CoarseSpace(ABC):
         """
 
     def correct(self, step: FineStep, inverse: Tensor | None, in_coarse: Tensor, weight: float) -> ShiftAndScale:
-        """Restrict the gradients, solve, prolong onto the directions, and compute the clip: one native call.
+        """Restrict the gradients, solve, prolong onto the directions, and compute clip and limits: one native call.
 
         Args:
             step: gradients and directions.
@@ -115,4 +119,6 @@ class CoarseSpace(ABC):
             weight,
             step.kl_clip,
             step.skipped,
+            step.limits,
+            step.largest,
         )

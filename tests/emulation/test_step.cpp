@@ -78,7 +78,7 @@ template <typename T>
 struct Results {
   std::vector<T> matrices;
   int32_t first_bad = -1;
-  std::vector<double> shifts, scale = {-1, -1};
+  std::vector<double> shifts, scale = {-1, -1}, factors, norms;
   float found = -1;
   std::vector<int64_t> skipped = {0, -1};
 };
@@ -87,20 +87,24 @@ struct Results {
 template <typename T>
 struct Inputs {
   std::vector<T> directions;
-  std::vector<double> rates, device_rates, in_coarse, usable, coarse_inverse;
-  bool coarse, clip, on_device;
+  std::vector<double> rates, device_rates, in_coarse, usable, coarse_inverse, limits, largest;
+  bool coarse, clip, on_device, limited;
 
   Inputs(Random& random, const DrawnStep& step)
       : directions(drawn_numbers<T>(random, step.elements)),
         coarse(draw(random, 0, 3) > 0),
         clip(draw(random, 0, 1) == 0),
-        on_device(draw(random, 0, 1) == 0) {
+        on_device(draw(random, 0, 1) == 0),
+        limited(draw(random, 0, 3) > 0) {
     const int64_t layers = static_cast<int64_t>(step.spans.size()) / 2;
     for (int64_t i = 0; i < layers; ++i) {
       rates.push_back(0.1 * static_cast<double>(draw(random, 0, 3)));
       device_rates.push_back(0.5 * static_cast<double>(draw(random, 1, 3)));
       in_coarse.push_back(draw(random, 0, 4) > 0);
       usable.push_back(draw(random, 0, 4) > 0);
+      const double infinity = std::numeric_limits<double>::infinity();
+      limits.push_back(draw(random, 0, 3) > 0 ? 0.1 * static_cast<double>(draw(random, 1, 30)) : infinity);
+      largest.push_back(draw(random, 0, 1) > 0 ? 1e4 : infinity);
     }
     coarse_inverse = drawn_numbers<double>(random, layers * layers);
   }
@@ -108,6 +112,8 @@ struct Inputs {
   ShiftAndScaleParams params(const DrawnStep& step, Results<T>& results) const {
     const int64_t layers = static_cast<int64_t>(rates.size());
     results.shifts.assign(layers, -1.0);
+    results.factors.assign(layers, -1.0);
+    results.norms.assign(layers, -1.0);
     return {results.matrices.data(),
             directions.data(),
             step.spans.data(),
@@ -116,6 +122,8 @@ struct Inputs {
             in_coarse.data(),
             usable.data(),
             coarse ? coarse_inverse.data() : nullptr,
+            limited ? limits.data() : nullptr,
+            largest.data(),
             &results.first_bad,
             2 * step.count(),
             0.7,
@@ -124,6 +132,8 @@ struct Inputs {
             results.shifts.data(),
             results.scale.data(),
             &results.found,
+            results.factors.data(),
+            results.norms.data(),
             results.skipped.data(),
             sizeof(T) == sizeof(double)};
   }
@@ -137,7 +147,7 @@ void step_on_device(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& 
   run_emulated("gather_gradients", *cuda::gather_gradients(gather));
   run_emulated("shift_and_scale", *cuda::shift_and_scale(inputs.params(step, results)));
   const WriteGradientsParams write{
-      step.parts.data(), inputs.directions.data(), results.shifts.data(), results.scale.data(),
+      step.parts.data(), inputs.directions.data(), results.shifts.data(), results.factors.data(),
       &results.found,    inputs.usable.data(),     step.count(),          is_double};
   run_emulated("write_gradients", *cuda::write_gradients(write));
 }
@@ -148,7 +158,7 @@ void step_on_host(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& re
   run(*cpu::gather_gradients(
       {step.parts.data(), results.matrices.data(), &results.first_bad, step.count(), 2 * step.count(), is_double}));
   run(*cpu::shift_and_scale(inputs.params(step, results)));
-  run(*cpu::write_gradients({step.parts.data(), inputs.directions.data(), results.shifts.data(), results.scale.data(),
+  run(*cpu::write_gradients({step.parts.data(), inputs.directions.data(), results.shifts.data(), results.factors.data(),
                              &results.found, inputs.usable.data(), step.count(), is_double}));
 }
 
@@ -175,9 +185,16 @@ template <typename T>
 void test_step(int seed, int64_t layers, int64_t largest, const char* poison) {
   Random random(seed);
   const DrawnStep got(random, layers, largest);
-  const Inputs<T> inputs(random, got);
+  Inputs<T> inputs(random, got);
+  const bool overflows = poison != nullptr && poison[0] == 'd';  // a direction that float16, say, does not hold
+  if (overflows) {
+    inputs.usable[0] = inputs.rates[0] = 1;
+    inputs.limited = inputs.clip = false;
+    inputs.largest[0] = 1e4;
+    inputs.directions[got.spans[1] - 1] = T(-5e4);
+  }
   const double tolerance = sizeof(T) == sizeof(double) ? 1e-12 : 1e-4;
-  if (poison != nullptr) {
+  if (poison != nullptr && !overflows) {
     const GradientPart& part = got.parts[poison[0] == 'l' ? 0 : got.count() - 1];
     with_type(part.element_type, part.data, [](auto* data) {
       data[0] = from_sum_type<std::remove_pointer_t<decltype(data)>>(
@@ -199,6 +216,8 @@ void test_step(int seed, int64_t layers, int64_t largest, const char* poison) {
   if (poison == nullptr) {
     expect_equal("shifts", ours.shifts.data(), theirs.shifts.data(), layers, tolerance);
     expect_equal("scale", ours.scale.data(), theirs.scale.data(), 2, tolerance);
+    expect_equal("factors", ours.factors.data(), theirs.factors.data(), layers, tolerance);
+    expect_equal("norms", ours.norms.data(), theirs.norms.data(), layers, tolerance);
   }
   expect_same_gradients(got, expected);
 }
@@ -229,6 +248,8 @@ int main() {
     test_step<float>(10, 40, 3, nullptr);  // more layers than warps
     test_step<float>(11, 4, 5, "layer");
     test_step<double>(12, 4, 5, "other");
+    test_step<float>(13, 4, 5, "direction");
+    test_step<double>(14, 40, 5, "direction");
   }
   const int64_t few = launches_for(3), many = launches_for(112);
   std::printf("launches of a step beside its products: %d for 3 layers, %d for 112\n", static_cast<int>(few),

@@ -83,6 +83,8 @@ def test_the_calls_of_a_step(total):
     usable = (torch.arange(layers) % 7 > 0).double()
     inverse = torch.randn(layers, layers, dtype=torch.float64, generator=generator)
     directions = torch.randn(int(ends[-1]), generator=generator).to(total)
+    limits = torch.tensor([[0.01, 1.0, torch.inf][i % 3] for i in range(layers)], dtype=torch.float64)
+    largest = torch.tensor([torch.finfo(g.dtype).max for g in gradients], dtype=torch.float64)
     results = []
     for device in (torch.device("cpu"), DEVICE):
         mine = [torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device=device).copy_(g) for g in gradients]
@@ -91,7 +93,7 @@ def test_the_calls_of_a_step(total):
         skipped = torch.zeros(2, dtype=torch.int64, device=device)
         step = shift_and_scale(
             matrices, directions.to(device), spans, rates, None, in_coarse, usable.to(device), inverse.to(device),
-            first_bad, layers, 0.5, 1e-3, skipped,
+            first_bad, layers, 0.5, 1e-3, skipped, limits.to(device), largest,
         )  # fmt: skip
         write_gradients(mine, layout, directions.to(device), step, usable.to(device))
         results.append([matrices.cpu(), first_bad.cpu(), *(part.cpu() for part in step), *(g.cpu() for g in mine)])
