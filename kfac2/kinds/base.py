@@ -110,17 +110,6 @@ class Layer(ABC):
         """
         return self._for_maps(rows[0]), self._for_maps(rows[1])
 
-    @abstractmethod
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-        """Return what the module would make of an input with another weight and bias.
-
-        Args:
-            x: the input as the module got it.
-            weight: shaped as its own.
-            bias: likewise, or None.
-            like: a tensor shaped as the output.
-        """
-
     def _for_maps(self, rows: Rows) -> Rows:
         """With too many groups, sum all of them into one map.
 

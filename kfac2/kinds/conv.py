@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac2.kinds.base import Layer, Rows, places
@@ -38,12 +37,6 @@ class Conv(Layer):
         """Return the patches of the input, and the output gradients, at the places of the output map."""
         rank = len(self.module.kernel_size)
         return Rows(batched(x, rank), self._window), Rows(batched(g, rank), places(rank, self.blocks))
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-        """Convolve."""
-        module = self.module
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
-        return convolve(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
 
     @functools.cached_property
     def _window(self) -> Window:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac2.kinds.base import Layer, Part, Rows, places
@@ -60,21 +59,6 @@ class ConvTranspose(Layer):
         g = batched(g, rank)
         mirrored = g.flip(tuple(range(2, 2 + rank)))
         return self._patches(x, g, mirrored=True), Rows(mirrored, places(rank, self.blocks))
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-        """Convolve, transposed, to the size of `like`."""
-        module, rank = self.module, len(self.module.kernel_size)
-        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
-        shortest = [
-            (x.shape[axis - rank] - 1) * module.stride[axis]
-            - 2 * int(module.padding[axis])
-            + module.dilation[axis] * (module.kernel_size[axis] - 1)
-            + 1
-            for axis in range(rank)
-        ]
-        extra = tuple(like.shape[axis - rank] - shortest[axis] for axis in range(rank))
-        padding = tuple(int(zeros) for zeros in module.padding)
-        return convolve(x, weight, bias, module.stride, padding, extra, module.groups, module.dilation)
 
     def map_rows(self, x: Tensor, g: Tensor, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
         """Return the rows of maps that are not mirrored: the order of offsets does not count in a sum over a patch."""

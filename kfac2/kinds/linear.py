@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac2.kinds.base import Layer, Rows, places
@@ -23,10 +22,6 @@ class Linear(Layer):
         """Return the inputs, and the output gradients, of all positions."""
         x, g = _features_second(x), _features_second(g)
         return Rows(x, places(x.dim() - 2, 1, int(self.bias is not None))), Rows(g, places(g.dim() - 2))
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-        """Multiply."""
-        return F.linear(x, weight, bias)
 
 
 def _features_second(x: Tensor) -> Tensor:

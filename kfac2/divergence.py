@@ -1,0 +1,119 @@
+"""A step measured: dᵀFd, with the Fisher of the rows at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac2.kinds import Layer
+from kfac2.ops.directional_derivatives import directional_derivatives
+from kfac2.ops.gather_gradients import gather_gradients
+from kfac2.statistics import Pass
+
+Direction = Callable[[Tensor], Tensor | None]
+
+
+class KeptUse(NamedTuple):
+    """What is kept of a use until the step is known: the first samples of its input and output gradient."""
+
+    layer: Layer
+    x: Tensor
+    g: Tensor
+    samples: int
+
+
+class KeptPass(NamedTuple):
+    """What is kept of a pass.
+
+    Attributes:
+        uses: of its layers.
+        samples: how many samples were kept.
+        cases: M of these.
+    """
+
+    uses: list[KeptUse]
+    samples: int
+    cases: float
+
+
+def kept_of(passed: Pass, share: float = 0.25, least: int = 32) -> KeptPass:
+    """Keep a share of the samples of a pass, and at least so many."""
+    whole = passed.uses[0].samples
+    count = min(whole, max(least, int(whole * share)))
+    uses = []
+    for use in passed.uses:
+        x, g, samples = use.x, use.g, use.samples
+        if count < whole and samples > 1:
+            samples = max(1, samples * count // whole)
+            x, g = x[:samples], g[:samples].clone()  # without the clone all of g would stay
+        uses.append(KeptUse(use.layer, x, g * passed.scale if passed.scale != 1 else g, samples))
+    return KeptPass(uses, count, passed.cases * count / whole)
+
+
+def divergence(passes: Sequence[KeptPass], direction: Direction) -> Tensor:
+    """Return dᵀFd = 1/M Σ_n (Σ_i s_ni)², s_ni = Σ_t g_ntᵀ D_i ā_nt: twice the divergence that a step d would bring.
+
+    s_ni is the derivative of sample n's log-likelihood along layer i's part D_i of the step. All layers are coupled,
+    where the KL clip sees each for itself. A layer whose leading size is no multiple of the batch counts for itself
+    here, too.
+
+    Args:
+        passes: kept rows of this iteration.
+        direction: gives d of a parameter; None where it does not move.
+
+    Returns:
+        float64, one number on the device.
+    """
+    layers = dict.fromkeys(use.layer for kept in passes for use in kept.uses)
+    moved = {id(p): direction(p) for layer in layers for p in (layer.weight, layer.bias) if p is not None}
+    moving = [layer for layer in layers if moved[id(layer.weight)] is not None]
+    matrices = dict(zip(moving, _as_matrices(moving, moved), strict=True))
+    squares, cases = [], 0.0
+    for kept in passes:
+        cases += kept.cases
+        uses = [use for use in kept.uses if use.layer in matrices]
+        if not uses:
+            continue
+        products = []
+        for use, s in zip(uses, _derivatives(uses, matrices), strict=True):
+            if use.samples % kept.samples:
+                squares.append(s.square().sum())
+            else:
+                products.append(s if use.samples == kept.samples else s.view(kept.samples, -1).sum(1))
+        if products:
+            squares.append(torch.stack(products).sum(0).square().sum())
+    return torch.stack(squares).sum() / cases
+
+
+def _as_matrices(layers: Sequence[Layer], moved: dict[int, Tensor | None]) -> list[Tensor]:
+    """Return what moves the parameters as matrices, (1, blocks, d_out, d_in); a bias that does not move has zeros."""
+    parts: list[Tensor] = []
+    places: list[tuple[int, int, int, int]] = []
+    sizes: list[int] = []
+    for i, layer in enumerate(layers):
+        begin, (blocks, d_out, d_in) = sum(sizes), layer.matrix_shape
+        for part in layer.parts():
+            d = moved[id(part.parameter)]
+            if d is not None:
+                parts.append(d if part.view is None else part.view(d))
+                places.append((begin + part.place, d_in, i, 0))
+        sizes.append(blocks * d_out * d_in)
+    dtype = torch.float64 if any(layer.factor_dtype == torch.float64 for layer in layers) else torch.float32
+    matrices = torch.zeros(sum(sizes), dtype=dtype, device=layers[0].weight.device if layers else None)
+    if layers:
+        gather_gradients(parts, torch.tensor(places), len(layers), 1, matrices)
+    return [m.view(1, *layer.matrix_shape) for layer, m in zip(layers, matrices.split(sizes), strict=True)]
+
+
+def _derivatives(uses: Sequence[KeptUse], matrices: dict[Layer, Tensor]) -> list[Tensor]:
+    """Return s_ni of each use, (samples,)."""
+    rows = [use.layer.rows(use.x, use.g) for use in uses]
+    inputs, windows = zip(*(a for a, _ in rows), strict=True)
+    directions = [
+        matrices[use.layer].to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        for use, x in zip(uses, inputs, strict=True)
+    ]
+    return [s[0] for s in directional_derivatives(inputs, windows, [g.tensor for _, g in rows], directions)]
