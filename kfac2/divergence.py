@@ -11,6 +11,7 @@ from torch import Tensor
 from kfac2.kinds import Layer
 from kfac2.ops.directional_derivatives import directional_derivatives
 from kfac2.ops.gather_gradients import gather_gradients
+from kfac2.ops.layer_maps import sum_dtype
 from kfac2.statistics import Pass
 
 Direction = Callable[[Tensor], Tensor | None]
@@ -82,9 +83,9 @@ def divergence(passes: Sequence[KeptPass], direction: Direction) -> Tensor:
             if use.samples % kept.samples:
                 squares.append(s.square().sum())
             else:
-                products.append(s if use.samples == kept.samples else s.view(kept.samples, -1).sum(1))
+                products.append(s if use.samples == kept.samples else s.view(1, kept.samples, -1).sum(2))
         if products:
-            squares.append(torch.stack(products).sum(0).square().sum())
+            squares.append(torch.cat(products).sum(0).square().sum())
     return torch.stack(squares).sum() / cases
 
 
@@ -93,27 +94,29 @@ def _as_matrices(layers: Sequence[Layer], moved: dict[int, Tensor | None]) -> li
     parts: list[Tensor] = []
     places: list[tuple[int, int, int, int]] = []
     sizes: list[int] = []
+    begin = 0
     for i, layer in enumerate(layers):
-        begin, (blocks, d_out, d_in) = sum(sizes), layer.matrix_shape
+        blocks, d_out, d_in = layer.matrix_shape
         for part in layer.parts():
             d = moved[id(part.parameter)]
             if d is not None:
                 parts.append(d if part.view is None else part.view(d))
                 places.append((begin + part.place, d_in, i, 0))
         sizes.append(blocks * d_out * d_in)
+        begin += sizes[-1]
     dtype = torch.float64 if any(layer.factor_dtype == torch.float64 for layer in layers) else torch.float32
-    matrices = torch.zeros(sum(sizes), dtype=dtype, device=layers[0].weight.device if layers else None)
+    matrices = torch.zeros(begin, dtype=dtype, device=layers[0].weight.device if layers else None)
     if layers:
         gather_gradients(parts, torch.tensor(places), len(layers), 1, matrices)
     return [m.view(1, *layer.matrix_shape) for layer, m in zip(layers, matrices.split(sizes), strict=True)]
 
 
 def _derivatives(uses: Sequence[KeptUse], matrices: dict[Layer, Tensor]) -> list[Tensor]:
-    """Return s_ni of each use, (samples,)."""
+    """Return s_ni of each use, (1, samples)."""
     rows = [use.layer.rows(use.x, use.g) for use in uses]
     inputs, windows = zip(*(a for a, _ in rows), strict=True)
-    directions = [
-        matrices[use.layer].to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        for use, x in zip(uses, inputs, strict=True)
-    ]
-    return [s[0] for s in directional_derivatives(inputs, windows, [g.tensor for _, g in rows], directions)]
+    directions = [matrices[use.layer] for use in uses]
+    for i, x in enumerate(inputs):
+        if (x.dtype == torch.float64) != (directions[i].dtype == torch.float64):
+            directions[i] = directions[i].to(sum_dtype(x.dtype))
+    return directional_derivatives(inputs, windows, [g.tensor for _, g in rows], directions)
