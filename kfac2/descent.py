@@ -66,6 +66,8 @@ def next_steps(params: Sequence[Tensor], state: State, group: Mapping[str, Any])
         state: the optimizer's.
         group: `lr`, `momentum`, `weight_decay` and `nesterov`.
     """
+    if not params:
+        return []
     steps, momentum, lr = _gradients(params), group["momentum"], group["lr"]
     if group["weight_decay"]:
         steps = list(torch._foreach_add(steps, list(params), alpha=group["weight_decay"]))
@@ -78,7 +80,7 @@ def next_steps(params: Sequence[Tensor], state: State, group: Mapping[str, Any])
             moved = torch._foreach_add(gradients, moved, alpha=momentum)
         for i, step in zip(with_buffer, moved, strict=True):
             steps[i] = step
-    return [step * lr for step in steps] if isinstance(lr, Tensor) or not steps else list(torch._foreach_mul(steps, lr))
+    return [step * lr for step in steps] if isinstance(lr, Tensor) else list(torch._foreach_mul(steps, lr))
 
 
 def adamw_step(
