@@ -183,6 +183,41 @@ def covariances(layers: LayerSet) -> Case:
     )
 
 
+def along_by_torch(x: Tensor, window: Window, g: Tensor, directions: Tensor) -> Tensor:
+    """Apply the layer with each direction in place of its weight, and multiply with g: (K, N), double."""
+    results = []
+    for matrix in directions[:, 0]:
+        weight, bias = (matrix[:, :-1], matrix[:, -1]) if window.bias else (matrix, None)
+        if x.dim() == 4:
+            kernel, padding = window.kernel_size, tuple(low for low, _ in window.padding)
+            moved = F.conv2d(x, weight.unflatten(1, (-1, *kernel)), bias, window.stride, padding)
+        else:  # features second, as a view where there are positions
+            moved = F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+        results.append((moved * g).flatten(1).sum(1).double())
+    return torch.stack(results)
+
+
+def directional_derivatives(layers: LayerSet) -> Case:
+    """One direction for each layer. `paper` forms each sample's gradient."""
+    count = len(layers.shapes)
+    inputs, windows, grads = layers.tensors[:count], layers.windows[:count], layers.tensors[count:]
+    directions = [matrix[None, None] for matrix in layers.grad_matrices]
+    work = [s.rows * s.d_in * s.d_out for s in layers.shapes]
+    some = sample(["paper"], "layers", range(count), SAMPLED_LAYERS, lambda i: work[i])
+
+    def by_samples(i: int) -> Tensor:
+        gradients = grads[i].reshape(layers.batch, grads[i].shape[1], -1) @ form_rows(inputs[i], windows[i]).mT
+        return (gradients * directions[i][0]).sum((1, 2)).double()[None]
+
+    return Case(
+        f"directional_derivatives, {layers.title}",
+        lambda: [by_samples(i) for i in some.taken],
+        lambda: [along_by_torch(*entry) for entry in zip(inputs, windows, grads, directions, strict=True)],
+        lambda: ops.directional_derivatives(inputs, windows, grads, directions),
+        sample=some,
+    )
+
+
 def input_covariance(channels: int, extent: int, batch: int, device: str) -> Case:
     """One 3×3 convolution: `paper` unfolds, `plain` stacks nine shifted planes."""
     x = torch.randn(batch, channels, extent, extent, generator=torch.Generator().manual_seed(0)).to(device)
@@ -358,6 +393,7 @@ def precondition(layers: LayerSet) -> Case:
 BY_LAYERS: dict[str, Callable[[LayerSet], Case]] = {
     "layer_maps": layer_maps,
     "covariances": covariances,
+    "directional_derivatives": directional_derivatives,
     "cross_layer_sums": cross_layer_sums,
     "average_coarse_sums": average_coarse_sums,
     "factored_tikhonov_inverse": factored_tikhonov_inverse,

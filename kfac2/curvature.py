@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kfac2 import state
-from kfac2.bound import KeptPass, kept_of
 from kfac2.capture import Trace
 from kfac2.coarse import coarse_space
 from kfac2.collector import Collector
+from kfac2.divergence import KeptPass, kept_of
 from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
 from kfac2.inverses import Inverses, Solvers, inverted, mended, observed

@@ -58,6 +58,31 @@ def sgd_step(params: Sequence[Tensor], state: State, group: Mapping[str, Any], l
     _by_fusion(params, state, ("momentum_buffer",), found, take)
 
 
+def next_steps(params: Sequence[Tensor], state: State, group: Mapping[str, Any]) -> list[Tensor]:
+    """Return η times what `sgd_step` would move each parameter along; changes nothing.
+
+    Args:
+        params: parameters, all with a gradient.
+        state: the optimizer's.
+        group: `lr`, `momentum`, `weight_decay` and `nesterov`.
+    """
+    if not params:
+        return []
+    steps, momentum, lr = _gradients(params), group["momentum"], group["lr"]
+    if group["weight_decay"]:
+        steps = list(torch._foreach_add(steps, list(params), alpha=group["weight_decay"]))
+    buffers = [state[parameter].get("momentum_buffer") if momentum else None for parameter in params]
+    with_buffer = [i for i, buffer in enumerate(buffers) if buffer is not None]
+    if with_buffer:
+        gradients = [steps[i] for i in with_buffer]
+        moved = torch._foreach_add(gradients, [b for b in buffers if b is not None], alpha=momentum)
+        if group["nesterov"]:
+            moved = torch._foreach_add(gradients, moved, alpha=momentum)
+        for i, step in zip(with_buffer, moved, strict=True):
+            steps[i] = step
+    return [step * lr for step in steps] if isinstance(lr, Tensor) else list(torch._foreach_mul(steps, lr))
+
+
 def adamw_step(
     params: Sequence[Tensor], state: State, group: Mapping[str, Any], lr: Rate, found: Tensor | None
 ) -> None:

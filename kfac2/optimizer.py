@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kfac2.bound import Bound, divergence
+from kfac2.bound import Bound
 from kfac2.curvature import Curvature
-from kfac2.descent import Rate, adamw_step, sgd_step
+from kfac2.descent import Rate, adamw_step, next_steps, sgd_step
+from kfac2.divergence import divergence
 from kfac2.groups import as_groups, check_group
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
@@ -228,7 +229,7 @@ class KFAC(Readings, Optimizer):
         layers = self.curvature.layout.layers
         if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
             seen = self.curvature.layers_with_statistics()
-            self._measure(rates, seen)
+            self._measure(seen)
             with_weights = ((weight, layer.bias) for layer in seen if (weight := layer.weight).grad is not None)
             along = {id(parameter) for pair in with_weights for parameter in pair}
             for group in self.param_groups:
@@ -276,26 +277,18 @@ class KFAC(Readings, Optimizer):
             lr = lr if isinstance(factor, float) and factor == 1 else lr * factor
         return lr
 
-    def _measure(self, rates: dict[int, Rate], layers: Iterable[Layer]) -> None:
+    def _measure(self, layers: Iterable[Layer]) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
         kept, bound = self.curvature.kept, self.options.kl_bound
         self.curvature.keeps_rows = bound is not None
         if bound is None or not kept:
             return
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
         moving = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
-
-        def direction(parameter: Tensor) -> Tensor | None:
-            if parameter.grad is None or id(parameter) not in moving:
-                return None
-            group, buffer = groups[id(parameter)], self.state[parameter].get("momentum_buffer")
-            d = parameter.grad + group["weight_decay"] * parameter if group["weight_decay"] else parameter.grad
-            if buffer is not None and group["momentum"]:
-                new = d + group["momentum"] * buffer
-                d = d + group["momentum"] * new if group["nesterov"] else new
-            return d * rates[id(parameter)]
-
-        self._bound.measured(divergence(kept, direction), bound, self.curvature.health.at_once)
+        steps: dict[int, Tensor] = {}
+        for group in self.param_groups:
+            own = [p for p in group["params"] if p.grad is not None and id(p) in moving]
+            steps |= zip(map(id, own), next_steps(own, self.state, group), strict=True)
+        self._bound.measured(divergence(kept, lambda p: steps.get(id(p))), bound, self.curvature.health.at_once)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied or pickled whole: the hooks belong to the model's own modules."""

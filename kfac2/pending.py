@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kfac2.bound import KeptPass
 from kfac2.capture import Trace
+from kfac2.divergence import KeptPass
 from kfac2.kinds import Layer
 from kfac2.statistics import Pass, Sums
 

@@ -141,6 +141,27 @@ def grad_covariance(g: Tensor) -> Tensor:
     return flat.T @ flat
 
 
+def directional_derivatives(
+    inputs: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor]], directions: Sequence[Tensor]
+) -> list[Tensor]:
+    """Σ over blocks and places of gᵀ D_k ā, (K, N) of each layer, from the gradient of each sample. Takes rows.
+
+    Args:
+        inputs: of each layer the rows ā of its blocks, (N, T, d_in) each.
+        grads: likewise the rows g, (N, T, d_out).
+        directions: (K, blocks, d_out, d_in) of each layer.
+    """
+    results = []
+    for input_blocks, grad_blocks, matrices in zip(inputs, grads, directions, strict=True):
+        result = matrices.new_zeros(len(matrices), len(input_blocks[0]))
+        for block, (a, g) in enumerate(zip(input_blocks, grad_blocks, strict=True)):
+            gradients = torch.einsum("nto,nti->noi", g, a)  # of each sample
+            for k, n in product(range(len(matrices)), range(len(a))):
+                result[k, n] += (matrices[k, block] * gradients[n]).sum()
+        results.append(result)
+    return results
+
+
 def cross_layer_sums(rows: Sequence[Tensor], grids: Sequence[Sequence[int]], downsample: str = "nearest") -> Tensor:
     """Form every A_ij (or G_ij) whole, and sum its elements (eq. 5-7). Takes rows, where the op takes maps."""
     size = len(rows)

@@ -164,6 +164,14 @@ def test_preconditioner_rates():
 
 X, G = torch.randn(3, 2, 5, 4), torch.randn(3, 4, 6)
 EYE = torch.eye(2)
+DIRECTIONS = torch.randn(1, 1, 2, 5)
+
+
+def derivatives(**other):
+    fitting = {"inputs": [G], "windows": [Window.places(1, bias=1)], "grads": [G[:, :2]], "directions": [DIRECTIONS]}
+    return ops.directional_derivatives(**{**fitting, **other})
+
+
 OPS = [
     (lambda: ops.patch_sums(X, 3.5), TypeError, "kernel_size must be an int or a sequence of ints|'float' object"),
     (lambda: ops.patch_sums(X, (3, 3, 3)), ValueError, "kernel_size must have one number for each of the 2 spatial axes"),
@@ -183,6 +191,21 @@ OPS = [
     (lambda: ops.covariances([X], [Window.places(2, groups=3)]), RuntimeError, "divisible by groups = 3"),
     (lambda: ops.covariances([X], [Window.places(2, bias=2)]), RuntimeError, "a bias of 0 or 1 in window 0, got 2"),
     (lambda: ops.covariances([X, X.to("meta")], [Window.places(2)] * 2), ValueError, r"tensors\[1\] must be on the device of"),
+    (lambda: derivatives(inputs=[]), ValueError, "inputs must hold at least one tensor"),
+    (lambda: derivatives(grads=G), TypeError, "grads must be a list of tensors, got Tensor"),
+    (lambda: derivatives(directions=[DIRECTIONS] * 2), ValueError, "directions must have one entry for each of the 1 entries of inputs, got 2"),
+    (lambda: derivatives(windows=[]), ValueError, "windows must have one entry for each of the 1 entries of inputs, got 0"),
+    (lambda: derivatives(grads=[G.to("meta")]), ValueError, "grads must be on the device of inputs"),
+    (lambda: derivatives(windows=[Window.places(1, bias=2)]), RuntimeError, "a bias of 0 or 1 in window 0, got 2"),
+    (lambda: derivatives(windows=[Window.of(1, 3)]), RuntimeError, r"gradient 0 to have the samples and the places .* input 0, of shape .3, 4, 6., got .3, 2, 6."),
+    (lambda: derivatives(grads=[G[:2, :2]]), RuntimeError, r"the samples and the places of .*got .2, 2, 6."),
+    (lambda: derivatives(grads=[G[:, :2].double()]), RuntimeError, "gradient 0 to be summed in the same type as input 0: both float64, or neither"),
+    (lambda: derivatives(grads=[G[:, :2].long()]), RuntimeError, "tensor 0 to be float32, float64, float16 or bfloat16"),
+    (lambda: derivatives(directions=[DIRECTIONS[0]]), RuntimeError, r"directions 0 of shape .K, 1, 2, 5. with K of at least 1, got .1, 2, 5."),
+    (lambda: derivatives(directions=[DIRECTIONS[..., :4]]), RuntimeError, r"directions 0 of shape .*got .1, 1, 2, 4."),
+    (lambda: derivatives(directions=[DIRECTIONS[:0]]), RuntimeError, r"K of at least 1, got .0, 1, 2, 5."),
+    (lambda: derivatives(directions=[DIRECTIONS.double()]), RuntimeError, "directions 0 to be float32, as the rows are summed in"),
+    (lambda: torch.ops.kfac2.directional_derivatives([X], Window.places(2).encode(), [], []), RuntimeError, "as many gradients and directions as inputs, 1, got 0 and 0"),
     (lambda: torch.ops.kfac2.layer_maps([X], [1, 2]), RuntimeError, "expected 17 window numbers for each of 1 tensors, got 2"),
     (lambda: ops.cross_layer_sums([]), ValueError, "maps must hold at least one tensor"),
     (lambda: ops.cross_layer_sums([G], "cubic"), ValueError, "downsample must be 'nearest' or 'area', got 'cubic'"),

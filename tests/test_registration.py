@@ -33,6 +33,12 @@ def samples(dtype):
     return {
         "layer_maps": (tensors, NUMBERS),
         "covariances": (tensors, NUMBERS),
+        "directional_derivatives": (
+            tensors,
+            NUMBERS,
+            [torch.randn(3, 4, 5, 4).to(dtype), torch.randn(2, 2, 7).to(dtype)],
+            [torch.randn(2, 1, 4, 19, dtype=sums.dtype), torch.randn(1, 2, 1, 3, dtype=sums.dtype)],
+        ),
         "cross_layer_sums": (maps, True, torch.eye(2, dtype=sums.dtype), 0.9, 0.1),
         "coarse_fisher": (sums, sums.clone(), torch.ones(3).double(), None, sums + 1, sums * 2, 0.9, [0, 1, 1], 2),
         "factored_tikhonov_inverse": ([spd], [spd[:, :2, :2]], 0.1),
@@ -65,6 +71,13 @@ def public_calls():
     return {
         "layer_maps": (ops.layer_maps, [x, g], [Window.of(2, 3), Window.places(1)]),
         "covariances": (ops.covariances, [x, g], [Window.of(2, 3), Window.places(1)]),
+        "directional_derivatives": (
+            ops.directional_derivatives,
+            [x],
+            [Window.of(2, 3, bias=1)],
+            [torch.randn(3, 4, 4, 3)],
+            [torch.randn(2, 1, 4, 19)],
+        ),
         "channel_sums": (ops.channel_sums, g),
         "patch_sums": (ops.patch_sums, x, 3, 1, "same"),
         "input_covariance": (ops.input_covariance, x, (3, 2), 1, 1, 1, True),
@@ -170,7 +183,9 @@ def test_one_native_call_for_all_layers(count, monkeypatch):
     windows = [Window.of(2, 3)] * count
     maps = ops.layer_maps(x, windows)
     ops.covariances(x, windows)
+    ops.directional_derivatives(x, windows, [torch.randn(2, 1, 2, 2)] * count, [torch.randn(1, 1, 1, 27)] * count)
     sums = ops.cross_layer_sums(maps)
     ops.average_coarse_sums(sums, sums)
     ops.factored_tikhonov_inverse([torch.eye(1 + i % 4) for i in range(count)], [torch.eye(4)] * count, 0.1)
-    assert calls == ["layer_maps", "covariances", "cross_layer_sums", "coarse_fisher", "factored_tikhonov_inverse"]
+    statistics = ["layer_maps", "covariances", "directional_derivatives", "cross_layer_sums", "coarse_fisher"]
+    assert calls == [*statistics, "factored_tikhonov_inverse"]

@@ -61,6 +61,35 @@ def test_lists_and_groups(drawn, groups):
         assert_equal(block, reference.input_covariance(part.double(), *geometry), tolerance)
 
 
+@st.composite
+def directional_layers(draw):
+    """An input with its window, an output gradient, directions, and the rows of both by block."""
+    case, groups = draw(cases(batches=(0, 1, 3))), draw(st.integers(1, 2))
+    x = torch.cat([case.x * (q + 1) for q in range(groups)], dim=1)
+    window = Window.of(x.dim() - 2, *case.geometry[:4], groups, int(case.bias))
+    shape = (x.shape[0], groups * draw(st.sampled_from([1, 3, 16, 35])), *window.grid(x.shape[2:]))
+    g = torch.randn(shape).to(x.dtype if x.dtype == torch.float64 else draw(st.sampled_from([x.dtype, torch.float32])))
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    d_out, d_in = shape[1] // groups, window.row_length(x.shape[1])
+    matrices = torch.randn(draw(st.integers(1, 3)), d_in, groups, d_out, dtype=sums).permute(0, 2, 3, 1)
+    rows = [reference.patches(part.double(), *case.geometry)[0] for part in x.chunk(groups, 1)]
+    return x, window, g, matrices, rows, [reference.grad_rows(part.double())[0] for part in g.chunk(groups, 1)]
+
+
+@given(st.lists(directional_layers(), min_size=1, max_size=3))
+def test_directional_derivatives(layers):
+    inputs, windows, grads, directions, input_rows, grad_rows = zip(*layers, strict=True)
+    got = ops.directional_derivatives(inputs, windows, grads, directions)
+    matrices = [d.double() for d in directions]
+    expected = reference.directional_derivatives(input_rows, grad_rows, matrices)
+    # A sum may cancel: the error is measured against the sum of magnitudes.
+    magnitudes = ([[rows.abs() for rows in blocks] for blocks in layer] for layer in (input_rows, grad_rows))
+    scales = reference.directional_derivatives(*magnitudes, [d.abs() for d in matrices])
+    for x, ours, theirs, scale in zip(inputs, got, expected, scales, strict=True):
+        assert ours.dtype == torch.float64
+        assert_equal(ours - theirs + scale, scale, 1e-12 if x.dtype == torch.float64 else 1e-5)
+
+
 def test_patch_order_is_that_of_unfold():
     x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
     rows = F.unfold(x, (3, 2), padding=1).transpose(1, 2).flatten(0, 1)
@@ -152,11 +181,12 @@ def test_average_coarse_sums(layer_of_block, given, dtypes):
 
 def test_splitting_work_among_threads_changes_nothing():
     x, window = torch.randn(64, 32, 16, 16), Window.of(2, 3, padding=1, bias=1)
-    results = []
+    directions, results = torch.randn(2, 1, 8, 289), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         maps = ops.layer_maps([x, x], [window, window])
-        results.append([*ops.covariances([x, x], [window, window]), *maps, ops.cross_layer_sums(maps * 30)])
+        along = ops.directional_derivatives([x, x], [window] * 2, [x[:, :8]] * 2, [directions] * 2)
+        results.append([*ops.covariances([x, x], [window, window]), *maps, *along, ops.cross_layer_sums(maps * 30)])
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert_equal(results[0][0][0], reference.input_covariance(x.double(), 3, 1, 1, 1, True), 1e-5)

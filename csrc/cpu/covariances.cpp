@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "channels_last.h"
 #include "covariance_pieces.h"
 #include "outer_products.h"
 #include "scalar.h"
@@ -49,33 +50,14 @@ struct Plan {
 
 // x of a block of samples as [sample, place, channel], channels padded with zeros to whole vectors.
 template <typename T>
-void to_channels_last(const RowSource& source, const T* x, int64_t samples, int64_t padded, SumType<T>* block) {
-  const int64_t channels = source.channels_per_group();
+void to_block(const RowSource& source, const T* x, int64_t samples, int64_t padded, SumType<T>* block) {
   const int64_t width = source.extent[2], lines = source.extent[0] * source.extent[1];
-  const int64_t channel_stride = source.channel_stride, step = source.spatial_stride[2];
-  constexpr int64_t kTile = 16;  // places whose cache lines stay in L1 while the channels pass
   for (int64_t n = 0; n < samples; ++n) {
     for (int64_t line = 0; line < lines; ++line) {
       const T* start = x + n * source.batch_stride + line / source.extent[1] * source.spatial_stride[0] +
                        line % source.extent[1] * source.spatial_stride[1];
-      SumType<T>* out = block + (n * lines + line) * width * padded;
-      if (source.channel_stride == 1) {  // channels last already: whole rows
-        for (int64_t w = 0; w < width; ++w) {
-          const T* row = start + w * source.spatial_stride[2];
-#pragma omp simd
-          for (int64_t c = 0; c < channels; ++c) out[w * padded + c] = to_sum_type(row[c]);
-          std::fill(out + w * padded + channels, out + (w + 1) * padded, SumType<T>(0));
-        }
-        continue;
-      }
-      for (int64_t w0 = 0; w0 < width; w0 += kTile) {
-        const int64_t w1 = std::min(width, w0 + kTile);
-        for (int64_t c = 0; c < channels; ++c) {
-          const T* channel = start + c * channel_stride;
-          for (int64_t w = w0; w < w1; ++w) out[w * padded + c] = to_sum_type(channel[w * step]);
-        }
-        for (int64_t w = w0; w < w1; ++w) std::fill(out + w * padded + channels, out + (w + 1) * padded, SumType<T>(0));
-      }
+      to_channels_last(start, width, source.spatial_stride[2], source.channels_per_group(), source.channel_stride,
+                       padded, block + (n * lines + line) * width * padded);
     }
   }
 }
@@ -111,7 +93,7 @@ class Accumulator {
         }
       }
       block_.resize(count * step);
-      to_channels_last<T>(source_, x, count, pitch_, block_.data());
+      to_block<T>(source_, x, count, pitch_, block_.data());
       add_positions({block_.data(), count, step, pitch_});
     }
   }

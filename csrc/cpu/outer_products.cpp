@@ -8,20 +8,8 @@
 
 #include "simd.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define KFAC2_X86_DISPATCH 1
-#define KFAC2_TARGET(isa) __attribute__((target(isa)))
-#else
-#define KFAC2_X86_DISPATCH 0
-#endif
-
 namespace kfac2::cpu {
 namespace {
-
-template <typename Sum>
-struct VectorOf {
-  typedef Sum type __attribute__((vector_size(kVectorBytes)));
-};
 
 template <typename Sum, int kRows, int kVectors>
 KFAC2_INLINE void add_tile(const OuterProducts<Sum>& run, int64_t row, int64_t column) {
@@ -80,10 +68,8 @@ KFAC2_TARGET("avx2,fma") void add_avx2(const OuterProducts<double>& run) { add_a
 template <typename Sum>
 void dispatch(const OuterProducts<Sum>& run) {
 #if KFAC2_X86_DISPATCH
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512) return add_avx512(run);
-  if (has_avx2) return add_avx2(run);
+  if (has_avx512()) return add_avx512(run);
+  if (has_avx2()) return add_avx2(run);
 #endif
   add_all_tiles<Sum, 2, 1>(run);
 }

@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
+#include "simd.h"
+
 namespace kfac2::cpu {
 
-constexpr int64_t kVectorBytes = 64;
 constexpr int64_t kRowMultiple = 8;
 
 template <typename Sum>

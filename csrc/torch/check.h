@@ -4,9 +4,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "scalar.h"
@@ -23,12 +23,17 @@ void check(bool condition, const char* op, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const torch::stable::Tensor& tensor) {
-  std::ostringstream shape;
-  shape << '[';
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape << (axis ? ", " : "") << tensor.size(axis);
-  shape << ']';
-  return shape.str();
+// Written out only where a message needs it.
+struct ShapeOf {
+  const torch::stable::Tensor& tensor;
+};
+
+inline ShapeOf shape_of(const torch::stable::Tensor& tensor) { return {tensor}; }
+
+inline std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
+  out << '[';
+  for (int64_t axis = 0; axis < shape.tensor.dim(); ++axis) out << (axis ? ", " : "") << shape.tensor.size(axis);
+  return out << ']';
 }
 
 inline std::vector<int64_t> shape_vector(const torch::stable::Tensor& tensor) {

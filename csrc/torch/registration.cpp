@@ -4,6 +4,7 @@
 STABLE_TORCH_LIBRARY(kfac2, m) {
   m.def("layer_maps(Tensor[] tensors, int[] windows) -> Tensor[]");
   m.def("covariances(Tensor[] tensors, int[] windows) -> Tensor[]");
+  m.def("directional_derivatives(Tensor[] inputs, int[] windows, Tensor[] grads, Tensor[] directions) -> Tensor[]");
   m.def("cross_layer_sums(Tensor[] maps, bool area, Tensor? previous, float kept, float scale) -> Tensor");
   m.def(
       "coarse_fisher(Tensor input_sums, Tensor grad_sums, Tensor? input_scales, Tensor? grad_scales, "

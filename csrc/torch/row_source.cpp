@@ -1,5 +1,7 @@
 #include "row_source.h"
 
+#include <iterator>
+
 #include "check.h"
 
 namespace kfac2 {
@@ -62,6 +64,16 @@ std::vector<RowSource> row_sources(const char* op, const std::vector<Tensor>& te
     sources.push_back(source);
   }
   return sources;
+}
+
+std::vector<int64_t> windows_of_places(const std::vector<int64_t>& windows) {
+  std::vector<int64_t> places;
+  for (size_t first = 0; first + kWindowNumbers <= windows.size(); first += kWindowNumbers) {
+    const int64_t groups = windows[first + kWindowNumbers - 2];
+    const int64_t numbers[] = {1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, groups, 0};
+    places.insert(places.end(), std::begin(numbers), std::end(numbers));
+  }
+  return places;
 }
 
 ScalarType sum_type(const RowSource& source) {

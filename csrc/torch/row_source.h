@@ -18,6 +18,9 @@ constexpr int64_t kWindowNumbers = 5 * kSpatialRank + 2;
 std::vector<RowSource> row_sources(const char* op, const std::vector<torch::stable::Tensor>& tensors,
                                    const std::vector<int64_t>& windows);
 
+// The windows of single places with the groups of these: those of output gradients.
+std::vector<int64_t> windows_of_places(const std::vector<int64_t>& windows);
+
 torch::headeronly::ScalarType sum_type(const RowSource& source);
 
 }  // namespace kfac2

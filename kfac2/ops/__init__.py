@@ -7,6 +7,7 @@
 | `average_coarse_sums` | running averages of these, and the L×L Fisher of the second level | csrc |
 | `coarse_fisher` | the latter alone | torch; csrc where a layer has several blocks |
 | `covariances`, with its fronts `input_covariance` and `grad_covariance` | Kronecker factors, all layers | csrc |
+| `directional_derivatives` | gᵀ D ā of each sample: Fisher norms of steps, all layers | csrc |
 | `factored_tikhonov_inverse` | damped inverses of both factors, all layers | csrc; torch for large ones on a CPU |
 | `eigendecompose` | both factors of every layer, for the exact damped inverse | torch; csrc for small sizes on CUDA |
 | `precondition`, `precondition_in_basis`, `precondition_eigh` | their use | torch, by size |
@@ -18,6 +19,7 @@ The three native calls of every step are for the optimizer alone, and documented
 from kfac2.ops.coarse_fisher import CoarseFisher, average_coarse_sums, coarse_fisher
 from kfac2.ops.covariances import covariances, grad_covariance, input_covariance
 from kfac2.ops.cross_layer_sums import cross_layer_sums
+from kfac2.ops.directional_derivatives import directional_derivatives
 from kfac2.ops.eigendecompose import Eigendecomposition, eigendecompose
 from kfac2.ops.factored_tikhonov_inverse import FactoredInverse, factored_tikhonov_inverse
 from kfac2.ops.layer_maps import channel_sums, layer_maps, patch_sums
@@ -34,6 +36,7 @@ __all__ = [
     "coarse_fisher",
     "covariances",
     "cross_layer_sums",
+    "directional_derivatives",
     "eigendecompose",
     "factored_tikhonov_inverse",
     "grad_covariance",

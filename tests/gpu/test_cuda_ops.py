@@ -47,6 +47,24 @@ def test_maps_and_covariances(seed, dtype):
     assert_equal(ops.grad_covariance(got).cpu(), reference.grad_covariance(x.double()), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("seed", range(12), ids=lambda seed: f"seed{seed:02}")
+def test_directional_derivatives(seed, dtype):
+    x, geometry = drawn(seed, dtype)
+    rows, grid = reference.patches(x.double(), *geometry)
+    g = torch.randn(x.shape[0], (1, 5, 70)[seed % 3], *grid).to(dtype)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    matrices = torch.randn(1 + seed % 2, 1, g.shape[1], rows.shape[2], dtype=sums)
+    window = Window.of(x.dim() - 2, *geometry[:4], bias=int(geometry[4]))
+    there = ([to_device(x)], [window] * 2, [to_device(g)], [matrices.to(DEVICE)])
+    got = ops.directional_derivatives(there[0] * 2, there[1], there[2] * 2, there[3] * 2)
+    grad_rows, double = reference.grad_rows(g.double())[0], matrices.double()
+    expected = reference.directional_derivatives([[rows]], [[grad_rows]], [double])[0]
+    scale = reference.directional_derivatives([[rows.abs()]], [[grad_rows.abs()]], [double.abs()])[0]
+    for ours in got:
+        assert_equal(ours.cpu() - expected + scale, scale, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize(
     "shape, kernel", [((2, 3, 224, 224), 7), ((2, 64, 56, 56), 3), ((1, 2, 20000), 9), ((3, 2, 9, 40, 41), 3)]
 )
@@ -118,11 +136,12 @@ def test_solves_follow_the_cpu():
 
 def test_results_are_the_same_each_time():
     x, window = torch.randn(64, 32, 16, 16, device=DEVICE), Window.of(2, 3, padding=1, bias=1)
-    maps = ops.layer_maps([x] * 3, [window] * 3)
+    maps, directions = ops.layer_maps([x] * 3, [window] * 3), torch.randn(2, 1, 32, 289, device=DEVICE)
     for op in (
         lambda: ops.covariances([x], [window])[0],
         lambda: ops.cross_layer_sums(maps),
         lambda: ops.channel_sums(x),
+        lambda: ops.directional_derivatives([x], [window], [x], [directions])[0],
     ):
         first = op()
         assert all(torch.equal(first, op()) for _ in range(5))

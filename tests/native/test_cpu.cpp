@@ -4,6 +4,7 @@
 #include "covariances.h"
 #include "cross_layer_sums.h"
 #include "drawn.h"
+#include "drawn_directions.h"
 #include "drawn_sums.h"
 #include "factored_tikhonov_inverse.h"
 #include "gradient_part.h"
@@ -44,6 +45,33 @@ void test_layer(Random& random, ElementType type) {
   void* covariance_pointer = covariances.data();
   run(*cpu::covariances({&source, &covariance_pointer, 1}));
   expect_equal("covariances", covariances.data(), expected.data(), covariances.size(), kTolerance<T>);
+}
+
+template <typename T>
+void test_directions(Random& random, ElementType type) {
+  std::vector<DrawnDirections> drawn = {DrawnDirections::drawn<T>(random, type)};
+  const std::vector<DirectionalLayer> layers = with_results(drawn);
+  run(*cpu::directional_derivatives({layers.data(), 1}));
+  const std::vector<double> expected = drawn[0].expected<T>();
+  expect_equal("directional_derivatives", drawn[0].derivatives.data(), expected.data(), expected.size(), kTolerance<T>);
+}
+
+// Layers whose samples are cut into bands, shared among tasks, and read where they lie; rows cut into chunks.
+void test_large_directions(Random& random) {
+  const int64_t shapes[][6] = {{2, 20, 61, 67, 3, 9}, {700, 300, 1, 1, 1, 90}, {3, 170, 5, 4, 3, 17}};
+  std::vector<DrawnDirections> drawn;
+  for (const auto& s : shapes) {
+    auto inputs = std::make_shared<DrawnSource<float>>(random, ElementType::kFloat32, s[0], s[1], s[2], s[3], s[4]);
+    drawn.push_back(DrawnDirections::with_inputs<float>(random, inputs, s[5]));
+  }
+  const std::vector<DirectionalLayer> layers = with_results(drawn);
+  const auto work = cpu::directional_derivatives({layers.data(), static_cast<int64_t>(layers.size())});
+  expect_true(work->tasks() > 3, "large layers are not shared among tasks");
+  run(*work);
+  for (const DrawnDirections& one : drawn) {
+    const std::vector<double> expected = one.expected<float>();
+    expect_equal("directional_derivatives", one.derivatives.data(), expected.data(), expected.size(), 1e-5);
+  }
 }
 
 template <typename T>
@@ -177,6 +205,11 @@ int main() {
     test_layer<double>(random, ElementType::kFloat64);
     test_layer<Half>(random, ElementType::kFloat16);
     test_layer<BFloat16>(random, ElementType::kBFloat16);
+    test_directions<float>(random, ElementType::kFloat32);
+    test_directions<double>(random, ElementType::kFloat64);
+    test_directions<Half>(random, ElementType::kFloat16);
+    test_directions<BFloat16>(random, ElementType::kBFloat16);
+    if (seed == 0) test_large_directions(random);
     test_cross_layer_sums<float>(random);
     test_cross_layer_sums<double>(random);
     test_coarse_fisher<float>(random);
