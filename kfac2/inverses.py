@@ -96,7 +96,7 @@ def inverted(
         last: the inverses so far.
         solvers: fine and coarse.
         damping: of the blocks.
-        coarse_damping: λ_c; None: as the blocks, relative to the mean of the diagonal where they are.
+        coarse_damping: λ_c; None: as the blocks, see `_coarse_damping`.
         dtype: the factors are inverted in; by default their own.
     """
     fine = solvers.fine
@@ -119,8 +119,8 @@ def inverted(
     usable = torch.where(failed > 0, before, seen)
 
     coarse, coarse_failed = None, failed.new_zeros(1)
-    of_coarse = damping if coarse_damping is None else Damping(coarse_damping)
-    result = solvers.coarse.invert(averages.coarse, *of_coarse)
+    of_coarse = _coarse_damping(layout, averages, damping) if coarse_damping is None else coarse_damping
+    result = solvers.coarse.invert(averages.coarse, of_coarse)
     if result is not None:
         coarse, is_coarse_bad = result
         standing = torch.zeros_like(coarse) if last is None or last.coarse is None else last.coarse
@@ -136,6 +136,24 @@ def inverted(
         0 if last is None else last.observations,
         (False,) * count if last is None else last.observed,
     )
+
+
+def _coarse_damping(layout: Layout, averages: Averages, damping: Damping) -> float | Tensor:
+    """Return λ_c: λ; or where that is c times the mean eigenvalue of each block, c Σ_q tr A_q tr G_q of each layer.
+
+    The second is Z (λI) Zᵀ, since a layer's vector of ones has as many elements as its blocks have eigenvalues: c times
+    what 1ᵀF1 would be if no two elements went together. F_coarse itself is no measure: where every layer is followed by
+    a LayerNorm or the softmax, which cancel what is added to all outputs alike, it is nothing but rounding.
+    """
+    if not damping.relative:
+        return damping.value
+    traces = [
+        A.diagonal(dim1=-2, dim2=-1).sum(-1).double() * G.diagonal(dim1=-2, dim2=-1).sum(-1).double()
+        for A, G in zip(averages.A, averages.G, strict=True)
+    ]
+    scales = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
+    scales = scales.index_add_(0, layout.layer_of_block, torch.cat(traces))
+    return damping.value * torch.where(scales > 0, scales, 1.0)
 
 
 def _rounded(stack: Tensor, layout: Layout, batch: int) -> Tensor:

@@ -87,7 +87,7 @@ class KFAC(Readings, Optimizer):
             `damping`, `kl_clip`, `cov_every` and `inv_every` may also be callables that take the iteration.
         downsample: `'nearest'` or `'area'`, how maps of different grids meet.
         coarse_weight: ω, the weight of the coarse step; default 1 (the paper).
-        coarse_damping: λ_c > 0; by default λ (the paper).
+        coarse_damping: λ_c > 0; by default λ (the paper), or with relative damping c tr A_i tr G_i of each layer.
         coarse_max_groups: a convolution with more groups than this gives the coarse space one map, the sum
             over its groups, in place of one for each; an approximation that counts products across groups as
             well. Default 32.

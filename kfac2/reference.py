@@ -261,10 +261,14 @@ def precondition_in_basis(
     return results
 
 
-def coarse_inverse(fisher: Tensor, damping: float) -> Tensor:
-    """(F_coarse + λ_c I)⁻¹ by eigendecomposition, eigenvalues floored at 0 before damping."""
-    values, vectors = torch.linalg.eigh(fisher)
-    return vectors @ torch.diag(1 / (values.clamp(min=0) + damping)) @ vectors.T
+def coarse_inverse(fisher: Tensor, damping: float | Tensor) -> Tensor:
+    """(F_coarse + diag λ_c)⁻¹, λ_c one number or (L,), as D (D F_coarse D + I)⁻¹ D with D = diag(λ_c^-½).
+
+    By eigendecomposition of D F_coarse D, eigenvalues floored at 0.
+    """
+    D = torch.diag(torch.as_tensor(damping, dtype=fisher.dtype).rsqrt().expand(len(fisher)))
+    values, vectors = torch.linalg.eigh(D @ fisher @ D)
+    return D @ vectors @ torch.diag(1 / (values.clamp(min=0) + 1)) @ vectors.T @ D
 
 
 def shift_and_scale(

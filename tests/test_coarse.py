@@ -6,9 +6,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal, error
+from hypothesis import given
+from hypothesis import strategies as st
+from inside import curvature_of
 from paper import KFAC
 from torch.distributions import Categorical
 
+import kfac2
 from kfac2 import reference
 
 
@@ -118,3 +122,50 @@ def test_few_samples_at_a_time_give_the_same_sums(name, monkeypatch):
     for other in sums[1:]:
         for ours, theirs in zip(other, sums[0], strict=True):
             assert_equal(ours, theirs)
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 12), rank=st.integers(1, 12))
+def test_the_coarse_inverse_with_a_damping_for_each_layer_against_dense_algebra(seed, size, rank):
+    from kfac2.coarse.ones import coarse_inverse
+
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+    damping = 10 ** (4 * torch.rand(size, generator=generator, dtype=torch.float64) - 2)
+    fisher = rows @ rows.T
+    inverse, failed = coarse_inverse(fisher, damping)
+    assert not failed
+    assert_equal(inverse @ (fisher + damping.diag()), torch.eye(size, dtype=torch.float64))
+    assert_equal(inverse, reference.coarse_inverse(fisher, damping))
+
+
+def test_relative_damping_of_the_coarse_space_is_a_share_of_the_traces_of_the_blocks():
+    model = dividing_grids()
+    opt = train(model, 5, levels=2, relative_damping=True, inverse="cholesky")
+    factors = [opt.factors(name) for name in opt.layers]
+    assert [len(A) for A, _ in factors if A.dim() == 3] == [2]  # one has two groups
+    traces = [(A.diagonal(dim1=-2, dim2=-1).sum(-1) * G.diagonal(dim1=-2, dim2=-1).sum(-1)).sum() for A, G in factors]
+    opt.options.damping = 0.3
+    x = torch.randn(8, 2, 8, 8, dtype=torch.float64)
+    F.cross_entropy(model(x), torch.arange(8) % 3).backward()
+    opt.options.cov_every = 100
+    opt.step()  # no statistics, new inverses
+    expected = reference.coarse_inverse(opt.coarse_fisher(), 0.3 * torch.stack(traces))
+    assert_equal(curvature_of(opt).inverses.coarse, expected)
+
+
+def test_where_the_coarse_fisher_is_only_rounding_two_levels_step_as_one():
+    """A LayerNorm, or the softmax, behind every layer cancels what is added to all its outputs: 1ᵀg = 0."""
+    directions = []
+    for levels in (1, 2):
+        torch.manual_seed(0)
+        norms = [nn.Linear(12, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU()]
+        model = nn.Sequential(*norms, nn.Linear(16, 4))
+        opt = kfac2.KFAC(model, levels=levels, kl_clip=None, kl_bound=None, max_change=None, momentum=0.0)
+        x, y = torch.randn(64, 12), torch.arange(64) % 4
+        torch.manual_seed(1)
+        out = model(x)
+        opt.accumulate_fisher(Categorical(logits=out))
+        F.cross_entropy(out, y).backward()
+        opt.step()
+        directions.append(torch.cat([layer.weight.grad.flatten() for layer in model if isinstance(layer, nn.Linear)]))
+    assert_equal(directions[1], directions[0], 1e-4)

@@ -84,13 +84,12 @@ class CoarseSpace(ABC):
         """
 
     @abstractmethod
-    def invert(self, averages: tuple[Tensor, ...], damping: float, relative: bool) -> tuple[Tensor, Tensor] | None:
+    def invert(self, averages: tuple[Tensor, ...], damping: float | Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the damped inverse of the coarse Fisher, float64, and whether that failed, both on the device.
 
         Args:
             averages: `Averages.coarse`.
-            damping: λ_c, or a multiple.
-            relative: whether of the mean of the diagonal of the coarse Fisher.
+            damping: λ_c, one number or (L,).
 
         Returns:
             None where there is nothing to invert.

@@ -23,5 +23,5 @@ class NoSpace(CoarseSpace):
         """Return nothing."""
         return ()
 
-    def invert(self, averages: tuple[Tensor, ...], damping: float, relative: bool) -> None:
+    def invert(self, averages: tuple[Tensor, ...], damping: float | Tensor) -> None:
         """Return nothing."""

@@ -117,26 +117,31 @@ class Ones(CoarseSpace):
             for matrix, places in zip(averages, (kept.to(layout.device) for kept in others), strict=True)
         )
 
-    def invert(self, averages: tuple[Tensor, ...], damping: float, relative: bool) -> tuple[Tensor, Tensor] | None:
-        """Return (F_coarse + λ_c I)⁻¹, eigenvalues floored at 0, and whether that failed."""
-        if not averages:
-            return None
-        fisher = averages[2].double()
-        scale = fisher.diagonal().mean() if relative else torch.ones_like(fisher[0, 0])
-        return coarse_inverse(fisher, damping * torch.where(scale > 0, scale, 1.0))
+    def invert(self, averages: tuple[Tensor, ...], damping: float | Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return (F_coarse + diag λ_c)⁻¹, eigenvalues floored at 0, and whether that failed."""
+        return coarse_inverse(averages[2], damping) if averages else None
 
 
 def coarse_inverse(fisher: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return (F_coarse + λ_c I)⁻¹ in float64, eigenvalues floored at 0, and whether that failed, on the device.
+    """Return (F_coarse + diag λ_c)⁻¹ in float64, and whether that failed, on the device.
 
-    Grids that do not divide each other can make F_coarse indefinite; the floor keeps the coarse step from
-    ever turning uphill. In float64: an L×L matrix costs nothing, and its condition may be large.
+    It is D (D F_coarse D + I)⁻¹ D with D = diag(λ_c^-½), whose eigenvalues are floored: grids that do not divide each
+    other can make F_coarse indefinite, and the floor keeps the coarse step from ever turning uphill. In float64: an L×L
+    matrix costs nothing, and its condition may be large.
+
+    Args:
+        fisher: F_coarse, (L, L).
+        damping: λ_c > 0, one number or (L,).
     """
+    fisher = fisher.double()
+    scales = torch.as_tensor(damping, dtype=torch.float64, device=fisher.device).rsqrt().expand(len(fisher))
     try:
-        values, vectors, status = (part[0] for part in floored_eigh(fisher.double().unsqueeze(0)))
+        scaled = scales.unsqueeze(1) * fisher * scales
+        values, vectors, status = (part[0] for part in floored_eigh(scaled.unsqueeze(0)))
     except torch.linalg.LinAlgError:
-        return torch.zeros_like(fisher.double()), torch.ones_like(fisher[0, 0], dtype=torch.bool)
-    return (vectors / (values + damping)) @ vectors.mT, status != 0
+        return torch.zeros_like(fisher), torch.ones_like(fisher[0, 0], dtype=torch.bool)
+    vectors = scales.unsqueeze(1) * vectors
+    return (vectors / (values + 1)) @ vectors.mT, status != 0
 
 
 def _of_layers(uses: Sequence[Use], maps: Sequence[Tensor], begin: int, samples: int) -> list[Tensor]:
