@@ -214,7 +214,7 @@ class Captures:
                     "use_reentrant=False, got a graph with reentrant checkpointing: set use_reentrant=False, or take "
                     "fisher='empirical'"
                 )
-            for capture, number in node.metadata.get(self._key, ()):
+            for capture, number in node.metadata.get(self._key, ()):  # type: ignore[attr-defined]
                 if self._layers.get(id(capture.layer.weight)) is capture.layer:
                     found.append((capture, GradientEdge(node, number)))
         return sorted(found, key=lambda pair: pair[0].order)

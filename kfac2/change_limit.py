@@ -114,9 +114,9 @@ class ChangeLimit:
 
     # -- state ----------------------------------------------------------------------------------------------
 
-    def state(self) -> Tensor | None:
-        """Copy |W_i| of the layers with statistics, (number of these,)."""
-        if self.current is None:
+    def state(self, layout: Layout) -> Tensor | None:
+        """Copy |W_i| of the layers with statistics, (number of these,); None where the next step takes them anew."""
+        if self.current is None or self._weights is None or self._weights.layout is not layout:
             return None
         return self.current.weight_norms[torch.tensor(self.current.seen, device=self.current.values.device)]
 

@@ -87,10 +87,10 @@ class Curvature(Readings):
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.own = {id(parameter) for parameter in self.params}
         self._is_regrouped = False
-        self._find_layers = lambda: find_layers(
-            model, [p for p in self.params if id(p) in self.own], skip, self.options.coarse_max_groups
+        self._find_layers = lambda is_first: find_layers(
+            model, [p for p in self.params if id(p) in self.own], skip, self.options.coarse_max_groups, is_first
         )
-        self.found = self._find_layers()
+        self.found = self._find_layers(True)
         layers = self.found.layers
         if not layers:
             raise ValueError(
@@ -372,7 +372,7 @@ class Curvature(Readings):
 
     def _found_anew(self) -> Found:
         """Find the layers again; one whose parameters are the same is the same."""
-        found = self._find_layers()
+        found = self._find_layers(False)
         known = {(layer.name, id(layer.bias)): layer for layer in self.found.layers if layer.is_current()}
         still = {key for layer in found.layers for key in (layer.name, id(layer.weight))}  # it may have another name
         for layer in self.layout.layers:
@@ -401,6 +401,7 @@ class Curvature(Readings):
         for bit: torch adds their blocks up in no fixed order. Labels are drawn from torch's global generator: to
         resume bit for bit, save and restore its state too.
         """
+        self._follow()
         self.mend()
         in_coarse = zip(self.layers, self.averages.in_coarse, strict=True)
         return {
@@ -413,6 +414,7 @@ class Curvature(Readings):
 
     def check_state_dict(self, state_dict: Mapping[str, Any], keys: Iterable[str] = ()) -> None:
         """Check that a state fits this model and these options, with further keys; a ValueError names what does not."""
+        self._follow()
         names = self.solvers.coarse.names
         state.check(state_dict, [*keys, *state.KEYS], self.layout, list(self.dropped), self.options, names)
 
@@ -426,7 +428,6 @@ class Curvature(Readings):
             ValueError: if the state does not fit; nothing is changed then.
         """
         self.check_state_dict(state_dict)
-        self._follow()
         for layer in [layer for layer in self.layout.layers if layer.name in state_dict["dropped"]]:
             self.drop(layer)
         for name, value in state_dict["options"].items():

@@ -59,7 +59,11 @@ class Found(NamedTuple):
 
 
 def find_layers(
-    model: nn.Module, trained: Collection[nn.Parameter], skip: Iterable[str], coarse_max_groups: int
+    model: nn.Module,
+    trained: Collection[nn.Parameter],
+    skip: Iterable[str],
+    coarse_max_groups: int,
+    is_first: bool = True,
 ) -> Found:
     """Return the handled layers, and why others are left alone.
 
@@ -68,6 +72,7 @@ def find_layers(
         trained: the parameters that the optimizer holds.
         skip: full names of modules, or regular expressions that match them in full.
         coarse_max_groups: above so many groups a convolution gives one summed map.
+        is_first: whether each of `skip` must match; what it has matched may be gone later.
 
     Raises:
         TypeError: if `model` is no module, or `skip` is not made of strings.
@@ -75,7 +80,7 @@ def find_layers(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    patterns = _skip_patterns(model, skip)
+    patterns = _skip_patterns(model, skip, is_first)
     owners = _owners(model)
     ids = {id(parameter) for parameter in trained}
     layers: list[Layer] = []
@@ -130,7 +135,7 @@ def why_it_left(layer: Layer, found: Found) -> str:
     )
 
 
-def _skip_patterns(model: nn.Module, skip: Iterable[str]) -> list[re.Pattern[str]]:
+def _skip_patterns(model: nn.Module, skip: Iterable[str], must_match: bool) -> list[re.Pattern[str]]:
     entries = [skip] if isinstance(skip, str) else list(skip)
     names = [name for name, _ in model.named_modules()]
     patterns = []
@@ -140,7 +145,7 @@ def _skip_patterns(model: nn.Module, skip: Iterable[str]) -> list[re.Pattern[str
                 f"skip must hold names or regular expressions, got {entry!r} of type {type(entry).__name__}"
             )
         pattern = re.compile(re.escape(entry) if entry in names else entry)
-        if not any(pattern.fullmatch(name) for name in names):
+        if must_match and not any(pattern.fullmatch(name) for name in names):
             raise ValueError(
                 f"skip must name modules of the model in full, got {entry!r}, which matches none "
                 "(to skip what is inside a container, write for example 'encoder\\..*')"

@@ -109,8 +109,9 @@ class KFAC(Readings, Optimizer):
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if a hyper-parameter is out of its range, `skip` matches nothing, or the model has no
-            layer to handle.
+        ValueError: if a hyper-parameter is out of its range, `skip` matches nothing, the model has no layer to handle,
+            or its parameters are DTensors.
+        RuntimeError: if torch.distributed has more than one process.
     """
 
     def __init__(
@@ -248,6 +249,8 @@ class KFAC(Readings, Optimizer):
         if rates.keys() != self._known:
             self._known = {*rates}
             self.curvature.train(parameter for group in self.param_groups for parameter in group["params"])
+            for gone in [parameter for parameter in self.state if id(parameter) not in rates]:
+                del self.state[gone]  # torch.optim cannot save it
         return rates
 
     def _descend(self, group: dict[str, Any], along: set[int]) -> None:
@@ -340,6 +343,7 @@ class KFAC(Readings, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
+        self._follow_groups()
         state = self.preconditioner.state_dict()
         state["bounds"] |= {"factor": float(self._bound.factor), "rise": self._rise.state()}
         return in_groups_too({**super().state_dict(), "kfac": state})

@@ -357,8 +357,9 @@ class Preconditioner(Readings):
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training goes on from; see `Curvature.state_dict`."""
         self.check()
-        bounds = {"weight_norms": self.change_limit.state()}
-        return {"iteration": self.iteration, **self.curvature.state_dict(), "bounds": bounds}
+        state = self.curvature.state_dict()
+        bounds = {"weight_norms": self.change_limit.state(self.curvature.layout)}
+        return {"iteration": self.iteration, **state, "bounds": bounds}
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Check that a state fits this model and these options; a ValueError names what does not."""

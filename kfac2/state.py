@@ -47,7 +47,7 @@ def to_averages(state: Mapping[str, Any], layout: Layout, solvers: Solvers) -> A
             if layer.name in saved["factors"]:
                 layout.view(stacks, i).copy_(saved["factors"][layer.name][key])
     seen = tuple(layer.name in saved["factors"] for layer in layout.layers)
-    coarse = tuple(_here(saved[name], layout) for name in solvers.coarse.names)
+    coarse = tuple(_here(saved[name], layout) for name in solvers.coarse.names if name in saved)
     return Averages(saved["updates"], averages.A, averages.G, seen, in_coarse, coarse)
 
 
@@ -119,6 +119,8 @@ def check(
     missing = [key for key in keys if key not in state]
     if missing:
         raise ValueError(f"state_dict must be one of kfac2, got one without {missing}")
+    has_coarse = any(name in (state["statistics"] or ()) for name in names)  # it has none where layers have just changed
+    names = names if has_coarse else ()
     wanted = {"statistics": ("updates", "factors", *names), "inverses": ("damping", "fine", "observed", "observations")}
     for part, inner in wanted.items():
         missing = [key for key in inner if key not in (state[part] or inner)]

@@ -76,11 +76,11 @@ class Watch:
         if local.period != self._period:  # another thread took the hooks away in the middle of a call
             local.inside, local.period = [], self._period
             local.mode.take_down()
-        return local.inside  # type: ignore[no-any-return]
+        return local.inside
 
     @property
     def _mode(self) -> _Mode:
-        return self._local.mode  # type: ignore[no-any-return]
+        return self._local.mode
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not self._inside and self._here():

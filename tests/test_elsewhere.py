@@ -22,7 +22,6 @@ from torch.nn.utils import parametrize, prune
 import kfac2
 
 X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
-needs_processes = pytest.mark.skipif(not distributed.is_available(), reason="torch without torch.distributed")
 
 
 def net():
@@ -76,7 +75,6 @@ def _in_a_group(rank, path):
         distributed.destroy_process_group()
 
 
-@needs_processes
 @pytest.mark.slow
 def test_two_processes_are_refused(tmp_path):
     torch.multiprocessing.spawn(_in_a_group, (str(tmp_path / "group"),), nprocs=2)
@@ -89,7 +87,6 @@ def alone(tmp_path):
     distributed.destroy_process_group()
 
 
-@needs_processes
 def test_sharded_parameters_are_refused(alone):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_module
@@ -105,7 +102,6 @@ def test_sharded_parameters_are_refused(alone):
 # -- checkpoints ------------------------------------------------------------------------------------------------
 
 
-@needs_processes
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"inverse": "ekfac"}, {"levels": 2, "rest": "sgd"}])
 @pytest.mark.parametrize("offload", [False, True])
 def test_distributed_checkpoints_resume_bit_for_bit(settings, offload):
@@ -127,7 +123,6 @@ def test_distributed_checkpoints_resume_bit_for_bit(settings, offload):
     assert "kfac" not in resumed.param_groups[0]
 
 
-@needs_processes
 def test_asking_for_state_is_no_step():
     m, twin = net(), net()
     opt, plain = kfac2.KFAC(m), kfac2.KFAC(twin)
@@ -138,7 +133,6 @@ def test_asking_for_state_is_no_step():
         plain.step()
 
 
-@needs_processes
 @pytest.mark.parametrize("loss", ["flattened", "without statistics"])
 def test_a_checkpoint_that_lost_its_state_is_refused(loss):
     m = net()
@@ -270,6 +264,23 @@ def test_a_group_that_is_removed(fisher, when, steps_before):
     assert steps(m, opt, 10) == [] and opt.layers == LAYERS and not torch.equal(m[3].weight, weight)
 
 
+@pytest.mark.parametrize("steps_after", [0, 2])
+@pytest.mark.parametrize("settings", [{}, {"levels": 2}, {"inverse": "ekfac"}])
+def test_the_state_without_a_group_is_that_of_an_optimizer_without_it(steps_after, settings):
+    m = net()
+    opt = grouped(m, **settings)
+    steps(m, opt, 3)
+    del opt.param_groups[1]
+    with pytest.warns(RuntimeWarning, match="3 leaves K-FAC"):
+        steps_after and step(m, opt)
+        state = opt.state_dict()
+    other = kfac2.KFAC(m, params=[{"params": m[int(name)].parameters()} for name in ("0", "5")], **settings)
+    other.load_state_dict(state)
+    assert other.layers == ["0", "5"]
+    for name in other.layers:
+        assert all(torch.equal(*pair) for pair in zip(opt.factors(name), other.factors(name), strict=True))
+
+
 def test_a_bias_that_leaves_its_group_is_as_if_it_had_never_been_there():
     results = []
     for late in (False, True):
@@ -374,6 +385,16 @@ def test_a_layer_that_changes_leaves_with_one_sentence(change, fisher, when, mak
     assert len(messages) - len(leaving) <= 1, messages
     assert opt.layers == ([] if change is assigned else ["0", "5"])
     assert all(p.isfinite().all() for p in m.parameters())
+
+
+def test_what_skip_has_named_may_go():
+    m = net()
+    opt = kfac2.KFAC(m, skip="3")
+    steps(m, opt, 1)
+    m[3] = nn.Sequential(m[3])
+    prune.identity(m[0], "weight")
+    assert ["kfac2: 0 leaves K-FAC" in message for message in steps(m, opt, 1)] == [True]
+    assert opt.layers == ["5"]
 
 
 def test_a_layer_with_another_name_goes_on():

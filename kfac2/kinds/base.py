@@ -106,7 +106,7 @@ class Layer(ABC):
 
     def _parameters(self) -> tuple[Tensor | None, Tensor | None, bool, bool]:
         weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
-        return weight, bias, *(p is not None and p.requires_grad for p in (weight, bias))
+        return weight, bias, weight is not None and weight.requires_grad, bias is not None and bias.requires_grad
 
     @property
     def title(self) -> str:
@@ -116,11 +116,18 @@ class Layer(ABC):
     @property
     def weight(self) -> Tensor:
         """The module's weight; one that takes its place makes another layer."""
-        return self._made_for[0]  # type: ignore[attr-defined,no-any-return]
+        return self._made_for[0]  # type: ignore[attr-defined]
 
     def is_current(self) -> bool:
         """Tell whether weight and bias are still the module's, and trained or not as they were."""
-        return all(now is then for now, then in zip(self._parameters(), self._made_for, strict=True))  # type: ignore[attr-defined]
+        weight, bias, trains_weight, trains_bias = self._made_for  # type: ignore[attr-defined]
+        parameters = self.module._parameters  # asked for by each step: no more than it takes
+        return (
+            parameters.get("weight") is weight
+            and parameters.get("bias") is bias
+            and (weight is None or weight.requires_grad is trains_weight)
+            and (bias is None or bias.requires_grad is trains_bias)
+        )
 
     @property
     def factor_dtype(self) -> torch.dtype:
