@@ -119,7 +119,7 @@ def check(
     missing = [key for key in keys if key not in state]
     if missing:
         raise ValueError(f"state_dict must be one of kfac2, got one without {missing}")
-    has_coarse = any(name in (state["statistics"] or ()) for name in names)  # it has none where layers have just changed
+    has_coarse = any(name in (state["statistics"] or ()) for name in names)  # not where layers have just changed
     names = names if has_coarse else ()
     wanted = {"statistics": ("updates", "factors", *names), "inverses": ("damping", "fine", "observed", "observations")}
     for part, inner in wanted.items():
