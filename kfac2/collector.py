@@ -102,7 +102,9 @@ class Collector:
         passes = [replace(first, scale=scores.weight)]
         for direction in scores.directions:
             gradients = self._differentiated(direction(), edges)
-            passes.append(self._again(first, [(c, g) for (c, _), g in zip(found, gradients, strict=True) if g is not None]))
+            passes.append(
+                self._again(first, [(c, g) for (c, _), g in zip(found, gradients, strict=True) if g is not None])
+            )
         return passes
 
     def _again(self, first: Pass, reached: Reached) -> Pass:
@@ -279,8 +281,6 @@ def _masked(uses: Sequence[Use], mask: Tensor) -> list[Use]:
             f"the layers have {sorted({(use.samples, use.places) for use in uses})}"
         )
     return [
-        use.only(mask.to(use.g.device).reshape(use.samples, use.places))
-        if (use.samples, use.places) in shapes
-        else use
+        use.only(mask.to(use.g.device).reshape(use.samples, use.places)) if (use.samples, use.places) in shapes else use
         for use in uses
     ]

@@ -13,7 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from kfac2.kinds import KINDS, Layer
 
-
 FROZEN = "its weight is frozen"
 
 
@@ -45,7 +44,7 @@ class Found(NamedTuple):
     def has_changed(self) -> bool:
         """Tell whether a weight or a bias is another now, or was frozen or unfrozen."""
         return not all(layer.is_current() for layer in self.layers) or any(
-            reason == FROZEN and module.weight is not None and module.weight.requires_grad  # type: ignore[union-attr]
+            reason == FROZEN and module.weight is not None and module.weight.requires_grad
             for _, module, reason in self.left
         )
 

@@ -163,7 +163,7 @@ class KFAC(Readings, Optimizer):
             options=self.options,
         )
         self.curvature = self.preconditioner.curvature
-        self.curvature.keeps_rows = kl_bound is not None
+        self.curvature.iteration.keeps_rows = kl_bound is not None
         self._handled = {id(p) for layer in self.curvature.layout.layers for p in (layer.weight, layer.bias)}
         self._known = {id(parameter) for parameter in self.curvature.params}
         names = ("lr", "momentum", "weight_decay", "nesterov", "rest_lr", "betas", "eps")
@@ -234,7 +234,7 @@ class KFAC(Readings, Optimizer):
             along = {id(parameter) for pair in with_weights for parameter in pair}
             for group in self.param_groups:
                 self._descend(group, along)
-        self.curvature.kept = []
+        self.curvature.iteration.kept = []
         return loss
 
     def _descend(self, group: dict[str, Any], along: set[int]) -> None:
@@ -279,8 +279,8 @@ class KFAC(Readings, Optimizer):
 
     def _measure(self, layers: Iterable[Layer]) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
-        kept, bound = self.curvature.kept, self.options.kl_bound
-        self.curvature.keeps_rows = bound is not None
+        kept, bound = self.curvature.iteration.kept, self.options.kl_bound
+        self.curvature.iteration.keeps_rows = bound is not None
         if bound is None or not kept:
             return
         moving = {id(p) for layer in layers for p in (layer.weight, layer.bias)}

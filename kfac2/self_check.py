@@ -1,8 +1,8 @@
 """The self-check: Σ g āᵀ over the captured uses of a weight must be the gradient that autograd gives it.
 
-The rows that K-FAC builds its factors of are then all there are, and each is right. Whatever reaches a weight by another
-way shows as a difference: a function that is not captured, a derivative of the network in the loss, an input that was
-overwritten.
+The rows that K-FAC builds its factors of are then all there are, and each is right. Whatever reaches a weight by
+another way shows as a difference: a function that is not captured, a derivative of the network in the loss, an input
+that was overwritten.
 """
 
 from __future__ import annotations

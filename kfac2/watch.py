@@ -1,7 +1,8 @@
 """Sees every use of a weight while any module runs, whoever calls torch's function.
 
-A mode of torch sees the calls of its functions. Global hooks of `torch.nn` put it up around the outermost call of a module,
-as long as anybody asks for it: in iterations of statistics. There is one for the process, since modes are a stack.
+A mode of torch sees the calls of its functions. Global hooks of `torch.nn` put it up around the outermost call of a
+module, as long as anybody asks for it: in iterations of statistics. There is one for the process, since modes are a
+stack.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ class Watch:
         """Ids of the modules that this thread is calling, outermost first."""
         if not hasattr(self._local, "inside"):
             self._local.inside, self._local.mode = [], _Mode(self)
-        return self._local.inside  # type: ignore[no-any-return]
+        return self._local.inside
 
     @property
     def _mode(self) -> _Mode:
-        return self._local.mode  # type: ignore[no-any-return]
+        return self._local.mode
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not self._inside and self._here():

@@ -104,9 +104,10 @@ class Layer(ABC):
         """Note the parameters that it is made for."""
         object.__setattr__(self, "_made_for", self._parameters())
 
-    def _parameters(self) -> tuple[Tensor | None, Tensor | None, bool, bool]:
-        weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
-        return weight, bias, *(p is not None and p.requires_grad for p in (weight, bias))
+    def _parameters(self) -> tuple[object, ...]:
+        """The module's weight and bias, and whether each is trained."""
+        pair = [self.module._parameters.get(name) for name in ("weight", "bias")]
+        return *pair, *(p is not None and p.requires_grad for p in pair)
 
     @property
     def title(self) -> str:
@@ -116,7 +117,7 @@ class Layer(ABC):
     @property
     def weight(self) -> Tensor:
         """The module's weight; one that takes its place makes another layer."""
-        return self._made_for[0]  # type: ignore[attr-defined,no-any-return]
+        return self._made_for[0]  # type: ignore[attr-defined]
 
     def is_current(self) -> bool:
         """Tell whether weight and bias are still the module's, and trained or not as they were."""
