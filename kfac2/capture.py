@@ -32,6 +32,7 @@ class Capture:
         x: its input, detached.
         call: how the weight was used.
         order: counts the uses, so that those of one weight stay in their order.
+        version: of x then, which moves on where x is overwritten.
         round: with the empirical Fisher, which forward-backward pass of the iteration it belongs to.
         trace: outlives the capture.
         g: with the empirical Fisher, the gradient of the output, once backward has come by.
@@ -41,6 +42,7 @@ class Capture:
     x: Tensor
     call: Call
     order: int
+    version: int
     round: int
     trace: Trace
     g: Tensor | None = None
@@ -137,7 +139,7 @@ class Captures:
         if not output.requires_grad or output.grad_fn is None:
             return
         self._count += 1
-        capture = Capture(layer, x.detach(), call, self._count, self._round_of_now(), Trace())
+        capture = Capture(layer, x.detach(), call, self._count, x._version, self._round_of_now(), Trace())
         self._alive.add(capture)
         output.grad_fn.metadata.setdefault(self._key, []).append((capture, output.output_nr))
         output.register_hook(_Receiver(weakref.ref(capture), weakref.ref(self)))

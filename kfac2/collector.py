@@ -176,6 +176,8 @@ class Collector:
             if layer not in self._layers or not (g.numel() and capture.x.numel()):
                 continue
             reason = layer.reason_against(capture.call)
+            if capture.x._version != capture.version:
+                reason = "its input was overwritten in place before its statistics were taken"
             if reason is not None:
                 self._drop(layer, reason)
                 continue

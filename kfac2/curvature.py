@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -125,10 +125,18 @@ class Curvature(Readings):
         """Return the layers that have had rows."""
         return [layer for layer, seen in self.layers_and_seen() if seen]
 
+    def has_unseen_gradient(self) -> bool:
+        """Tell whether a layer that has no statistics yet has a gradient."""
+        if all(self.averages.seen):
+            return False
+        return any(layer.weight.grad is not None for layer, seen in self.layers_and_seen() if not seen)
+
     def uses_new_layer(self) -> bool:
         """Tell whether a layer that has no statistics yet is used in a forward pass of this iteration."""
         captures = self.collector.captures
-        return bool(captures.count) and any(captures.uses(layer) for layer, seen in self.layers_and_seen() if not seen)
+        if all(self.averages.seen) or not captures.count:
+            return False
+        return any(captures.uses(layer) for layer, seen in self.layers_and_seen() if not seen)
 
     # -- statistics -----------------------------------------------------------------------------------------
 
@@ -292,28 +300,38 @@ class Curvature(Readings):
 
     def prepared(self) -> Step:
         """Return the step for the layers as they are, made anew where they have moved."""
-        self._follow()
+        self._move()
         if self._step is None:
             own = {id(parameter) for layer in self.layout.layers for parameter in (layer.weight, layer.bias)}
             self._step = Step(self.layout, [parameter for parameter in self.params if id(parameter) not in own])
         return self._step
 
     def _follow(self) -> None:
-        """Lay everything out anew where layers have changed their device or dtype, or are others now."""
-        has_changed = self.found.has_changed()
-        if not has_changed and self.layout.fits():
-            return
-        self.dropping()
-        found = self._found_anew() if has_changed else self.found
-        old, layers = self.layout, [layer for layer in found.layers if layer.name not in self.dropped]
+        """Lay everything out anew where layers are others now, or elsewhere."""
+        if self.found.has_changed():
+            self.dropping()
+            self.found = self._found_anew()
+            layers = [layer for layer in self.found.layers if layer.name not in self.dropped]
+            self.collector.follow(layers)
+            self._lay_out(layers)
+        else:
+            self._move()
+
+    def _move(self) -> None:
+        """Lay everything out anew where the layers have changed their device or dtype."""
+        if not self.layout.fits():
+            self.dropping()
+            self._lay_out(self.layout.layers)
+
+    def _lay_out(self, layers: Sequence[Layer]) -> None:
+        old = self.layout
         self.layout = Layout(layers, layers[0].weight.device if layers else old.device)
         is_same = self.layout.layers == old.layers
         coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse) if is_same else ()
         self.averages = self.averages.moved(old, self.layout, coarse)
         if self.inverses is not None:
             self.inverses = self.inverses.moved(old, self.layout, self.solvers.fine) if is_same else None
-        self._step, self.found = None, found
-        self.collector.follow(layers)
+        self._step = None
         if old.device != self.layout.device:
             self.health.move(self.layout.device)
 

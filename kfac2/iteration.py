@@ -60,6 +60,8 @@ class Iteration:
             prediction: the model's predictive distribution.
             mask: which tokens are data, or None.
         """
+        if any(one.went_backward for one in self.pending) and not _has_gradient(layout_of_now()):
+            self.pending = [one for one in self.pending if not one.went_backward]  # their gradients were thrown away
         traces = [capture.trace for capture in self._collector.captured_from(*tensors_of(prediction))]
         try:
             scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
@@ -110,3 +112,8 @@ class Iteration:
     def forget(self) -> None:
         """Free what was summed."""
         self.sums, self.pending = Sums(), []
+
+
+def _has_gradient(layout: Layout) -> bool:
+    gradients = (layer.weight.grad for layer in layout.layers)
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)

@@ -203,7 +203,7 @@ class Preconditioner(Readings):
             )
         if self._wants_statistics():
             self._take_statistics()
-        if any(layer.weight.grad is not None for layer, seen in curvature.layers_and_seen() if not seen):
+        if curvature.has_unseen_gradient():
             self.schedule.look_again()
         step = curvature.prepared()
         gathered = step.gather([parameter.grad for parameter in step.parameters])

@@ -381,6 +381,35 @@ def test_a_batch_that_is_thrown_away_takes_its_statistics_with_it(value):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_steps_that_another_optimizer_takes_leave_no_statistics(to_none):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    opt = KFAC(m)
+    for scale in (100.0, 50.0, 1.0):  # the first two are a warm-up: opt does not step
+        opt.zero_grad(set_to_none=to_none)
+        out = m(scale * X)
+        opt.accumulate_fisher(Categorical(logits=out))
+        F.cross_entropy(out, Y).backward()
+    opt.step()
+    rows = torch.cat([X, torch.ones(16, 1).double()], 1)
+    assert_equal(opt.factors("0")[0], rows.T @ rows / 16)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_an_input_that_is_overwritten_is_found(fisher):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    opt, x = KFAC(m, fisher=fisher, check_every=0), X.clone()
+    out = m(x)
+    F.cross_entropy(out, Y).backward(retain_graph=True)
+    x.zero_()
+    with pytest.warns(RuntimeWarning, match="0 leaves K-FAC.*its input was overwritten"):
+        opt.accumulate_fisher(Categorical(logits=out))
+        opt.step()
+    assert opt.layers == ["2"] and trace(opt.factors("2")) > 0
+
+
 @pytest.mark.parametrize("first", ["accumulate", "backward"])
 def test_either_order_of_the_calls(first):
     torch.manual_seed(0)
