@@ -12,7 +12,7 @@ from torch import Tensor
 from kfac2.capture import Capture, Captures
 from kfac2.kinds import Layer
 from kfac2.likelihood import Scores
-from kfac2.self_check import Rebuilt, SelfCheck
+from kfac2.self_check import Rebuilt, SelfCheck, check_is_mean
 from kfac2.statistics import Pass, Use
 
 Reached = Sequence[tuple[Capture, Tensor]]
@@ -153,6 +153,9 @@ class Collector:
         made = [passed for passed in passes if passed is not None]
         # The losses of all passes add up to the mean over all their cases: that is what M multiplies.
         total = sum(passed.cases for passed in made)
+        if not isinstance(cases, int):
+            for passed in made:
+                check_is_mean(max(passed.uses, key=lambda use: use.order), passed.cases, factor * total)
         return [replace(passed, scale=factor * total) for passed in made]
 
     def _leave(self, failed: Mapping[Layer, Rebuilt]) -> None:

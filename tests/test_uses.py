@@ -354,6 +354,24 @@ def test_a_token_loss_with_the_empirical_fisher_is_asked_for_its_cases():
     assert 0.1 < traces[0] < 1
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_loss_that_is_a_sum_is_refused_by_the_empirical_fisher(micro):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    opt = KFAC(m, fisher="empirical")
+    for x, y in zip(X.chunk(micro), Y.chunk(micro), strict=True):
+        F.cross_entropy(m(x), y, reduction="sum").backward()
+    with pytest.raises(ValueError, match=r"must be the mean over its cases.*reduction='mean'"):
+        opt.step()
+    m.zero_grad()
+    opt = KFAC(m, fisher="empirical")
+    for x, y in zip(X.chunk(micro), Y.chunk(micro), strict=True):
+        weight = torch.tensor([10.0, 1.0, 0.1]).double()  # of classes: a mean all the same
+        (F.cross_entropy(m(x), y, weight=weight, label_smoothing=0.1) / micro).backward()
+    opt.step()
+    assert opt.layers == ["0", "2"]
+
+
 # -- whose iteration it is --------------------------------------------------------------------------------------
 
 
