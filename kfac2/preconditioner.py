@@ -74,7 +74,7 @@ class Preconditioner(Readings):
         self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
         self.change_limit = ChangeLimit()
         self.schedule = Schedule(self.options)
-        self._go_on_at(0)
+        self.iteration = 0
 
     @property
     def _statistics(self) -> Curvature:
@@ -96,7 +96,8 @@ class Preconditioner(Readings):
         """k, calls of `step` so far."""
         return self.schedule.iteration
 
-    def _go_on_at(self, iteration: int) -> None:
+    @iteration.setter
+    def iteration(self, iteration: int) -> None:
         self.schedule.go_on_at(iteration)
         looks = bool(self.curvature.layout.layers) and self.schedule.looks(self.curvature.averages)
         self.curvature.collector.captures.turn(looks and not self.curvature.is_closed)
@@ -216,7 +217,7 @@ class Preconditioner(Readings):
             curvature.health.went_on()
         curvature.iteration.discard()
         curvature.health.bad = None
-        self._go_on_at(self.iteration + (not capturing))
+        self.iteration += not capturing
         return bad is None
 
     def _take_statistics(self) -> None:
@@ -306,7 +307,7 @@ class Preconditioner(Readings):
                 f"replayed() counts an ordinary iteration, got iteration {self.iteration}, which wants statistics or "
                 "inverses: run it without the graph"
             )
-        self._go_on_at(self.iteration + 1)
+        self.iteration += 1
 
     @torch.no_grad()
     def check(self) -> int:
@@ -355,7 +356,7 @@ class Preconditioner(Readings):
         self.curvature.load_state_dict(state_dict)
         norms = state_dict.get("bounds", {}).get("weight_norms")
         self.change_limit.load(norms, self.curvature.layout, self.options.max_change, self.curvature.averages.seen)
-        self._go_on_at(state_dict["iteration"])
+        self.iteration = state_dict["iteration"]
         self.schedule.look_again()
 
     def close(self) -> None:

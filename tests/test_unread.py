@@ -349,7 +349,7 @@ def test_a_graph_that_no_longer_holds_is_not_to_be_replayed(capture, how):
     assert opt.ordinary
     if how == "dropped":
         curvature.drop(curvature.layout.layers[0])
-        opt.preconditioner._go_on_at(100)
+        opt.preconditioner.iteration = 100
     else:
         curvature.averages = replace(curvature.averages, in_coarse=(False, True))
     iterate(model, opt, x)
