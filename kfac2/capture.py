@@ -65,12 +65,13 @@ class Captures:
     Attributes:
         received: with the empirical Fisher, the captures whose gradients have come.
         is_paused: whether nothing is captured, since it is kfac2 that runs the model's graph.
-        thread: whose forward passes are looked at.
+        thread: whose forward passes are looked at: the one that has last asked for it.
+        is_closed: whether none are any more, whoever asks.
     """
 
     def __init__(self, layers: Sequence[Layer], follow_backward: bool) -> None:
         self.received: list[Capture] = []
-        self.is_paused = False
+        self.is_paused = self.is_closed = False
         self.thread = 0
         self._follow_backward = follow_backward
         self._round = self._count = 0
@@ -115,15 +116,21 @@ class Captures:
 
     def turn(self, on: bool) -> None:
         """Look at all forward passes of this thread from now on, or at none."""
-        if on == self._is_on:
+        self.thread = threading.get_ident()
+        if on == self._is_on or self.is_closed:
             return
-        self._is_on, self.thread = on, threading.get_ident()
+        self._is_on = on
         if on:
             self._hook_weights()
             _WATCH.add(self)
         else:
             self._unhook_weights()
             _WATCH.remove(self)
+
+    def close(self) -> None:
+        """Look at none, from now on and for good."""
+        self.turn(False)
+        self.is_closed = True
 
     def saw(self, call: Call, x: Any, weight: Any, output: Any) -> None:
         """Capture a use, if its weight is watched and its output part of a graph."""
@@ -196,8 +203,10 @@ class Captures:
         """Find the captures in a graph, in the order of their uses, and where the gradients of their outputs arrive.
 
         Raises:
-            RuntimeError: if a part of the graph was not recorded (reentrant checkpointing).
+            RuntimeError: if a part of the graph was not recorded (reentrant checkpointing); or after `close`.
         """
+        if self.is_closed:
+            raise RuntimeError("statistics are taken from forward passes, and close() has ended the looking at them")
         found = []
         for node in _nodes(root):
             if node.name() == "CheckpointFunctionBackward":

@@ -91,7 +91,8 @@ class Collector:
         reached = [(c, g) for (c, _), g in zip(found, gradients, strict=False) if g is not None]
         if not reached:
             raise ValueError(
-                "distribution must come from a forward pass of the model in this iteration, with grad enabled; "
+                "distribution must come from a forward pass of the model in this iteration, with grad enabled, and in "
+                "the thread that has built the optimizer, or called its last step(); "
                 "got one whose graph holds no use of a handled layer's weight"
             )
         if is_checked:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,17 +17,16 @@ from kfac2.health import Health
 from kfac2.inverses import Inverses, Solvers, inverted, mended, observed
 from kfac2.iteration import Iteration
 from kfac2.kinds import Layer
-from kfac2.layers import Found, find_layers
+from kfac2.layers import Found, find_layers, why_it_left
 from kfac2.layout import Layout
 from kfac2.likelihood import NotFiniteError, Prediction
 from kfac2.options import CurvatureOptions, check_damping
-from kfac2.processes import Alone
+from kfac2.processes import Alone, check_alone
 from kfac2.readings import Readings
 from kfac2.solve import checked_gradients, solve_in_place
 from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
 from kfac2.step import Step
-
-logger = logging.getLogger("kfac2")
+from kfac2.summary import warn_of_large_factors
 
 
 class Curvature(Readings):
@@ -47,7 +45,7 @@ class Curvature(Readings):
 
     Args:
         model: the model; handled are `nn.Linear`, `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d` whose weight
-            requires grad. Why another is left alone is logged to `kfac2`.
+            requires grad. Why another is left alone is in `summary()`, which is logged to `kfac2`.
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
@@ -56,6 +54,7 @@ class Curvature(Readings):
 
     Attributes:
         options: the options; those that state does not depend on may be set at any time.
+        own: ids of the parameters whose layers may be handled, if they are among those that are trained.
         keeps_rows: whether some rows of each pass are kept, in `kept`, until who asked for it clears the list.
         collector: captures forward passes with grad enabled, until `close`.
         dropping: called before a layer is dropped, while what was found still has its names.
@@ -63,7 +62,8 @@ class Curvature(Readings):
     Raises:
         TypeError: if an argument has the wrong type, or an option is unknown.
         ValueError: if an option is out of its range, `skip` matches nothing, the model has no layer to
-            handle, or its layers are on two devices.
+            handle, or its layers are on two devices; or if parameters are DTensors.
+        RuntimeError: if torch.distributed has more than one process.
     """
 
     def __init__(
@@ -79,12 +79,16 @@ class Curvature(Readings):
         self.options = CurvatureOptions.of(settings) if options is None else options
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = model
         self.params = list(model.parameters() if params is None else params)
+        check_alone(self.params)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._find_layers = lambda: find_layers(model, self.params, skip, self.options.coarse_max_groups)
+        self.own = {id(parameter) for parameter in self.params}
+        self._is_regrouped = False
+        self._find_layers = lambda: find_layers(
+            model, [p for p in self.params if id(p) in self.own], skip, self.options.coarse_max_groups
+        )
         self.found = self._find_layers()
-        for name, module, reason in self.found.left:
-            logger.warning("%s (%s) is left to SGD: %s", name or "the model", type(module).__name__, reason)
         layers = self.found.layers
         if not layers:
             raise ValueError(
@@ -97,11 +101,11 @@ class Curvature(Readings):
             coarse_space(self.options.levels, self.options.downsample),
             Alone(),
         )
+        warn_of_large_factors(self.layout, self.solvers.fine)
         self.health = Health(self.layout.device)
         self.averages = Averages.none(self.layout)
         self.inverses: Inverses | None = None
-        self.dropped: list[str] = []
-        self.is_closed = False
+        self.dropped: dict[str, str] = {}
         self.dropping: Callable[[], object] = lambda: None
         is_empirical = self.options.fisher == "empirical"
         self.collector = Collector(layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every)
@@ -112,6 +116,8 @@ class Curvature(Readings):
         self._step: Step | None = None
         self.scheduled = False
         self._solved: tuple[Averages, float, float | None, Inverses] | None = None
+        if options is None:  # else who shares them tells it
+            self._log_summary()
 
     @property
     def _statistics(self) -> Curvature:
@@ -194,10 +200,9 @@ class Curvature(Readings):
             self.solvers.fine.observe(self.layout, self.inverses.fields, passed, sums)
 
     def close(self) -> None:
-        """Look at no forward pass any more. What was found goes on to be used."""
-        self.is_closed = True
+        """Look at no forward pass any more, for good. What was found goes on to be used."""
         self.iteration.discard()
-        self.collector.captures.turn(False)
+        self.collector.captures.close()
 
     def drop(self, layer: Layer, reason: str = "") -> None:
         """Leave a layer alone from now on; what this iteration has summed so far is discarded with it."""
@@ -207,7 +212,7 @@ class Curvature(Readings):
         old, self.layout = self.layout, self.layout.without(layer)
         coarse = self.solvers.coarse.without(old, self.averages.coarse, old.number(layer))
         self.averages = self.averages.moved(old, self.layout, coarse)
-        self.dropped.append(layer.name)
+        self.dropped[layer.name] = reason or "it had left K-FAC in the state that was loaded"
         self.collector.follow(self.layout.layers)
         self.iteration.forget()
         self.iteration.kept = []
@@ -300,7 +305,7 @@ class Curvature(Readings):
 
     def prepared(self) -> Step:
         """Return the step for the layers as they are, made anew where they have moved."""
-        self._move()
+        self._follow()
         if self._step is None:
             own = {id(parameter) for layer in self.layout.layers for parameter in (layer.weight, layer.bias)}
             self._step = Step(self.layout, [parameter for parameter in self.params if id(parameter) not in own])
@@ -308,8 +313,9 @@ class Curvature(Readings):
 
     def _follow(self) -> None:
         """Lay everything out anew where layers are others now, or elsewhere."""
-        if self.found.has_changed():
+        if self._is_regrouped or self.found.has_changed():
             self.dropping()
+            self._is_regrouped = False
             self.found = self._found_anew()
             layers = [layer for layer in self.found.layers if layer.name not in self.dropped]
             self.collector.follow(layers)
@@ -332,23 +338,26 @@ class Curvature(Readings):
         if self.inverses is not None:
             self.inverses = self.inverses.moved(old, self.layout, self.solvers.fine) if is_same else None
         self._step = None
+        if not is_same:  # what was summed is of other layers
+            self.iteration.forget()
+            self.iteration.kept = []
         if old.device != self.layout.device:
             self.health.move(self.layout.device)
 
     def _found_anew(self) -> Found:
         """Find the layers again; one whose parameters are the same is the same."""
         found = self._find_layers()
-        known = {layer.name: layer for layer in self.found.layers if layer.is_current()}
-        for name in {layer.name for layer in self.layout.layers} - {layer.name for layer in found.layers}:
-            reason = next((left.reason for left in found.left if left.name == name), "it is no part of the model")
-            self.health.warn(f"{name or 'the model'} leaves K-FAC, and takes its plain gradient: {reason}")
-        return found._replace(layers=[known.get(layer.name, layer) for layer in found.layers])
+        known = {(layer.name, id(layer.bias)): layer for layer in self.found.layers if layer.is_current()}
+        still = {key for layer in found.layers for key in (layer.name, id(layer.weight))}  # it may have another name
+        for layer in self.layout.layers:
+            if not still & {layer.name, id(layer.weight)}:
+                self.health.warn(f"{layer.title} leaves K-FAC{why_it_left(layer, found)}")
+        return found._replace(layers=[known.get((layer.name, id(layer.bias)), layer) for layer in found.layers])
 
-    def watch(self, params: Iterable[nn.Parameter]) -> None:
-        """Look for NaNs and infinities in the gradients of further parameters, too."""
+    def train(self, params: Iterable[nn.Parameter]) -> None:
+        """Go on with these parameters, since others joined or left the optimizer: a layer leaves with its weight."""
         self.dropping()  # what was found has the numbers of now
-        self.params += list(params)
-        self._step = None
+        self.params, self._step, self._is_regrouped = list(params), None, True
 
     def source(self, number: int) -> str:
         """Name what was not finite, by the number of a parameter of the step; what is behind them all is the result."""
@@ -379,7 +388,7 @@ class Curvature(Readings):
     def check_state_dict(self, state_dict: Mapping[str, Any], keys: Iterable[str] = ()) -> None:
         """Check that a state fits this model and these options, with further keys; a ValueError names what does not."""
         names = self.solvers.coarse.names
-        state.check(state_dict, [*keys, *state.KEYS], self.layout, self.dropped, self.options, names)
+        state.check(state_dict, [*keys, *state.KEYS], self.layout, list(self.dropped), self.options, names)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state. Options that may change during training are restored as well.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kfac2.layers import FROZEN, Found
 from kfac2.options import NUMBER, check_option
 
 
@@ -21,6 +22,13 @@ def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
         named = [member for member in members if isinstance(member, tuple)]
         result.append({**group, "params": [p for _, p in named] if named else members})
     return result
+
+
+def handled_by(found: Found) -> set[int]:
+    """Return the ids of the parameters that are K-FAC's, once they are no longer frozen."""
+    modules = [layer.module for layer in found.layers]
+    modules += [left.module for left in found.left if left.reason == FROZEN]
+    return {id(parameter) for module in modules for parameter in (module.weight, module.bias)}
 
 
 def check_group(settings: dict[str, Any]) -> None:

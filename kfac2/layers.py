@@ -14,6 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from kfac2.kinds import KINDS, Layer
 
 FROZEN = "its weight is frozen"
+SKIPPED = "it is named by skip"
+UNGROUPED = "its weight is in no parameter group"
 
 
 class Left(NamedTuple):
@@ -36,14 +38,23 @@ class Found(NamedTuple):
     Attributes:
         layers: those that are handled, in the order of `model.named_modules()`.
         left: those that are not.
+        places: of the handled modules and of those that they are in: the children of a module, a name among them, and
+            who has it.
     """
 
     layers: list[Layer]
     left: list[Left]
+    places: list[tuple[dict[str, nn.Module | None], str, nn.Module]]
 
     def has_changed(self) -> bool:
-        """Tell whether a weight or a bias is another now, or was frozen or unfrozen."""
-        return not all(layer.is_current() for layer in self.layers) or any(
+        """Tell whether a module, a weight or a bias is another now, or was frozen or unfrozen."""
+        for layer in self.layers:
+            if not layer.is_current():
+                return True
+        for children, name, module in self.places:
+            if children.get(name) is not module:
+                return True
+        return any(
             reason == FROZEN and module.weight is not None and module.weight.requires_grad
             for _, module, reason in self.left
         )
@@ -77,7 +88,7 @@ def find_layers(
             continue
         reason = _reason_against(kind, module, owners, ids)
         if any(pattern.fullmatch(name) for pattern in patterns):
-            reason = "it is named by skip"
+            reason = SKIPPED
         if reason is None:
             if any(layer.weight is module.weight for layer in layers):
                 continue  # one layer for a weight, however many modules have it
@@ -92,7 +103,33 @@ def find_layers(
                 f"model must have all handled layers on one device, got {layers[0].name} on "
                 f"{layers[0].weight.device} and {layer.name} on {layer.weight.device}"
             )
-    return Found(layers, left)
+    return Found(layers, left, _places(model, layers))
+
+
+def _places(model: nn.Module, layers: Iterable[Layer]) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    places = {}
+    for layer in layers:
+        parent = model
+        for name in layer.name.split(".") if layer.name else ():
+            child = parent.get_submodule(name)
+            places[id(parent), name] = (parent._modules, name, child)
+            parent = child
+    return list(places.values())
+
+
+def why_it_left(layer: Layer, found: Found) -> str:
+    """Say why a layer is none any more, and what follows, to go on "it leaves K-FAC" with."""
+    left = next((left for left in found.left if left.name == layer.name), None)
+    if left is None:
+        return ": it is no part of the model any more"
+    if left.reason != UNGROUPED:
+        return f", and takes its plain gradient: {left.reason}"
+    if left.module.weight is layer.weight:
+        return ", and is trained no more: its weight is in no parameter group any more"
+    return (
+        ", and is trained no more: its weight was replaced by another tensor, which is in no parameter group; add it "
+        "to one, or build the optimizer anew"
+    )
 
 
 def _skip_patterns(model: nn.Module, skip: Iterable[str]) -> list[re.Pattern[str]]:
@@ -140,7 +177,7 @@ def _reason_against(
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     if id(weight) not in trained:
-        return "its weight is in no parameter group"
+        return UNGROUPED
     others = [owner for owner, name in owners[id(weight)] if not (name == "weight" and isinstance(owner, kind.modules))]
     if others:
         return f"its weight is tied to another module's, a {type(others[0]).__name__}"

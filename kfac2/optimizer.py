@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac2.bound import Bound
+from kfac2.checkpoint import in_groups_too, is_for_its_state, out_of_groups
 from kfac2.curvature import Curvature
 from kfac2.descent import Rate, adamw_step, next_steps, sgd_step
 from kfac2.divergence import divergence
-from kfac2.groups import as_groups, check_group
+from kfac2.groups import as_groups, check_group, handled_by
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
 from kfac2.likelihood import Prediction
@@ -54,7 +55,7 @@ class KFAC(Readings, Optimizer):
 
     Args:
         model: the model; handled are `nn.Linear`, `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d` whose weight
-            requires grad at construction. Why another is left to `rest` is logged to `kfac2`.
+            requires grad at construction. Why another is left to `rest`: see `summary`.
         lr: η, the learning rate; default 1.
         params: parameters or groups as in `torch.optim` (lr, momentum, weight_decay, nesterov for each; rest_lr, betas
             and eps for its parameters that K-FAC does not handle); by default all of `model` in one group. Each is
@@ -164,10 +165,13 @@ class KFAC(Readings, Optimizer):
         )
         self.curvature = self.preconditioner.curvature
         self.curvature.iteration.keeps_rows = kl_bound is not None
-        self._handled = {id(p) for layer in self.curvature.layout.layers for p in (layer.weight, layer.bias)}
+        self._handled = handled_by(self.curvature.found)
+        if rest == "adamw":  # what its groups hold is none of K-FAC's, whatever becomes of it
+            self.curvature.own = self._handled
         self._known = {id(parameter) for parameter in self.curvature.params}
         names = ("lr", "momentum", "weight_decay", "nesterov", "rest_lr", "betas", "eps")
         super().__init__(groups, {**{name: arguments[name] for name in names}, "method": "kfac"})
+        self._log_summary()
 
     @property
     def _statistics(self) -> Curvature:
@@ -193,10 +197,8 @@ class KFAC(Readings, Optimizer):
         if others:
             lr = group.get("rest_lr", self.defaults["rest_lr"])
             super().add_param_group({**group, "params": others, "method": "adamw", "lr": lr})
-        new = [parameter for parameter in group["params"] if id(parameter) not in self._known]
-        if new:
-            self._known.update(map(id, new))
-            self.preconditioner.watch(new)
+        if any(id(parameter) not in self._known for parameter in group["params"]):
+            self._follow_groups()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -225,9 +227,12 @@ class KFAC(Readings, Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self._rise.follow(loss, self.curvature.layout.device, self.curvature.health.at_once)
-        rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
-        layers = self.curvature.layout.layers
-        if self.preconditioner.precondition({layer.name: rates[id(layer.weight)] for layer in layers}):
+        if closure is None and is_for_its_state(self.param_groups, self.state):
+            for group in self.param_groups:
+                self._descend(group, set(self._handled))
+            return None
+        rates = self._follow_groups()
+        if self.preconditioner.precondition(lambda layer: rates[id(layer.weight)]):
             seen = self.curvature.layers_with_statistics()
             self._measure(seen)
             with_weights = ((weight, layer.bias) for layer in seen if (weight := layer.weight).grad is not None)
@@ -236,6 +241,14 @@ class KFAC(Readings, Optimizer):
                 self._descend(group, along)
         self.curvature.iteration.kept = []
         return loss
+
+    def _follow_groups(self) -> dict[int, Rate]:
+        """Return η by id of the parameter; where some joined or left, go on with those there are."""
+        rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
+        if rates.keys() != self._known:
+            self._known = {*rates}
+            self.curvature.train(parameter for group in self.param_groups for parameter in group["params"])
+        return rates
 
     def _descend(self, group: dict[str, Any], along: set[int]) -> None:
         """Step the parameters of a group: those along which K-FAC gave a direction, and the others."""
@@ -299,6 +312,8 @@ class KFAC(Readings, Optimizer):
 
     def accumulate_fisher(self, distribution: Prediction, mask: Tensor | None = None) -> None:
         """See `Preconditioner.accumulate_fisher`."""
+        if self.needs_fisher:
+            self._follow_groups()
         self.preconditioner.accumulate_fisher(distribution, mask)
 
     def close(self) -> None:
@@ -327,7 +342,7 @@ class KFAC(Readings, Optimizer):
         """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
         state = self.preconditioner.state_dict()
         state["bounds"] |= {"factor": float(self._bound.factor), "rise": self._rise.state()}
-        return {**super().state_dict(), "kfac": state}
+        return in_groups_too({**super().state_dict(), "kfac": state})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; see `Preconditioner.load_state_dict`.
@@ -338,8 +353,7 @@ class KFAC(Readings, Optimizer):
         Raises:
             ValueError: if the state does not fit; nothing is changed then.
         """
-        if "kfac" not in state_dict:
-            raise ValueError(f"state_dict must be one of kfac2.KFAC, got one with the keys {sorted(state_dict)}")
+        state_dict = out_of_groups(state_dict)
         self.preconditioner.check_state_dict(state_dict["kfac"])
         first = [group.get("first_lr") for group in self.param_groups]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})

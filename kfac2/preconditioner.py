@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kfac2.change_limit import ChangeLimit
 from kfac2.curvature import Curvature
 from kfac2.health import is_capturing
+from kfac2.kinds import Layer
 from kfac2.likelihood import Prediction
 from kfac2.options import NUMBER, Options, check_option
 from kfac2.readings import Readings
@@ -75,6 +76,8 @@ class Preconditioner(Readings):
         self.change_limit = ChangeLimit()
         self.schedule = Schedule(self.options)
         self.iteration = 0
+        if options is None:  # else who shares them tells it
+            self._log_summary()
 
     @property
     def _statistics(self) -> Curvature:
@@ -100,12 +103,13 @@ class Preconditioner(Readings):
     def iteration(self, iteration: int) -> None:
         self.schedule.go_on_at(iteration)
         looks = bool(self.curvature.layout.layers) and self.schedule.looks(self.curvature.averages)
-        self.curvature.collector.captures.turn(looks and not self.curvature.is_closed)
+        self.curvature.collector.captures.turn(looks)
 
     def _wants_statistics(self) -> bool:
         curvature = self.curvature
-        due = self.schedule.statistics_are_due(curvature.averages) or curvature.uses_new_layer()
-        return due and bool(curvature.layout.layers) and not curvature.is_closed
+        if curvature.collector.captures.is_closed or not curvature.layout.layers:
+            return False
+        return self.schedule.statistics_are_due(curvature.averages) or curvature.uses_new_layer()
 
     def _wants_inverses(self) -> bool:
         return self.schedule.wants_inverses(self.curvature.averages, self.curvature.inverses, self._wants_statistics())
@@ -169,24 +173,22 @@ class Preconditioner(Readings):
                 parameter.grad = None
         return done
 
-    def _rates(self, lr: Rate | Mapping[str, float] | None) -> dict[str, Rate]:
+    def _rates(self, lr: Rate | Mapping[str, float] | None) -> Callable[[Layer], Rate]:
         if lr is None:
             if self.schedule.now("kl_clip") is not None:
                 raise ValueError("lr must be given, since the KL clip depends on it; got None (or set kl_clip=None)")
             lr = 1.0
-        rates: dict[str, Rate] = {}
-        rates |= {name: lr[name] for name in self.layers} if isinstance(lr, Mapping) else dict.fromkeys(self.layers, lr)
-        for rate in rates.values():
+        for rate in [lr[name] for name in self.layers] if isinstance(lr, Mapping) else [lr]:
             if not isinstance(rate, Tensor):
                 check_option("lr", rate, NUMBER, lambda v: v >= 0, "a number of at least 0")
-        return rates
+        return lambda layer: lr[layer.name] if isinstance(lr, Mapping) else lr
 
     @torch.no_grad()
-    def precondition(self, rates: Mapping[str, Rate]) -> bool:
+    def precondition(self, rates: Callable[[Layer], Rate]) -> bool:
         """Do the work of `step`; on False the gradients hold no meaning.
 
         Args:
-            rates: η_i by name of the layer.
+            rates: gives η_i of a layer; asked once it is known which there are.
 
         Returns:
             False where a NaN or an infinity came up, and the host knows.
@@ -244,7 +246,7 @@ class Preconditioner(Readings):
         is_bad = self.curvature.solvers.processes.agree(bad is not None)
         return (bad or "another process") if is_bad else None
 
-    def _write(self, step: Step, gathered: Gathered, rates: Mapping[str, Rate], capturing: bool) -> str | None:
+    def _write(self, step: Step, gathered: Gathered, rates: Callable[[Layer], Rate], capturing: bool) -> str | None:
         """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
         curvature, health = self.curvature, self.curvature.health
         looks = health.at_once or bool(curvature.iteration.sums.A)
@@ -263,7 +265,7 @@ class Preconditioner(Readings):
             averages.in_coarse,
             self.options.coarse_weight,
             self.schedule.now("kl_clip"),
-            [rates[name] for name in self.layers],
+            [rates(layer) for layer in curvature.layout.layers],
             health.skipped,
             None if limits is None else limits.values,
         )
@@ -329,7 +331,7 @@ class Preconditioner(Readings):
 
     def watch(self, params: Iterable[nn.Parameter]) -> None:
         """Look for NaNs and infinities in the gradients of further parameters, which joined the optimizer later."""
-        self.curvature.watch(params)
+        self.curvature.train([*self.curvature.params, *params])
 
     # -- state ----------------------------------------------------------------------------------------------
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfac2.coarse import Ones
 from kfac2.inverses import Solvers
+from kfac2.layers import Found
 from kfac2.layout import Layout
 from kfac2.statistics import Averages
+from kfac2.summary import Summary, summarised
+
+logger = logging.getLogger("kfac2")
 
 
 class Statistics(Protocol):
     """What `Readings` read: a `Curvature`."""
 
+    model: nn.Module
+    params: list[nn.Parameter]
+    found: Found
+    dropped: dict[str, str]
     layout: Layout
     averages: Averages
     solvers: Solvers
@@ -22,6 +31,8 @@ class Statistics(Protocol):
 
 class Readings:
     """Copies of the running averages, and what follows from them."""
+
+    _rest = "plain gradient"  # how the parameters are trained that K-FAC does not handle
 
     @property
     def _statistics(self) -> Statistics:
@@ -31,6 +42,23 @@ class Readings:
     def layers(self) -> list[str]:
         """The handled modules' names, in the order of `model.named_modules()`."""
         return [layer.name for layer in self._statistics.layout.layers]
+
+    def summary(self) -> Summary:
+        """Tell what trains which parameters and why, and what K-FAC costs; `print` it, or read its numbers.
+
+        It is logged to `kfac2` at construction: at WARNING if a trained weight of a kind that K-FAC handles is left
+        alone without having been named by `skip`, else at INFO. Layers that have left K-FAC since are in it, too.
+
+        Returns:
+            Rows of parameters by treatment, class of the modules and reason; the memory of factors and of inverses;
+            and Σ n³ over all factors.
+        """
+        of = self._statistics
+        return summarised(of.model, of.params, of.layout, of.found.left, of.dropped, of.solvers.fine, self._rest)
+
+    def _log_summary(self) -> None:
+        summary = self.summary()
+        logger.log(logging.WARNING if summary.misses_layers else logging.INFO, "%s", summary)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Copy the current running averages of a layer's Kronecker factors.

@@ -38,11 +38,13 @@ class Watch:
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
         self._stance: Any = None
+        self._period = 0  # counts how often the hooks were put up
 
     def add(self, watcher: Watcher) -> None:
         """Tell a watcher of all uses from now on."""
         self._watchers.add(watcher)
         if not self._handles:
+            self._period += 1
             self._handles = [
                 register_module_forward_pre_hook(self._enter),
                 register_module_forward_hook(self._leave, always_call=True),
@@ -69,9 +71,13 @@ class Watch:
     @property
     def _inside(self) -> list[int]:
         """Ids of the modules that this thread is calling, outermost first."""
-        if not hasattr(self._local, "inside"):
-            self._local.inside, self._local.mode = [], _Mode(self)
-        return self._local.inside
+        local = self._local
+        if not hasattr(local, "inside"):
+            local.inside, local.mode, local.period = [], _Mode(self), self._period
+        if local.period != self._period:  # another thread took the hooks away in the middle of a call
+            local.inside, local.period = [], self._period
+            local.mode.take_down()
+        return local.inside
 
     @property
     def _mode(self) -> _Mode:

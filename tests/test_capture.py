@@ -270,13 +270,7 @@ def test_keyword_input():
     assert opt.layers == ["0"] and opt.factors("0")[0].shape == (4, 4)
 
 
-def reasons(model, caplog, **options):
-    with caplog.at_level(logging.WARNING, logger="kfac2"):
-        opt = KFAC(model, **options)
-    return opt, [record.getMessage() for record in caplog.records]
-
-
-def test_layers_left_to_sgd_are_logged_with_the_reason(caplog):
+def test_layers_left_to_sgd_are_in_the_summary_with_the_reason(caplog):
     class Own(nn.Linear):
         def forward(self, input):
             return super().forward(input) * 2
@@ -294,14 +288,20 @@ def test_layers_left_to_sgd_are_logged_with_the_reason(caplog):
         "skipped": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
     })  # fmt: skip
     model["tied"].weight = model["embedding"].weight
-    opt, messages = reasons(model, caplog, skip=(r"skipped\..",))
+    with caplog.at_level(logging.INFO, logger="kfac2"):
+        opt = KFAC(model, skip=(r"skipped\..",))
     assert opt.layers == ["plain", "reflect", "own"]
+    rows = opt.summary().rows
     for name, reason in {
         "attention.out_proj": "inside of one function", "normed": "parametrised", "tied": "tied to another module's, a Emb",
         "frozen": "frozen", "lazy": "no shape yet", "skipped.0": "named by skip", "skipped.1": "named by skip",
+        "attention": "not a Linear or Conv", "embedding": "not a Linear or Conv",
+        "plain": "", "reflect": "", "own": "",
     }.items():  # fmt: skip
-        assert sum(message.startswith(name + " ") and reason in message for message in messages) == 1, name
-    assert len(messages) == 7
+        (row,) = [row for row in rows if name in row.names]
+        assert reason in row.reason and (row.treatment == "K-FAC") == (reason == ""), name
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and record.getMessage() == str(opt.summary())
 
 
 def test_layers_follow_named_modules():

@@ -102,7 +102,7 @@ def test_options_set_during_training_are_restored():
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("kfac"), "state_dict must be one of kfac2.KFAC"),
+    (lambda s: (s.pop("kfac"), s["param_groups"][0].pop("kfac")), "state_dict must be one of kfac2.KFAC"),
     (lambda s: s["kfac"].pop("statistics"), "without .'statistics'."),
     (lambda s: s["kfac"]["options"].update(levels=1), "saved with levels=2, got 1"),
     (lambda s: s["kfac"]["options"].update(inverse="eigh"), "saved with inverse='cholesky', got 'eigh'"),

@@ -101,13 +101,10 @@ class Layer(ABC):
         return None
 
     def __post_init__(self) -> None:
-        """Note the parameters that it is made for."""
-        object.__setattr__(self, "_made_for", self._parameters())
-
-    def _parameters(self) -> tuple[object, ...]:
-        """The module's weight and bias, and whether each is trained."""
-        pair = [self.module._parameters.get(name) for name in ("weight", "bias")]
-        return *pair, *(p is not None and p.requires_grad for p in pair)
+        """Note the parameters that it is made for, and whether each is trained."""
+        weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
+        trained = (p is not None and p.requires_grad for p in (weight, bias))
+        object.__setattr__(self, "_made_for", (weight, bias, *trained))
 
     @property
     def title(self) -> str:
@@ -121,7 +118,14 @@ class Layer(ABC):
 
     def is_current(self) -> bool:
         """Tell whether weight and bias are still the module's, and trained or not as they were."""
-        return all(now is then for now, then in zip(self._parameters(), self._made_for, strict=True))  # type: ignore[attr-defined]
+        own = self.module._parameters
+        weight, bias, weight_is_trained, bias_is_trained = self._made_for  # type: ignore[attr-defined]
+        return (  # each step asks
+            own.get("weight") is weight
+            and own.get("bias") is bias
+            and weight.requires_grad is weight_is_trained  # type: ignore[union-attr]
+            and (bias is None or bias.requires_grad is bias_is_trained)
+        )
 
     @property
     def factor_dtype(self) -> torch.dtype:
