@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 
-
 class Bound:
     """The factor that holds the step to the bound. It falls at once, and rises slowly.
 

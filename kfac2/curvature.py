@@ -109,9 +109,7 @@ class Curvature(Readings):
         self.pending: list[Pending] = []
         self.dropping: Callable[[], object] = lambda: None
         is_empirical = self.options.fisher == "empirical"
-        self.collector = Collector(
-            layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every
-        )
+        self.collector = Collector(layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every)
         self.collector.captures.turn(True)
         self._step: Step | None = None
         self.scheduled = False
