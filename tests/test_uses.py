@@ -172,6 +172,40 @@ def test_a_weight_that_is_used_otherwise_is_found():
     leaves(opt, "a", "was used in no call", lambda: opt.accumulate_fisher(Categorical(logits=out)))
 
 
+def test_another_bias_is_named():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(F.linear(x, self.a.weight, 2 * self.a.bias)))
+
+    model = Other().double()
+    opt = KFAC(model)
+    out = model(X)
+    leaves(opt, "a", "without its bias, or with another", lambda: opt.accumulate_fisher(Categorical(logits=out)))
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 2, 3, 6), (6,)])
+def test_an_activation_in_place_on_positions(shape, fisher):
+    """The output of `F.linear` is a view there, and the node of a view leaves the graph."""
+    x, factors = torch.randn(shape).double(), []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        m = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=inplace), nn.Linear(5, 3)).double()
+        opt = KFAC(m, fisher=fisher, cases="rows" if fisher == "empirical" else None, lr=0.0)
+        out = m(x).reshape(-1, 3)
+        opt.accumulate_fisher(Categorical(logits=out))
+        F.cross_entropy(out, torch.arange(len(out)) % 3).backward()
+        opt.step()
+        assert opt.layers == ["0", "2"]
+        factors.append([*opt.factors("0"), opt.coarse_fisher()])
+    for one, other in zip(*factors, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_reentrant_checkpointing():
     torch.manual_seed(0)
     m = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 3)).double()
