@@ -15,6 +15,8 @@ from kfac2.health import is_capturing
 from kfac2.likelihood import Prediction
 from kfac2.options import NUMBER, Options, check_option
 from kfac2.readings import Readings
+from kfac2.spread import damping
+from kfac2.statistics import Averages, kept_share
 from kfac2.step import Gathered, Step
 
 Rate = float | Tensor
@@ -119,10 +121,15 @@ class Preconditioner(Readings):
             return True
         if self.curvature.averages.updates < self.options.burn_in and self._wants_statistics():
             return True
-        return inverses.damping != self._damping()  # a new damping takes effect at once
+        return not inverses.damping.is_as_set(self._now("damping"), self.options.relative_damping)
 
-    def _damping(self) -> Damping:
-        return Damping(self._now("damping"), self.options.relative_damping)
+    def _damping(self, averages: Averages) -> Damping:
+        value = self._now("damping")
+        if value == "auto":
+            value = damping(
+                self.curvature.layout, averages.spread, kept_share(averages.updates, self.options.stat_decay)
+            )
+        return Damping(value, self.options.relative_damping)
 
     def _now(self, name: str) -> Any:
         return self.options.at(name, self.iteration)
@@ -265,7 +272,7 @@ class Preconditioner(Readings):
         """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
         curvature, health = self.curvature, self.curvature.health
         looks = health.at_once or bool(curvature.sums.A)
-        averages, inverses = curvature.refreshed(self._damping() if self._wants_inverses() else None)
+        averages, inverses = curvature.refreshed(self._damping if self._wants_inverses() else None)
         if inverses is None:  # no layer is left: plain SGD
             first = int(gathered.first_bad)
             return curvature.source(first) if first < step.none_bad else None
