@@ -62,8 +62,8 @@ class KFAC(Readings, Optimizer):
         momentum: μ; default 0.5.
         weight_decay: added to the preconditioned gradient; decoupled in AdamW. Default 0.
         nesterov: default False.
-        damping: c > 0; λ of a block is c times the mean of its own eigenvalues, (tr A/d_in)(tr G/d_out). Default 0.1.
-            `"auto"`: √c is the median standard error of the factors, see `kfac2.spread`, and is taken with new inverses.
+        damping: c > 0: λ of a block is c times the mean of its own eigenvalues, (tr A/d_in)(tr G/d_out). By default
+            `"auto"`: √c is the median relative standard error of the factors, taken with new inverses (`kfac2.spread`).
         relative_damping: with False the number `damping` is λ itself, in units of the mean loss's Fisher. Default True.
         kl_clip: κ > 0, bounds the change of the predictions of one step as the blocks see it; None: off. Default 0.1.
         kl_bound: K > 0, bounds η² dᵀFd, measured over all layers with a quarter of the samples of each statistics
@@ -122,7 +122,7 @@ class KFAC(Readings, Optimizer):
         momentum: float = 0.5,  # μ
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        damping: float | str | Callable[[int], float] = 0.1,  # c, or λ
+        damping: float | str | Callable[[int], float] = "auto",  # c, or λ
         relative_damping: bool = True,
         kl_clip: float | Callable[[int], float | None] | None = 0.1,  # κ
         kl_bound: float | None = 0.5,  # K

@@ -140,7 +140,7 @@ class Options(CurvatureOptions):
     `damping`, `kl_clip`, `cov_every` and `inv_every` may be callables that take the iteration, from 0.
     """
 
-    damping: float | str | Callable[[int], float] = 0.1
+    damping: float | str | Callable[[int], float] = "auto"
     kl_clip: float | Callable[[int], float | None] | None = 0.1
     cov_every: int | Callable[[int], int] = 5
     inv_every: int | Callable[[int], int] = 10
