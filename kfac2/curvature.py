@@ -220,22 +220,22 @@ class Curvature(Readings):
 
     # -- inverses -------------------------------------------------------------------------------------------
 
-    def refreshed(self, damping: Damping | None) -> tuple[Averages, Inverses | None]:
+    def refreshed(self, damping: Callable[[Averages], Damping] | None) -> tuple[Averages, Inverses | None]:
         """Return averages and inverses with what this iteration has collected; commit neither.
 
         Args:
-            damping: of new inverses; None: those in use go on.
+            damping: of new inverses of these averages; None: the inverses in use go on.
         """
         averages, inverses = self.averages, self.inverses
         if self.iteration.sums.A:
             sums = self.solvers.processes.add_up(self.iteration.sums)
-            averages = averaged(self.layout, averages, sums, self.options.stat_decay)
+            averages = averaged(self.layout, averages, sums, self.options.stat_decay, self.options.follows_spread)
             kept = kept_share(averages.updates, self.options.stat_decay)
             averages = replace(averages, coarse=self.solvers.coarse.averaged(self.layout, averages, sums, kept))
             if inverses is not None:
                 inverses = observed(self.layout, inverses, self.solvers.fine, sums, self.options.stat_decay)
         if damping is not None and averages.updates and self.layout.layers:
-            inverses = self._inverted(averages, inverses, damping)
+            inverses = self._inverted(averages, inverses, damping(averages))
         return averages, inverses
 
     def _inverted(self, averages: Averages, last: Inverses | None, damping: Damping) -> Inverses:
@@ -403,9 +403,7 @@ class Curvature(Readings):
         self._follow()
         for layer in [layer for layer in self.layout.layers if layer.name in state_dict["dropped"]]:
             self.drop(layer)
-        for name, value in state_dict["options"].items():
-            if name in self.options.as_dict():  # a schedule's are not ours
-                setattr(self.options, name, value)
+        vars(self.options).update(self.options.with_saved(state_dict["options"]))
         self.iteration.discard()
         self.health.forget()
         inverses = state.to_inverses(state_dict["inverses"], self.layout, self.solvers)

@@ -63,8 +63,9 @@ class KFAC(Readings, Optimizer):
         momentum: μ; default 0.5.
         weight_decay: added to the preconditioned gradient; decoupled in AdamW. Default 0.
         nesterov: default False.
-        damping: c > 0; default 0.1: λ of a block is c times the mean of its own eigenvalues, (tr A/d_in)(tr G/d_out).
-        relative_damping: with False `damping` is λ itself, in units of the Fisher of the mean loss. Default True.
+        damping: c > 0: λ of a block is c times the mean of its own eigenvalues, (tr A/d_in)(tr G/d_out). By default
+            `"auto"`: √c is the median relative standard error of the factors, taken with new inverses (`kfac2.spread`).
+        relative_damping: with False the number `damping` is λ itself, in units of the mean loss's Fisher. Default True.
         kl_clip: κ > 0, bounds the change of the predictions of one step as the blocks see it; None: off. Default 0.1.
         kl_bound: K > 0, bounds η² dᵀFd, measured over all layers with a quarter of the samples of each statistics
             update; None: off. Default 0.5.
@@ -83,7 +84,7 @@ class KFAC(Readings, Optimizer):
             add up to the mean over their cases.
         stat_decay: bound of ε in the running averages; default 0.95.
         cov_every: iterations between statistics; default 5.
-        inv_every: iterations between inverses; default 10. A new damping takes effect at once.
+        inv_every: iterations between inverses; default 10. A new number for the damping takes effect at once.
         burn_in: for so many statistics updates from the first on, inverses are renewed with each. Default 10.
             `damping`, `kl_clip`, `cov_every` and `inv_every` may also be callables that take the iteration.
         downsample: `'nearest'` or `'area'`, how maps of different grids meet.
@@ -122,7 +123,7 @@ class KFAC(Readings, Optimizer):
         momentum: float = 0.5,  # μ
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        damping: float | Callable[[int], float] = 0.1,  # c, or λ
+        damping: float | str | Callable[[int], float] = "auto",  # c, or λ
         relative_damping: bool = True,
         kl_clip: float | Callable[[int], float | None] | None = 0.1,  # κ
         kl_bound: float | None = 0.5,  # K

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from kfac2.change_limit import ChangeLimit
 from kfac2.curvature import Curvature
+from kfac2.fine import Damping
 from kfac2.health import is_capturing
 from kfac2.kinds import Layer
 from kfac2.likelihood import Prediction
 from kfac2.options import NUMBER, Options, check_option
 from kfac2.readings import Readings
 from kfac2.schedule import Schedule
+from kfac2.statistics import Averages
 from kfac2.step import Gathered, Step
 
 Rate = float | Tensor
@@ -113,6 +115,9 @@ class Preconditioner(Readings):
 
     def _wants_inverses(self) -> bool:
         return self.schedule.wants_inverses(self.curvature.averages, self.curvature.inverses, self._wants_statistics())
+
+    def _damping(self, averages: Averages) -> Damping:
+        return self.schedule.damping(self.curvature.layout, averages)
 
     def accumulate_fisher(self, distribution: Prediction, mask: Tensor | None = None) -> None:
         """Take statistics from the model's own predictive distribution; does nothing unless `needs_fisher`.
@@ -250,7 +255,7 @@ class Preconditioner(Readings):
         """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
         curvature, health = self.curvature, self.curvature.health
         looks = health.at_once or bool(curvature.iteration.sums.A)
-        averages, inverses = curvature.refreshed(self.schedule.damping() if self._wants_inverses() else None)
+        averages, inverses = curvature.refreshed(self._damping if self._wants_inverses() else None)
         if inverses is None:  # no layer is left: plain SGD
             first = int(gathered.first_bad)
             return curvature.source(first) if first < step.none_bad else None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfac2 import spread
 from kfac2.fine import Damping
 from kfac2.inverses import Inverses
+from kfac2.layout import Layout
 from kfac2.options import Options
-from kfac2.statistics import Averages
+from kfac2.statistics import Averages, kept_share
 
 LOOKING = 100  # iterations in a row that look for the first use of a layer without statistics
 
@@ -50,9 +52,12 @@ class Schedule:
         """Look for such first uses from now on."""
         self._looking_since = self.iteration
 
-    def damping(self) -> Damping:
-        """Return the damping of this iteration."""
-        return Damping(self.now("damping"), self._options.relative_damping)
+    def damping(self, layout: Layout, averages: Averages) -> Damping:
+        """Return the damping of inverses of these averages."""
+        value = self.now("damping")
+        if value == "auto":
+            value = spread.damping(layout, averages.spread, kept_share(averages.updates, self._options.stat_decay))
+        return Damping(value, self._options.relative_damping)
 
     def wants_inverses(self, averages: Averages, inverses: Inverses | None, with_statistics: bool) -> bool:
         """Each `inv_every`-th iteration, with each of the first statistics updates, and for a damping that is new."""
@@ -60,4 +65,4 @@ class Schedule:
             return True
         if averages.updates < self._options.burn_in and with_statistics:
             return True
-        return inverses.damping != self.damping()
+        return not inverses.damping.is_as_set(self.now("damping"), self._options.relative_damping)
