@@ -1,7 +1,7 @@
-"""What the statistics need of a forward pass: the input of each use of a weight, kept as long as the graph that it is in.
+"""What the statistics need of a forward pass: the input of each use of a weight, kept as long as its graph.
 
-A *use* is a call of `F.linear`, `F.conv*` or `F.conv_transpose*` with the weight of a handled layer, whoever makes it: the
-module itself, another module, or a function; `watch` sees them all. The modules of the model carry nothing.
+A *use* is a call of `F.linear`, `F.conv*` or `F.conv_transpose*` with the weight of a handled layer, whoever makes it:
+the module itself, another module, or a function; `watch` sees them all. The modules of the model carry nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from kfac2.kinds import Call, Layer
 from kfac2.watch import WATCH as _WATCH
 
-
 _NOTHING = torch.empty(0, device="cpu")
 
 
@@ -31,8 +30,10 @@ class Capture:
     Attributes:
         layer: whose weight it is.
         x: its input, detached.
+        shape: of its output.
         call: how the weight was used.
         order: counts the uses, so that those of one weight stay in their order.
+        version: of x then, which moves on where x is overwritten.
         round: with the empirical Fisher, which forward-backward pass of the iteration it belongs to.
         trace: outlives the capture.
         g: with the empirical Fisher, the gradient of the output, once backward has come by.
@@ -40,8 +41,10 @@ class Capture:
 
     layer: Layer
     x: Tensor
+    shape: torch.Size
     call: Call
     order: int
+    version: int
     round: int
     trace: Trace
     g: Tensor | None = None
@@ -145,10 +148,12 @@ class Captures:
         if not output.requires_grad or output.grad_fn is None:
             return
         self._count += 1
-        capture = Capture(layer, x.detach(), call, self._count, self._round_of_now(), Trace())
+        given = x.detach(), output.shape, call
+        capture = Capture(layer, *given, self._count, x._version, self._round_of_now(), Trace())
         self._alive.add(capture)
-        output.grad_fn.metadata.setdefault(self._key, []).append((capture, output.output_nr))
-        output.register_hook(_Receiver(weakref.ref(capture), weakref.ref(self)))
+        result = _not_a_view(output)
+        result.grad_fn.metadata.setdefault(self._key, []).append((capture, result.output_nr))
+        result.register_hook(_Receiver(weakref.ref(capture), weakref.ref(self)))
 
     def _round_of_now(self) -> int:
         """A forward after a backward opens the next pass; one inside of a backward (checkpointing) does not."""
@@ -167,10 +172,11 @@ class Captures:
         if self._follow_backward:
             task, before = torch._C._current_graph_task_id(), capture.layer.weight.grad
             self._arriving = [one for one in self._arriving if one[0] == task]
-            self._arriving.append((task, before is None or not bool(before.any()), capture, gradient.detach()))
+            gradient = gradient.detach().reshape(capture.shape)
+            self._arriving.append((task, before is None or not bool(before.any()), capture, gradient))
 
     def _accumulated(self, weight: Tensor) -> None:
-        """Count the gradients that a backward pass has brought, now that `.grad` has them: no `autograd.grad` does so."""
+        """Count the gradients that a backward pass has brought, now that `.grad` has them; `autograd.grad` does not."""
         task = torch._C._current_graph_task_id()
         mine = [one for one in self._arriving if one[0] == task and one[2].layer.weight is weight]
         if mine and all(was_zero for _, was_zero, _, _ in mine):  # what came before was thrown away
@@ -200,6 +206,8 @@ class Captures:
 
     def reached_from(self, root: Node | None) -> list[tuple[Capture, GradientEdge]]:
         """Find the captures in a graph, in the order of their uses, and where the gradients of their outputs arrive.
+
+        Such a gradient has the numbers of `Capture.shape` in their order, maybe in another shape.
 
         Raises:
             RuntimeError: if a part of the graph was not recorded (reentrant checkpointing); or after `close`.
@@ -264,6 +272,15 @@ def _nodes(root: Node | None) -> Iterator[Node]:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
+
+
+def _not_a_view(output: Tensor) -> Any:
+    """Return what an output is a view of: `F.linear` flattens positions, and a map of one sample is a batch of one.
+
+    An activation in place on a view takes the view's node out of the graph; that of what it is a view of stays.
+    """
+    base = output._base
+    return output if base is None or base.grad_fn is None or base.numel() != output.numel() else base
 
 
 def _cannot_be_rows(x: Any) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kfac2.capture import Capture, Captures
 from kfac2.kinds import Layer
 from kfac2.likelihood import Scores
-from kfac2.self_check import Rebuilt, SelfCheck
+from kfac2.self_check import Rebuilt, SelfCheck, check_is_mean
 from kfac2.statistics import Pass, Use
 
 Reached = Sequence[tuple[Capture, Tensor]]
@@ -88,13 +88,14 @@ class Collector:
         parameters = self.check.parameters(layers) if is_checked else []
         edges = [edge for _, edge in found]
         gradients = self._differentiated(scores.drawn, [*edges, *parameters])
-        reached = [(c, g) for (c, _), g in zip(found, gradients, strict=False) if g is not None]
+        reached = _with_gradients(found, gradients[: len(edges)])
         if not reached:
             raise ValueError(
                 "distribution must come from a forward pass of the model in this iteration, with grad enabled, and in "
                 "the thread that has built the optimizer, or called its last step(); "
                 "got one whose graph holds no use of a handled layer's weight"
             )
+        reached = self._that_give_rows(reached)
         if is_checked:
             self._leave(self.check.of_sample(layers, reached, gradients[len(edges) :]))
         first = self._pass_of(reached, lambda last, samples: scores.cases, scores.leading, mask)
@@ -102,8 +103,7 @@ class Collector:
             return []
         passes = [replace(first, scale=scores.weight)]
         for direction in scores.directions:
-            gradients = self._differentiated(direction(), edges)
-            passes.append(self._again(first, [(c, g) for (c, _), g in zip(found, gradients, strict=True) if g is not None]))
+            passes.append(self._again(first, _with_gradients(found, self._differentiated(direction(), edges))))
         return passes
 
     def _again(self, first: Pass, reached: Reached) -> Pass:
@@ -139,6 +139,7 @@ class Collector:
         for capture in sorted(self.captures.received, key=lambda capture: capture.order):
             assert capture.g is not None
             rounds.setdefault(capture.round, []).append((capture, capture.g))
+        rounds = {number: self._that_give_rows(reached) for number, reached in rounds.items()}
         everything = [pair for reached in rounds.values() for pair in reached]
         factor = 1.0
         if self.check.every and everything:
@@ -152,13 +153,27 @@ class Collector:
         made = [passed for passed in passes if passed is not None]
         # The losses of all passes add up to the mean over all their cases: that is what M multiplies.
         total = sum(passed.cases for passed in made)
+        if not isinstance(cases, int):
+            for passed in made:
+                check_is_mean(max(passed.uses, key=lambda use: use.order), passed.cases, factor * total)
         return [replace(passed, scale=factor * total) for passed in made]
 
     def _leave(self, failed: Mapping[Layer, Rebuilt]) -> None:
         for layer, rebuilt in failed.items():
-            self._drop(layer, rebuilt.reason)
+            if layer in self._layers:
+                self._drop(layer, rebuilt.reason)
 
     # -- rows -----------------------------------------------------------------------------------------------
+
+    def _that_give_rows(self, reached: Reached) -> list[tuple[Capture, Tensor]]:
+        """Return the captures of which rows can be made; a layer that has another one leaves."""
+        for capture, _ in reached:
+            reason = capture.layer.reason_against(capture.call)
+            if capture.x._version != capture.version:
+                reason = "its input was overwritten in place before its statistics were taken"
+            if reason is not None and capture.layer in self._layers:
+                self._drop(capture.layer, reason)
+        return [(capture, g) for capture, g in reached if capture.layer in self._layers]
 
     def _pass_of(
         self,
@@ -167,19 +182,10 @@ class Collector:
         leading: Sequence[int],
         mask: Tensor | None,
     ) -> Pass | None:
-        """Make a pass of captures and gradients; a layer whose use gives no rows leaves."""
-        uses = []
-        for capture, g in reached:
-            layer = capture.layer
-            # Without rows (an expert without tokens) it is not used in this pass.
-            if layer not in self._layers or not (g.numel() and capture.x.numel()):
-                continue
-            reason = layer.reason_against(capture.call)
-            if reason is not None:
-                self._drop(layer, reason)
-                continue
-            uses.append(self._use_of(capture, g))
-        uses = [use for use in uses if use.layer in self._layers]  # an earlier use of one that left
+        """Make a pass of captures and gradients."""
+        # A layer without rows (an expert without tokens) is not used in this pass.
+        own = [(c, g) for c, g in reached if c.layer in self._layers and g.numel() and c.x.numel()]
+        uses = [self._use_of(capture, g) for capture, g in own]
         if not uses:
             return None
         samples = batch_size(uses, leading)
@@ -196,6 +202,14 @@ class Collector:
         """Sort uses by layer; those of one stay in the order of the forward pass."""
         order = {layer: number for number, layer in enumerate(self._layers)}
         return sorted(uses, key=lambda use: order[use.layer])
+
+
+def _with_gradients(
+    found: Sequence[tuple[Capture, object]], gradients: Sequence[Tensor | None]
+) -> list[tuple[Capture, Tensor]]:
+    """Return the captures that have a gradient, and it in the shape of the output."""
+    pairs = zip(found, gradients, strict=True)
+    return [(capture, g.reshape(capture.shape)) for (capture, _), g in pairs if g is not None]
 
 
 def batch_size(uses: Sequence[Use], leading: Sequence[int]) -> int:
@@ -280,8 +294,6 @@ def _masked(uses: Sequence[Use], mask: Tensor) -> list[Use]:
             f"the layers have {sorted({(use.samples, use.places) for use in uses})}"
         )
     return [
-        use.only(mask.to(use.g.device).reshape(use.samples, use.places))
-        if (use.samples, use.places) in shapes
-        else use
+        use.only(mask.to(use.g.device).reshape(use.samples, use.places)) if (use.samples, use.places) in shapes else use
         for use in uses
     ]

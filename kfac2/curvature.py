@@ -10,19 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from kfac2 import state
-from kfac2.capture import Trace
 from kfac2.coarse import coarse_space
 from kfac2.collector import Collector
-from kfac2.divergence import KeptPass, kept_of
 from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
 from kfac2.inverses import Inverses, Solvers, inverted, mended, observed
+from kfac2.iteration import Iteration
 from kfac2.kinds import Layer
 from kfac2.layers import Found, find_layers, why_it_left
 from kfac2.layout import Layout
-from kfac2.likelihood import NotFiniteError, Prediction, scores_of, tensors_of
+from kfac2.likelihood import NotFiniteError, Prediction
 from kfac2.options import CurvatureOptions, check_damping
-from kfac2.pending import Pending, misfit, that_count
 from kfac2.processes import Alone, check_alone
 from kfac2.readings import Readings
 from kfac2.solve import checked_gradients, solve_in_place
@@ -107,17 +105,14 @@ class Curvature(Readings):
         self.health = Health(self.layout.device)
         self.averages = Averages.none(self.layout)
         self.inverses: Inverses | None = None
-        self.sums = Sums()
         self.dropped: dict[str, str] = {}
-        self.keeps_rows = False
-        self.kept: list[KeptPass] = []
-        self.pending: list[Pending] = []
         self.dropping: Callable[[], object] = lambda: None
         is_empirical = self.options.fisher == "empirical"
-        self.collector = Collector(
-            layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every
-        )
+        self.collector = Collector(layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every)
         self.collector.captures.turn(True)
+        self.iteration = Iteration(
+            self.collector, self.solvers.coarse, self.options, self._observe, self.health.warn_once
+        )
         self._step: Step | None = None
         self.scheduled = False
         self._solved: tuple[Averages, float, float | None, Inverses] | None = None
@@ -136,10 +131,18 @@ class Curvature(Readings):
         """Return the layers that have had rows."""
         return [layer for layer, seen in self.layers_and_seen() if seen]
 
+    def has_unseen_gradient(self) -> bool:
+        """Tell whether a layer that has no statistics yet has a gradient."""
+        if all(self.averages.seen):
+            return False
+        return any(layer.weight.grad is not None for layer, seen in self.layers_and_seen() if not seen)
+
     def uses_new_layer(self) -> bool:
         """Tell whether a layer that has no statistics yet is used in a forward pass of this iteration."""
         captures = self.collector.captures
-        return bool(captures.count) and any(captures.uses(layer) for layer, seen in self.layers_and_seen() if not seen)
+        if all(self.averages.seen) or not captures.count:
+            return False
+        return any(captures.uses(layer) for layer, seen in self.layers_and_seen() if not seen)
 
     # -- statistics -----------------------------------------------------------------------------------------
 
@@ -168,78 +171,37 @@ class Curvature(Readings):
                 self.collect(distribution)
             if self.options.fisher == "empirical":
                 self.collect_backward()
-            bad = self._take(self.pending) or self.sums.not_finite()
+            bad = self.iteration.settle(must_go_backward=False) or self.iteration.sums.not_finite()
             if bad is not None:
                 raise NotFiniteError(bad)
-            if not self.sums.A:
+            if not self.iteration.sums.A:
                 raise RuntimeError("there is nothing to accumulate: got no distribution and no backward pass")
             self.commit(*self.refreshed(None))
         finally:
-            self.discard()
+            self.iteration.discard()
 
     @torch.no_grad()
     def collect(self, prediction: Prediction, mask: Tensor | None = None) -> None:
-        """Sum up one pass, which waits for its loss to go backward.
-
-        Raises what `scores_of` and `Collector.sample` do; a NaN or an infinity waits, too.
-
-        Args:
-            prediction: the model's predictive distribution.
-            mask: see `Preconditioner.accumulate_fisher`.
-        """
+        """Sum up one pass of this iteration, see `Iteration.collect`."""
         self._follow()
-        if not self.layout.layers:
-            return
-        traces = [capture.trace for capture in self.collector.captured_from(*tensors_of(prediction))]
-        try:
-            scores = scores_of(prediction, self.options.fisher == "exact", self.options.samples)
-        except NotFiniteError as error:
-            self.pending.append(Pending(traces, bad=self.collector.not_finite_input() or error.source))
-            return
-        passes = self.collector.sample(scores, mask)
-        if passes:
-            self.pending.append(self._summed(passes, traces))
+        if self.layout.layers:
+            self.iteration.collect(lambda: self.layout, prediction, mask)
 
     @torch.no_grad()
     def collect_backward(self) -> None:
         """Sum up the ordinary backward passes of this iteration (the empirical Fisher)."""
         self._follow()
-        for passed in self.collector.followed_backward(self.options.cases):
-            self._take([self._summed([passed], [])])
+        self.iteration.collect_backward(lambda: self.layout)
 
-    def settle(self) -> str | None:
-        """Add up the passes whose loss has gone backward; return what is not finite in one of them, or None."""
-        return self._take(that_count(self.pending, self.health.warn_once))
-
-    def _take(self, passes: Iterable[Pending]) -> str | None:
-        bad = None
-        for one in passes:
-            bad = bad or one.bad
-            self.sums.add(one.sums)
-            self.kept += one.kept
-        self.pending = []
-        return bad
-
-    def _summed(self, passes: Sequence[Pass], traces: list[Trace]) -> Pending:
-        sums = Sums()
-        for passed in passes:
-            sums.add_factors(passed)
-            self.solvers.coarse.add(self.layout, sums, passed)
-            if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
-                self.mend()  # what is observed must be seen in the basis that it is averaged in
-                self.solvers.fine.observe(self.layout, self.inverses.fields, passed, sums)
-        for layer in sums.misfits:
-            self.health.warn_once(f"misfit {layer.name}", misfit(passes[0], layer))
-        return Pending(traces, sums, [kept_of(passed) for passed in passes] if self.keeps_rows else [])
-
-    def discard(self) -> None:
-        """Free what this iteration has captured and summed."""
-        self.collector.captures.clear()
-        self.sums, self.pending = Sums(), []
+    def _observe(self, passed: Pass, sums: Sums) -> None:
+        """Let a solver that observes see the rows, in the basis that what it sees is averaged in."""
+        if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
+            self.mend()
+            self.solvers.fine.observe(self.layout, self.inverses.fields, passed, sums)
 
     def close(self) -> None:
         """Look at no forward pass any more, for good. What was found goes on to be used."""
-        self.discard()
+        self.iteration.discard()
         self.collector.captures.close()
 
     def drop(self, layer: Layer, reason: str = "") -> None:
@@ -252,27 +214,28 @@ class Curvature(Readings):
         self.averages = self.averages.moved(old, self.layout, coarse)
         self.dropped[layer.name] = reason or "it had left K-FAC in the state that was loaded"
         self.collector.follow(self.layout.layers)
-        self.sums, self.kept, self.pending = Sums(), [], []
+        self.iteration.forget()
+        self.iteration.kept = []
         self.inverses = self._step = None
 
     # -- inverses -------------------------------------------------------------------------------------------
 
-    def refreshed(self, damping: Damping | None) -> tuple[Averages, Inverses | None]:
+    def refreshed(self, damping: Callable[[Averages], Damping] | None) -> tuple[Averages, Inverses | None]:
         """Return averages and inverses with what this iteration has collected; commit neither.
 
         Args:
-            damping: of new inverses; None: those in use go on.
+            damping: of new inverses of these averages; None: the inverses in use go on.
         """
         averages, inverses = self.averages, self.inverses
-        if self.sums.A:
-            sums = self.solvers.processes.add_up(self.sums)
-            averages = averaged(self.layout, averages, sums, self.options.stat_decay)
+        if self.iteration.sums.A:
+            sums = self.solvers.processes.add_up(self.iteration.sums)
+            averages = averaged(self.layout, averages, sums, self.options.stat_decay, self.options.follows_spread)
             kept = kept_share(averages.updates, self.options.stat_decay)
             averages = replace(averages, coarse=self.solvers.coarse.averaged(self.layout, averages, sums, kept))
             if inverses is not None:
                 inverses = observed(self.layout, inverses, self.solvers.fine, sums, self.options.stat_decay)
         if damping is not None and averages.updates and self.layout.layers:
-            inverses = self._inverted(averages, inverses, damping)
+            inverses = self._inverted(averages, inverses, damping(averages))
         return averages, inverses
 
     def _inverted(self, averages: Averages, last: Inverses | None, damping: Damping) -> Inverses:
@@ -349,24 +312,35 @@ class Curvature(Readings):
         return self._step
 
     def _follow(self) -> None:
-        """Lay everything out anew where layers have changed their device or dtype, or are others now."""
-        has_changed = self._is_regrouped or self.found.has_changed()
-        if not has_changed and self.layout.fits():
-            return
-        self.dropping()
-        self._is_regrouped = False
-        found = self._found_anew() if has_changed else self.found
-        old, layers = self.layout, [layer for layer in found.layers if layer.name not in self.dropped]
+        """Lay everything out anew where layers are others now, or elsewhere."""
+        if self._is_regrouped or self.found.has_changed():
+            self.dropping()
+            self._is_regrouped = False
+            self.found = self._found_anew()
+            layers = [layer for layer in self.found.layers if layer.name not in self.dropped]
+            self.collector.follow(layers)
+            self._lay_out(layers)
+        else:
+            self._move()
+
+    def _move(self) -> None:
+        """Lay everything out anew where the layers have changed their device or dtype."""
+        if not self.layout.fits():
+            self.dropping()
+            self._lay_out(self.layout.layers)
+
+    def _lay_out(self, layers: Sequence[Layer]) -> None:
+        old = self.layout
         self.layout = Layout(layers, layers[0].weight.device if layers else old.device)
         is_same = self.layout.layers == old.layers
         coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse) if is_same else ()
         self.averages = self.averages.moved(old, self.layout, coarse)
         if self.inverses is not None:
             self.inverses = self.inverses.moved(old, self.layout, self.solvers.fine) if is_same else None
-        self._step, self.found = None, found
+        self._step = None
         if not is_same:  # what was summed is of other layers
-            self.sums, self.kept, self.pending = Sums(), [], []
-        self.collector.follow(layers)
+            self.iteration.forget()
+            self.iteration.kept = []
         if old.device != self.layout.device:
             self.health.move(self.layout.device)
 
@@ -430,10 +404,8 @@ class Curvature(Readings):
         self.check_state_dict(state_dict)
         for layer in [layer for layer in self.layout.layers if layer.name in state_dict["dropped"]]:
             self.drop(layer)
-        for name, value in state_dict["options"].items():
-            if name in self.options.as_dict():  # a schedule's are not ours
-                setattr(self.options, name, value)
-        self.discard()
+        vars(self.options).update(self.options.with_saved(state_dict["options"]))
+        self.iteration.discard()
         self.health.forget()
         inverses = state.to_inverses(state_dict["inverses"], self.layout, self.solvers)
         self.commit(state.to_averages(state_dict, self.layout, self.solvers), inverses)

@@ -49,8 +49,9 @@ class Inverses:
             name: new.moved(stacks, old, partial(fine.shape, name), new.dtype) for name, stacks in self.fields.items()
         }
         coarse, failed = (None if t is None else t.to(new.device) for t in (self.coarse, self.failed))
-        usable, derived = self.usable.to(new.device), fine.derive(fields, self.damping)
-        return replace(self, fields=fields, derived=derived, usable=usable, coarse=coarse, failed=failed)
+        damping = self.damping.to(new.device)
+        usable, derived = self.usable.to(new.device), fine.derive(fields, damping)
+        return Inverses(damping, fields, usable, coarse, derived, failed, self.observations, self.observed)
 
     def tensors(self) -> list[Tensor]:
         """Return what a step reads, in an order that depends on the layout and the options only."""

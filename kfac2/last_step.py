@@ -11,13 +11,9 @@ from kfac2.change_limit import Limits
 
 @dataclass(frozen=True)
 class LastStep:
-    """Numbers of the last step of a `KFAC`. They are read from the device when they are asked for, not before.
+    """Numbers of the last step of a `KFAC`. They are read from the device when they are asked for, not before."""
 
-    Attributes:
-        damping: λ, or c with relative damping, of the inverses in use.
-    """
-
-    damping: float
+    _damping: Tensor | float
     _scale: Tensor
     _squared: Tensor | float | None
     _factor: Tensor | float
@@ -25,6 +21,11 @@ class LastStep:
     _norms: Tensor | None
     _limits: Limits | None
     _names: list[str]
+
+    @property
+    def damping(self) -> float:
+        """λ, or c with relative damping, of the inverses in use."""
+        return float(self._damping)
 
     @property
     def nu(self) -> float:

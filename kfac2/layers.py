@@ -48,10 +48,12 @@ class Found(NamedTuple):
 
     def has_changed(self) -> bool:
         """Tell whether a module, a weight or a bias is another now, or was frozen or unfrozen."""
-        if not all(layer.is_current() for layer in self.layers):
-            return True
-        if any(children.get(name) is not module for children, name, module in self.places):
-            return True
+        for layer in self.layers:
+            if not layer.is_current():
+                return True
+        for children, name, module in self.places:
+            if children.get(name) is not module:
+                return True
         return any(
             reason == FROZEN and module.weight is not None and module.weight.requires_grad
             for _, module, reason in self.left

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
-Prediction = Distribution | Tensor | Sequence[Distribution]
+Prediction = Distribution | Tensor | list[Distribution] | tuple[Distribution, ...]
 """A predictive distribution; log-probabilities of labels drawn from one; or one distribution for each head."""
 
 _REDRAWS = 10  # of labels whose log-probability is not finite
@@ -51,7 +51,7 @@ def scores_of(prediction: Prediction, exact: bool = False, samples: int = 1) -> 
     """Draw labels from a prediction, or find its directions.
 
     The Fishers of several heads add up: each is the mean over its own cases, as its loss is. A head with other cases
-    than the first is weighted by √(M_1/M_h). Labels of heads are drawn apart, so that their products vanish in the mean.
+    than the first is weighted by √(M_1/M_h). Labels of heads are drawn apart: their products vanish in the mean.
 
     Args:
         prediction: distributions whose parameters carry the graph, or log-probabilities that do.
@@ -71,7 +71,7 @@ def scores_of(prediction: Prediction, exact: bool = False, samples: int = 1) -> 
             )
         _check_graph("log-probabilities", prediction)
         return Scores(prediction.numel(), tuple(prediction.shape[:1]), _added([prediction]))
-    heads = list(prediction) if isinstance(prediction, (list, tuple)) else [prediction]
+    heads: list[Distribution] = list(prediction) if isinstance(prediction, (list, tuple)) else [prediction]
     if not heads:
         raise ValueError("distribution must hold at least one head, got an empty list")
     for head in heads:

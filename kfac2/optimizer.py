@@ -63,8 +63,9 @@ class KFAC(Readings, Optimizer):
         momentum: μ; default 0.5.
         weight_decay: added to the preconditioned gradient; decoupled in AdamW. Default 0.
         nesterov: default False.
-        damping: c > 0; default 0.1: λ of a block is c times the mean of its own eigenvalues, (tr A/d_in)(tr G/d_out).
-        relative_damping: with False `damping` is λ itself, in units of the Fisher of the mean loss. Default True.
+        damping: c > 0: λ of a block is c times the mean of its own eigenvalues, (tr A/d_in)(tr G/d_out). By default
+            `"auto"`: √c is the median relative standard error of the factors, taken with new inverses (`kfac2.spread`).
+        relative_damping: with False the number `damping` is λ itself, in units of the mean loss's Fisher. Default True.
         kl_clip: κ > 0, bounds the change of the predictions of one step as the blocks see it; None: off. Default 0.1.
         kl_bound: K > 0, bounds η² dᵀFd, measured over all layers with a quarter of the samples of each statistics
             update; None: off. Default 0.5.
@@ -83,7 +84,7 @@ class KFAC(Readings, Optimizer):
             add up to the mean over their cases.
         stat_decay: bound of ε in the running averages; default 0.95.
         cov_every: iterations between statistics; default 5.
-        inv_every: iterations between inverses; default 10. A new damping takes effect at once.
+        inv_every: iterations between inverses; default 10. A new number for the damping takes effect at once.
         burn_in: for so many statistics updates from the first on, inverses are renewed with each. Default 10.
             `damping`, `kl_clip`, `cov_every` and `inv_every` may also be callables that take the iteration.
         downsample: `'nearest'` or `'area'`, how maps of different grids meet.
@@ -123,7 +124,7 @@ class KFAC(Readings, Optimizer):
         momentum: float = 0.5,  # μ
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        damping: float | Callable[[int], float] = 0.1,  # c, or λ
+        damping: float | str | Callable[[int], float] = "auto",  # c, or λ
         relative_damping: bool = True,
         kl_clip: float | Callable[[int], float | None] | None = 0.1,  # κ
         kl_bound: float | None = 0.5,  # K
@@ -165,7 +166,7 @@ class KFAC(Readings, Optimizer):
             options=self.options,
         )
         self.curvature = self.preconditioner.curvature
-        self.curvature.keeps_rows = kl_bound is not None
+        self.curvature.iteration.keeps_rows = kl_bound is not None
         self._handled = handled_by(self.curvature.found)
         if rest == "adamw":  # what its groups hold is none of K-FAC's, whatever becomes of it
             self.curvature.own = self._handled
@@ -240,7 +241,7 @@ class KFAC(Readings, Optimizer):
             along = {id(parameter) for pair in with_weights for parameter in pair}
             for group in self.param_groups:
                 self._descend(group, along)
-        self.curvature.kept = []
+        self.curvature.iteration.kept = []
         return loss
 
     def _follow_groups(self) -> dict[int, Rate]:
@@ -295,8 +296,8 @@ class KFAC(Readings, Optimizer):
 
     def _measure(self, layers: Iterable[Layer]) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
-        kept, bound = self.curvature.kept, self.options.kl_bound
-        self.curvature.keeps_rows = bound is not None
+        kept, bound = self.curvature.iteration.kept, self.options.kl_bound
+        self.curvature.iteration.keeps_rows = bound is not None
         if bound is None or not kept:
             return
         moving = {id(p) for layer in layers for p in (layer.weight, layer.bias)}

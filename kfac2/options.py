@@ -20,9 +20,14 @@ def _one_of(*words: object) -> _Rule:
 
 
 NUMBER = (int, float)
+_ABOVE_0: _Rule = (NUMBER, lambda v: 0 < v < math.inf, "a number above 0")
 _OPTIONAL = (*NUMBER, type(None))
 _RULES: dict[str, _Rule] = {
-    "damping": (NUMBER, lambda v: 0 < v < math.inf, "a number above 0"),
+    "damping": (
+        (*NUMBER, str),
+        lambda v: v == "auto" if isinstance(v, str) else 0 < v < math.inf,
+        "a number above 0, or 'auto'",
+    ),
     "kl_clip": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
     "levels": _one_of(1, 2),
     "inverse": _one_of(*SOLVERS),
@@ -101,7 +106,27 @@ class CurvatureOptions:
             check_option(name, value, *_RULES[name])
         if name in STRUCTURAL and name in self.__dict__ and self.__dict__[name] != value:
             raise ValueError(f"{name} is fixed at construction ({self.__dict__[name]!r}), got {value!r}")
+        self._check_together({**self.__dict__, name: value})
         super().__setattr__(name, value)
+
+    def _check_together(self, values: Mapping[str, Any]) -> None:
+        """Check what depends on several values, of those that are there."""
+        if values.get("damping") == "auto" and not values.get("relative_damping", True):
+            raise ValueError("damping must be a number above 0, or a callable, with relative_damping=False, got 'auto'")
+
+    def with_saved(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options by name with values of a state, callables too; those of other schedules are left out.
+
+        Raises what setting them does; nothing is changed.
+        """
+        names = self.as_dict()
+        known = {name: value for name, value in values.items() if name in names}
+        return vars(type(self)(**{**vars(self), **known})).copy()
+
+    @property
+    def follows_spread(self) -> bool:
+        """Whether the damping wants the spread of the factors."""
+        return False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options by name."""
@@ -115,7 +140,7 @@ class Options(CurvatureOptions):
     `damping`, `kl_clip`, `cov_every` and `inv_every` may be callables that take the iteration, from 0.
     """
 
-    damping: float | Callable[[int], float] = 0.1
+    damping: float | str | Callable[[int], float] = "auto"
     kl_clip: float | Callable[[int], float | None] | None = 0.1
     cov_every: int | Callable[[int], int] = 5
     inv_every: int | Callable[[int], int] = 10
@@ -123,12 +148,17 @@ class Options(CurvatureOptions):
     relative_damping: bool = True
     max_change: float | None = None
 
+    @property
+    def follows_spread(self) -> bool:
+        """Whether the damping wants the spread of the factors."""
+        return self.damping == "auto"
+
     def at(self, name: str, iteration: int) -> Any:
         """Return the value of an option in an iteration; what a callable returns is checked."""
         value = getattr(self, name)
         if name in SCHEDULED and callable(value):
             value = value(iteration)
-            check_option(f"{name}({iteration})", value, *_RULES[name])
+            check_option(f"{name}({iteration})", value, *(_ABOVE_0 if name == "damping" else _RULES[name]))
         return value
 
     def as_dict(self) -> dict[str, Any]:
@@ -156,4 +186,4 @@ def check_option(
 
 def check_damping(value: Any) -> None:
     """Check λ."""
-    check_option("damping", value, *_RULES["damping"])
+    check_option("damping", value, *_ABOVE_0)

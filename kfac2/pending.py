@@ -1,4 +1,4 @@
-"""Passes of an iteration whose loss has not gone backward yet: a batch that is thrown away takes its statistics with it."""
+"""Passes whose loss has not gone backward yet: a batch that is thrown away takes its statistics with it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def that_count(pending: Sequence[Pending], warn_once: Callable[[str, str], None]
     if pending and not gone:
         warn_once(
             "apart",
-            "no backward pass has come by the forward passes of accumulate_fisher; their statistics count all the same, "
-            "those of a batch that was thrown away, too",
+            "no backward pass has come by the forward passes of accumulate_fisher; their statistics count all the "
+            "same, those of a batch that was thrown away, too",
         )
     return gone or list(pending)
 
@@ -50,6 +50,6 @@ def misfit(passed: Pass, layer: Layer) -> str:
     size = passed.by_layer()[layer][0].samples
     return (
         f"{layer.title} has rows that do not belong to the {passed.samples} samples one by one (leading "
-        f"size {size}); it keeps its own block, and is out of the coarse space where that is so. If another axis counts "
-        "the samples, say batch_dim="
+        f"size {size}); it keeps its own block, and is out of the coarse space where that is so. If another axis "
+        "counts the samples, say batch_dim="
     )

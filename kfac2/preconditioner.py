@@ -16,6 +16,8 @@ from kfac2.kinds import Layer
 from kfac2.likelihood import Prediction
 from kfac2.options import NUMBER, Options, check_option
 from kfac2.readings import Readings
+from kfac2.schedule import Schedule
+from kfac2.statistics import Averages
 from kfac2.step import Gathered, Step
 
 Rate = float | Tensor
@@ -51,7 +53,7 @@ class Preconditioner(Readings):
         curvature: the statistics and inverses that this is a schedule of.
         scale: on the device, ν of the last step, and the sum that it bounds.
         change_limit: of each layer's direction.
-        iteration: k, calls of `step` so far.
+        schedule: when what is due.
 
     Raises:
         TypeError: if an argument has the wrong type, or an option is unknown.
@@ -74,9 +76,8 @@ class Preconditioner(Readings):
         self.curvature.dropping = self.check
         self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
         self.change_limit = ChangeLimit()
+        self.schedule = Schedule(self.options)
         self.iteration = 0
-        self._looking_since = 0
-        self._plan()
         if options is None:  # else who shares them tells it
             self._log_summary()
 
@@ -95,42 +96,28 @@ class Preconditioner(Readings):
 
     # -- the schedule ---------------------------------------------------------------------------------------
 
-    LOOKING = 100  # iterations in a row that look for the first use of a layer without statistics
+    @property
+    def iteration(self) -> int:
+        """k, calls of `step` so far."""
+        return self.schedule.iteration
 
-    def _plan(self) -> None:
-        """Decide whether statistics are due in this iteration, and whether its forward passes are looked at."""
-        averages, iteration = self.curvature.averages, self.iteration
-        self._due = iteration % self._now("cov_every") == 0
-        looks = not all(averages.seen) and iteration - self._looking_since < self.LOOKING
-        self.curvature.collector.captures.turn(bool(self.curvature.layout.layers) and (self._is_due() or looks))
-
-    def _look_again(self) -> None:
-        """Look for the first use once more where a layer without statistics has a gradient."""
-        unseen = (layer for layer, seen in self.curvature.layers_and_seen() if not seen)
-        if any(layer.weight.grad is not None for layer in unseen):
-            self._looking_since = self.iteration
-
-    def _is_due(self) -> bool:
-        return self.curvature.averages.updates == 0 or self._due
+    @iteration.setter
+    def iteration(self, iteration: int) -> None:
+        self.schedule.go_on_at(iteration)
+        looks = bool(self.curvature.layout.layers) and self.schedule.looks(self.curvature.averages)
+        self.curvature.collector.captures.turn(looks)
 
     def _wants_statistics(self) -> bool:
-        if self.curvature.collector.captures.is_closed or not self.curvature.layout.layers:
+        curvature = self.curvature
+        if curvature.collector.captures.is_closed or not curvature.layout.layers:
             return False
-        return self._is_due() or self.curvature.uses_new_layer()
+        return self.schedule.statistics_are_due(curvature.averages) or curvature.uses_new_layer()
 
     def _wants_inverses(self) -> bool:
-        inverses = self.curvature.inverses
-        if inverses is None or self.iteration % self._now("inv_every") == 0:
-            return True
-        if self.curvature.averages.updates < self.options.burn_in and self._wants_statistics():
-            return True
-        return inverses.damping != self._damping()  # a new damping takes effect at once
+        return self.schedule.wants_inverses(self.curvature.averages, self.curvature.inverses, self._wants_statistics())
 
-    def _damping(self) -> Damping:
-        return Damping(self._now("damping"), self.options.relative_damping)
-
-    def _now(self, name: str) -> Any:
-        return self.options.at(name, self.iteration)
+    def _damping(self, averages: Averages) -> Damping:
+        return self.schedule.damping(self.curvature.layout, averages)
 
     def accumulate_fisher(self, distribution: Prediction, mask: Tensor | None = None) -> None:
         """Take statistics from the model's own predictive distribution; does nothing unless `needs_fisher`.
@@ -193,7 +180,7 @@ class Preconditioner(Readings):
 
     def _rates(self, lr: Rate | Mapping[str, float] | None) -> Callable[[Layer], Rate]:
         if lr is None:
-            if self._now("kl_clip") is not None:
+            if self.schedule.now("kl_clip") is not None:
                 raise ValueError("lr must be given, since the KL clip depends on it; got None (or set kl_clip=None)")
             lr = 1.0
         for rate in [lr[name] for name in self.layers] if isinstance(lr, Mapping) else [lr]:
@@ -224,7 +211,8 @@ class Preconditioner(Readings):
             )
         if self._wants_statistics():
             self._take_statistics()
-        self._look_again()
+        if curvature.has_unseen_gradient():
+            self.schedule.look_again()
         step = curvature.prepared()
         gathered = step.gather([parameter.grad for parameter in step.parameters])
         bad = self._bad_before(step, gathered)
@@ -234,18 +222,17 @@ class Preconditioner(Readings):
             curvature.health.skip(self.iteration, bad)
         elif curvature.health.found is None:  # and the host has looked
             curvature.health.went_on()
-        curvature.discard()
+        curvature.iteration.discard()
         curvature.health.bad = None
         self.iteration += not capturing
-        self._plan()
         return bad is None
 
     def _take_statistics(self) -> None:
         self._look()
         if self.options.fisher == "empirical":
             self.curvature.collect_backward()
-        self.curvature.health.bad = self.curvature.settle()
-        if self.curvature.layout.layers and not self.curvature.sums.A and self.curvature.health.bad is None:
+        self.curvature.health.bad = self.curvature.iteration.settle()
+        if self.curvature.layout.layers and not self.curvature.iteration.sums.A and self.curvature.health.bad is None:
             self._report_missing()
 
     def _report_missing(self) -> None:
@@ -258,7 +245,7 @@ class Preconditioner(Readings):
 
     def _bad_before(self, step: Step, gathered: Gathered) -> str | None:
         """Name what the host of any process finds not finite before the step is computed."""
-        bad = self.curvature.health.bad or self.curvature.sums.not_finite()
+        bad = self.curvature.health.bad or self.curvature.iteration.sums.not_finite()
         if bad is None and (number := step.bad_elsewhere(gathered)) is not None:
             bad = self.curvature.source(number)
         is_bad = self.curvature.solvers.processes.agree(bad is not None)
@@ -267,22 +254,22 @@ class Preconditioner(Readings):
     def _write(self, step: Step, gathered: Gathered, rates: Callable[[Layer], Rate], capturing: bool) -> str | None:
         """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
         curvature, health = self.curvature, self.curvature.health
-        looks = health.at_once or bool(curvature.sums.A)
-        averages, inverses = curvature.refreshed(self._damping() if self._wants_inverses() else None)
+        looks = health.at_once or bool(curvature.iteration.sums.A)
+        averages, inverses = curvature.refreshed(self._damping if self._wants_inverses() else None)
         if inverses is None:  # no layer is left: plain SGD
             first = int(gathered.first_bad)
             return curvature.source(first) if first < step.none_bad else None
         if capturing:
             health.capture((step, averages.in_coarse))
         share = self.options.max_change
-        limits = self.change_limit.prepared(curvature.layout, share, averages.seen, bool(curvature.sums.A))
+        limits = self.change_limit.prepared(curvature.layout, share, averages.seen, bool(curvature.iteration.sums.A))
         result = step.write(
             gathered,
             inverses,
             curvature.solvers,
             averages.in_coarse,
             self.options.coarse_weight,
-            self._now("kl_clip"),
+            self.schedule.now("kl_clip"),
             [rates(layer) for layer in curvature.layout.layers],
             health.skipped,
             None if limits is None else limits.values,
@@ -328,7 +315,6 @@ class Preconditioner(Readings):
                 "inverses: run it without the graph"
             )
         self.iteration += 1
-        self._plan()
 
     @torch.no_grad()
     def check(self) -> int:
@@ -376,10 +362,10 @@ class Preconditioner(Readings):
         """
         self.check_state_dict(state_dict)
         self.curvature.load_state_dict(state_dict)
-        self.iteration = self._looking_since = state_dict["iteration"]
         norms = state_dict.get("bounds", {}).get("weight_norms")
         self.change_limit.load(norms, self.curvature.layout, self.options.max_change, self.curvature.averages.seen)
-        self._plan()
+        self.iteration = state_dict["iteration"]
+        self.schedule.look_again()
 
     def close(self) -> None:
         """Look at no forward pass any more; steps go on with the statistics that there are."""

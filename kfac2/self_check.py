@@ -1,8 +1,8 @@
 """The self-check: Σ g āᵀ over the captured uses of a weight must be the gradient that autograd gives it.
 
-The rows that K-FAC builds its factors of are then all there are, and each is right. Whatever reaches a weight by another
-way shows as a difference: a function that is not captured, a derivative of the network in the loss, an input that was
-overwritten.
+The rows that K-FAC builds its factors of are then all there are, and each is right. Whatever reaches a weight by
+another way shows as a difference: a function that is not captured, a derivative of the network in the loss, an input
+that was overwritten.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kfac2.capture import Capture
 from kfac2.kinds import Layer
+from kfac2.statistics import Use
 
 Reached = Sequence[tuple[Capture, Tensor]]
 _MOST_SETS = 64  # of uses that are told apart: with experts, each pass may have its own
@@ -119,6 +120,32 @@ class SelfCheck:
         exponent = math.log2(shared) if shared > 0 else 0.0
         is_scale = abs(exponent - round(exponent)) < 1e-2
         return failed, 2.0 ** round(exponent) if is_scale else 1.0
+
+
+def check_is_mean(last: Use, cases: int, scale: float) -> None:
+    """Check that a cross-entropy is the mean over its cases, where its output gradients show that it is one.
+
+    With a softmax each row g = (p - y)/M adds up to 0, and |p - y|₁ is at most 2: so is its mean over the cases,
+    weighted or not.
+
+    Args:
+        last: the last use of a forward pass.
+        cases: M of that pass.
+        scale: what g is to be multiplied by.
+
+    Raises:
+        ValueError: if the rows are larger than those of a mean.
+    """
+    g = last.grads.tensor.detach().flatten(2).double() if last.grads.tensor.dim() > 2 else last.grads.tensor.double()
+    sizes = g.abs().sum(1)
+    total = float(sizes.sum())
+    is_softmax = g.shape[1] > 1 and total > 0 and float(g.sum(1).abs().sum()) < 1e-3 * total
+    if is_softmax and total * scale > 2.02 * cases:
+        raise ValueError(
+            "the loss must be the mean over its cases with fisher='empirical', got output gradients of a cross-entropy "
+            f"whose size is {total * scale / cases:.3g} for each of {cases} cases, where a mean gives at most 2: take "
+            "reduction='mean' and a weight of 1, or give cases= as a number to have it taken as it is"
+        )
 
 
 class _Rows:

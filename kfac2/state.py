@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfac2.fine import Damping
 from kfac2.inverses import Inverses, Solvers
 from kfac2.layout import Layout
 from kfac2.options import STRUCTURAL, CurvatureOptions
+from kfac2.spread import by_batch, unknown
 from kfac2.statistics import Averages
 
 KEYS = ("options", "layers", "dropped", "statistics", "inverses")
@@ -32,7 +34,12 @@ def from_averages(layout: Layout, averages: Averages, solvers: Solvers) -> State
         if averages.seen[i]
     }
     coarse = {name: tensor.clone() for name, tensor in zip(solvers.coarse.names, averages.coarse, strict=False)}
-    return {"updates": averages.updates, "factors": factors, **coarse}
+    state = {"updates": averages.updates, "factors": factors, **coarse}
+    if averages.spread is not None:
+        stacks = [by_batch(layout, side) for side in averages.spread]
+        own = [torch.stack([layout.view(side, i) for side in stacks]) for i in range(len(layout.layers))]
+        state["spread"] = {layer.name: numbers for layer, numbers in zip(layout.layers, own, strict=True)}
+    return state
 
 
 def to_averages(state: Mapping[str, Any], layout: Layout, solvers: Solvers) -> Averages:
@@ -48,7 +55,16 @@ def to_averages(state: Mapping[str, Any], layout: Layout, solvers: Solvers) -> A
                 layout.view(stacks, i).copy_(saved["factors"][layer.name][key])
     seen = tuple(layer.name in saved["factors"] for layer in layout.layers)
     coarse = tuple(_here(saved[name], layout) for name in solvers.coarse.names if name in saved)
-    return Averages(saved["updates"], averages.A, averages.G, seen, in_coarse, coarse)
+    spread = _to_spread(saved["spread"], layout) if "spread" in saved else None
+    return Averages(saved["updates"], averages.A, averages.G, seen, in_coarse, coarse, spread)
+
+
+def _to_spread(saved: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    spread = unknown(layout)
+    for i, layer in enumerate(layout.layers):
+        for side, numbers in zip(spread, saved[layer.name], strict=True):
+            layout.view(by_batch(layout, side), i).copy_(numbers)
+    return spread
 
 
 def from_inverses(layout: Layout, inverses: Inverses | None) -> State | None:
@@ -64,7 +80,7 @@ def from_inverses(layout: Layout, inverses: Inverses | None) -> State | None:
         if usable[i]
     }
     return {
-        "damping": list(inverses.damping),
+        "damping": [number.clone() if isinstance(number, Tensor) else number for number in inverses.damping],
         "fine": fine,
         "coarse": None if inverses.coarse is None else inverses.coarse.clone(),
         "observations": inverses.observations,
@@ -82,7 +98,7 @@ def to_inverses(state: State | None, layout: Layout, solvers: Solvers) -> Invers
             layout.view(fields[name], i).copy_(value)
     usable = layout.spans.new_tensor([layer.name in state["fine"] for layer in layout.layers]).double()
     coarse = None if state["coarse"] is None else _here(state["coarse"], layout).double()
-    damping = Damping(*state["damping"])
+    damping = Damping(*state["damping"]).to(layout.device)
     return Inverses(
         damping,
         fields,
@@ -130,6 +146,7 @@ def check(
         mine, theirs = getattr(options, name), state["options"][name]
         if theirs != mine:
             raise ValueError(f"state_dict must have been saved with {name}={mine!r}, got {theirs!r}")
+    options.with_saved(state["options"])
     layers = [layer.name for layer in layout.layers]
     expected = [name for name in layers if name not in state["dropped"]]
     if list(state["layers"]) != expected or not set(state["dropped"]) <= {*layers, *dropped}:

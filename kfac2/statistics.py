@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kfac2 import ops
+from kfac2 import ops, spread
 from kfac2.kinds import Call, Layer, Rows
 from kfac2.layout import Layout, Stacks
 from kfac2.ops.gather_gradients import first_not_finite
@@ -196,6 +196,7 @@ class Averages:
         seen: by layer, whether it has had rows: if not, its factors are zeros that say nothing.
         in_coarse: by layer, whether it is in the coarse space: whether it fitted the last update.
         coarse: the averages of the coarse space; empty without one.
+        spread: s of each block, see `kfac2.spread`; None where nobody asks for it.
     """
 
     updates: int
@@ -204,6 +205,7 @@ class Averages:
     seen: tuple[bool, ...]
     in_coarse: tuple[bool, ...]
     coarse: tuple[Tensor, ...] = ()
+    spread: Tensor | None = None
 
     @staticmethod
     def none(layout: Layout) -> Averages:
@@ -225,7 +227,7 @@ class Averages:
         numbers = [old.number(layer) if layer in old.layers else None for layer in new.layers]
         seen = tuple(number is not None and self.seen[number] for number in numbers)
         in_coarse = tuple(number is None or self.in_coarse[number] for number in numbers)
-        return Averages(self.updates, A, G, seen, in_coarse, coarse)
+        return Averages(self.updates, A, G, seen, in_coarse, coarse, spread.moved(self.spread, old, new))
 
 
 def kept_share(updates: int, decay: float) -> float:
@@ -233,10 +235,11 @@ def kept_share(updates: int, decay: float) -> float:
     return min(1 - 1 / updates, decay)
 
 
-def averaged(layout: Layout, old: Averages, sums: Sums, decay: float) -> Averages:
+def averaged(layout: Layout, old: Averages, sums: Sums, decay: float, follows_spread: bool = False) -> Averages:
     """Average the factors of one iteration in: X ← εX + (1 - ε)X_new. What the coarse space has stays as it is.
 
-    A layer's first statistics are taken as they are; a layer without rows in this iteration keeps its factors.
+    A layer's first statistics are taken as they are; a layer without rows in this iteration keeps its factors. Their
+    spread is followed where that is wanted.
     """
     t = old.updates + 1
     kept = kept_share(t, decay)
@@ -244,7 +247,11 @@ def averaged(layout: Layout, old: Averages, sums: Sums, decay: float) -> Average
     G = mixed_in(layout, old.G, old.seen, sums.G, [1 / sums.rows[layer] for layer in sums.G], kept)
     seen = tuple(was or layer in sums.A for was, layer in zip(old.seen, layout.layers, strict=True))
     fits = tuple(layer not in sums.misfits for layer in layout.layers)
-    return Averages(t, A, G, seen, fits, old.coarse)
+    s = None
+    if follows_spread:
+        again = [was and layer in sums.A for was, layer in zip(old.seen, layout.layers, strict=True)]
+        s = spread.followed(layout, old.spread, (old.A, old.G), (A, G), again, kept)
+    return Averages(t, A, G, seen, fits, old.coarse, s)
 
 
 def mixed_in(

@@ -107,7 +107,7 @@ def test_the_whole_step_momentum_included_is_held_to_the_bound():
     settings = {"kl_clip": None, "max_change": None, "momentum": 0.9, "cov_every": 1, "inv_every": 1}
     opt, _ = train(model, x, y, 3, kl_bound=None, **settings)
     opt.options.kl_bound = 1e-3
-    opt.curvature.keeps_rows = True
+    opt.curvature.iteration.keeps_rows = True
     before = [p.detach().clone() for p in model.parameters()]
     torch.manual_seed(5)
     opt.zero_grad()
@@ -124,7 +124,7 @@ def test_the_whole_step_momentum_included_is_held_to_the_bound():
     opt.step()
     d = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), before, strict=True)]).detach()
     assert_equal((J @ d).square().sum() / 16, torch.tensor(1e-3, dtype=torch.float64))
-    assert not opt.curvature.kept  # nothing is kept beyond the step
+    assert not opt.curvature.iteration.kept  # nothing is kept beyond the step
 
 
 def test_a_careless_setting_does_not_blow_up_under_the_bound():

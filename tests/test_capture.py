@@ -227,7 +227,9 @@ def test_a_layer_that_does_not_fit_leaves_the_coarse_space():
         opt.zero_grad()
         out = model(x)
         if step == 0:
-            with pytest.warns(RuntimeWarning, match="odd has rows that do not belong to the 4 samples one by one .leading size 5"):
+            with pytest.warns(
+                RuntimeWarning, match="odd has rows that do not belong to the 4 samples one by one .leading size 5"
+            ):
                 opt.accumulate_fisher(Categorical(logits=out))
         else:
             opt.accumulate_fisher(Categorical(logits=out))

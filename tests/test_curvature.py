@@ -29,9 +29,9 @@ def test_statistics_are_those_of_the_optimizer(name):
         opt.accumulate_fisher(task.distribution(task.model(task.x)))
         task.model.zero_grad()
         task.loss(task.model(task.x)).backward()
-        assert opt.curvature.settle() is None
+        assert opt.curvature.iteration.settle() is None
         opt.curvature.commit(*opt.curvature.refreshed(None))
-        opt.curvature.discard()
+        opt.curvature.iteration.discard()
         if seed:
             torch.manual_seed(seed)
             curvature.accumulate(task.distribution(task.model(task.x)))

@@ -22,9 +22,9 @@ HYPER_PARAMETERS = [
     ({"weight_decay": -1e-3}, ValueError, "weight_decay must be a number of at least 0"),
     ({"nesterov": True, "momentum": 0.0}, ValueError, "nesterov must be False without momentum"),
     ({"nesterov": 1}, TypeError, "nesterov must be True or False"),
-    ({"damping": 0.0}, ValueError, "damping must be a number above 0, got 0.0"),
+    ({"damping": 0.0}, ValueError, "damping must be a number above 0, or 'auto', got 0.0"),
     ({"damping": float("nan")}, ValueError, "damping must be a number above 0"),
-    ({"damping": None}, TypeError, "damping must be a number above 0, got None"),
+    ({"damping": None}, TypeError, "damping must be a number above 0, or 'auto', got None"),
     ({"kl_clip": 0.0}, ValueError, "kl_clip must be a number above 0, or None"),
     ({"levels": 3}, ValueError, "levels must be one of 1, 2, got 3"),
     ({"levels": "two"}, TypeError, "levels must be one of 1, 2"),
@@ -73,7 +73,7 @@ def test_models():
 def test_options_during_training():
     opt = KFAC(net())
     opt.options.damping = 1.0
-    with pytest.raises(ValueError, match="damping must be a number above 0, got -1"):
+    with pytest.raises(ValueError, match="damping must be a number above 0, or 'auto', got -1"):
         opt.options.damping = -1
     assert opt.options.damping == 1.0
     with pytest.raises(ValueError, match=r"levels is fixed at construction \(2\), got 1"):

@@ -45,7 +45,7 @@ def test_squares_that_overflow_skip_the_step_and_leave_no_trace():
     opt.zero_grad()
     out = model(X)
     opt.accumulate_fisher(Categorical(logits=out))
-    curvature_of(opt).pending[0].sums.squares[layer].fill_(float("inf"))
+    curvature_of(opt).iteration.pending[0].sums.squares[layer].fill_(float("inf"))
     out.sum().backward()
     with pytest.warns(RuntimeWarning, match="the statistics of 0 at iteration 2; the step is skipped"):
         opt.step()

@@ -350,7 +350,6 @@ def test_a_graph_that_no_longer_holds_is_not_to_be_replayed(capture, how):
     if how == "dropped":
         curvature.drop(curvature.layout.layers[0])
         opt.preconditioner.iteration = 100
-        opt.preconditioner._plan()
     else:
         curvature.averages = replace(curvature.averages, in_coarse=(False, True))
     iterate(model, opt, x)

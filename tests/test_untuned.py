@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,16 @@ def test_an_error_leaves_the_other_runs(tmp_path, capsys):
     assert untuned.run(jobs, tmp_path / "records.jsonl", 1) == 1
     assert len(untuned.load(tmp_path / "records.jsonl")) == 1
     assert "Invalid learning rate" in capsys.readouterr().err
+
+
+def test_the_published_table_is_that_of_the_records():
+    """And `default` is what `KFAC(model)` does: every other label says what it changes."""
+    folder = Path(untuned.__file__).parent / "results"
+    records = untuned.load(folder / "untuned.jsonl")
+    assert (folder / "untuned.md").read_text() == untuned.comparison(records) + "\n"
+    ours = [record for record in records if record["optimizer"] == "kfac2"]
+    assert all((record["label"] == "default") == (not record["settings"]) for record in ours)
+    assert sum(record["label"] == "default" for record in ours) == 3 * len(NETS)
 
 
 @pytest.mark.parametrize("name", NETS)

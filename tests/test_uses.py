@@ -1,5 +1,6 @@
 """Uses of weights: shared, repeated, functional, padded, partial; exact against the dense Fisher, or reported."""
 
+import contextlib
 import math
 
 import pytest
@@ -171,14 +172,44 @@ def test_a_weight_that_is_used_otherwise_is_found():
     leaves(opt, "a", "was used in no call", lambda: opt.accumulate_fisher(Categorical(logits=out)))
 
 
+def test_another_bias_is_named():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(F.linear(x, self.a.weight, 2 * self.a.bias)))
+
+    model = Other().double()
+    opt = KFAC(model)
+    out = model(X)
+    leaves(opt, "a", "without its bias, or with another", lambda: opt.accumulate_fisher(Categorical(logits=out)))
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 2, 3, 6), (6,)])
+def test_an_activation_in_place_on_positions(shape, fisher):
+    """The output of `F.linear` is a view there, and the node of a view leaves the graph."""
+    x, factors = torch.randn(shape).double(), []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        m = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=inplace), nn.Linear(5, 3)).double()
+        opt = KFAC(m, fisher=fisher, cases="rows" if fisher == "empirical" else None, lr=0.0)
+        out = m(x).reshape(-1, 3)
+        opt.accumulate_fisher(Categorical(logits=out))
+        F.cross_entropy(out, torch.arange(len(out)) % 3).backward()
+        opt.step()
+        assert opt.layers == ["0", "2"]
+        factors.append([*opt.factors("0"), opt.coarse_fisher()])
+    for one, other in zip(*factors, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_reentrant_checkpointing():
     torch.manual_seed(0)
     m = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 3)).double()
-    plain, opt = KFAC(m, fisher="empirical"), KFAC(m, fisher="empirical")
     x = X.clone().requires_grad_()
-    F.cross_entropy(m(x), Y).backward()
-    F.cross_entropy(checkpoint_sequential(m, 4, x, use_reentrant=True), Y).backward()
-    plain.close()
     traces = []
     for run in (lambda: m(x), lambda: checkpoint_sequential(m, 4, x, use_reentrant=True)):
         m.zero_grad()
@@ -232,12 +263,13 @@ def test_padded_and_packed_agree():
     mask = torch.arange(20) < torch.randint(1, 5, (16, 1))
     x[~mask] = 0
     results = []
-    for forward in (lambda l: l(x)[mask], lambda l: l(x[mask])):
-        l = nn.Linear(4, 3).double()
-        nn.init.zeros_(l.weight), nn.init.zeros_(l.bias)
-        opt = KFAC(l)
+    for forward in (lambda m: m(x)[mask], lambda m: m(x[mask])):
+        m = nn.Linear(4, 3).double()
+        nn.init.zeros_(m.weight)
+        nn.init.zeros_(m.bias)
+        opt = KFAC(m)
         torch.manual_seed(1)
-        out = forward(l)
+        out = forward(m)
         opt.accumulate_fisher(Categorical(logits=out))
         out.sum().backward()
         opt.step()
@@ -247,7 +279,9 @@ def test_padded_and_packed_agree():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 2**31), st.sampled_from(["cholesky", "ekfac"]), st.booleans())
+@given(
+    st.integers(1, 6), st.integers(1, 7), st.integers(0, 2**31), st.sampled_from(["cholesky", "ekfac"]), st.booleans()
+)
 def test_drawn_padding(N, S, seed, inverse, flattened):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(N, S, 3, generator=generator).double()
@@ -284,9 +318,9 @@ def test_a_mask_where_positions_mix():
 
         torch.manual_seed(1)
         curvature.collect(Categorical(logits=forward()), mask)
-        assert curvature.settle() is None
+        assert curvature.iteration.settle() is None
         curvature.commit(*curvature.refreshed(None))
-        curvature.discard()
+        curvature.iteration.discard()
         results.append(curvature.factors("a"))
     assert_equal(results[0][0], results[1][0])
     rows = torch.cat([x[mask], torch.ones(int(mask.sum()), 1).double()], 1)
@@ -354,6 +388,24 @@ def test_a_token_loss_with_the_empirical_fisher_is_asked_for_its_cases():
     assert 0.1 < traces[0] < 1
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_loss_that_is_a_sum_is_refused_by_the_empirical_fisher(micro):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    opt = KFAC(m, fisher="empirical")
+    for x, y in zip(X.chunk(micro), Y.chunk(micro), strict=True):
+        F.cross_entropy(m(x), y, reduction="sum").backward()
+    with pytest.raises(ValueError, match=r"must be the mean over its cases.*reduction='mean'"):
+        opt.step()
+    m.zero_grad()
+    opt = KFAC(m, fisher="empirical")
+    for x, y in zip(X.chunk(micro), Y.chunk(micro), strict=True):
+        weight = torch.tensor([10.0, 1.0, 0.1]).double()  # of classes: a mean all the same
+        (F.cross_entropy(m(x), y, weight=weight, label_smoothing=0.1) / micro).backward()
+    opt.step()
+    assert opt.layers == ["0", "2"]
+
+
 # -- whose iteration it is --------------------------------------------------------------------------------------
 
 
@@ -379,6 +431,35 @@ def test_a_batch_that_is_thrown_away_takes_its_statistics_with_it(value):
         step(m, opt)
         results.append(opt.factors("0")[0])
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_steps_that_another_optimizer_takes_leave_no_statistics(to_none):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    opt = KFAC(m)
+    for scale in (100.0, 50.0, 1.0):  # the first two are a warm-up: opt does not step
+        opt.zero_grad(set_to_none=to_none)
+        out = m(scale * X)
+        opt.accumulate_fisher(Categorical(logits=out))
+        F.cross_entropy(out, Y).backward()
+    opt.step()
+    rows = torch.cat([X, torch.ones(16, 1).double()], 1)
+    assert_equal(opt.factors("0")[0], rows.T @ rows / 16)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_an_input_that_is_overwritten_is_found(fisher):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    opt, x = KFAC(m, fisher=fisher, check_every=0), X.clone()
+    out = m(x)
+    F.cross_entropy(out, Y).backward(retain_graph=True)
+    x.zero_()
+    with pytest.warns(RuntimeWarning, match="0 leaves K-FAC.*its input was overwritten"):
+        opt.accumulate_fisher(Categorical(logits=out))
+        opt.step()
+    assert opt.layers == ["2"] and trace(opt.factors("2")) > 0
 
 
 @pytest.mark.parametrize("first", ["accumulate", "backward"])
@@ -425,10 +506,6 @@ def test_two_heads_in_turn():
     assert all(trace(opt.factors(name)) > 0 for name in opt.layers)
 
 
-def frozen_later(m):
-    m[0].bias.requires_grad_(False)
-
-
 @pytest.mark.parametrize("change", ["bias frozen", "weight frozen", "unfrozen", "assigned", "double"])
 def test_a_model_that_changes(change):
     results = []
@@ -460,13 +537,12 @@ def test_a_model_that_changes(change):
                 step(m, opt)
             return
         torch.manual_seed(1)
-        x = X
-        with pytest.warns(RuntimeWarning, match="frozen") if change == "weight frozen" and late else torch.no_grad():
-            with torch.enable_grad():
-                step(m, opt, x)
+        warns = change == "weight frozen" and late
+        with pytest.warns(RuntimeWarning, match="frozen") if warns else contextlib.nullcontext():
+            step(m, opt)
         if change == "unfrozen" and late:
             torch.manual_seed(1)
-            step(m, opt, x)
+            step(m, opt)
             assert opt.layers == ["0", "2", "4"] and trace(opt.factors("2")) > 0
             return
         results.append([p.detach().double() for p in m.parameters()])

@@ -109,7 +109,9 @@ class Ones(CoarseSpace):
             return ()
         owners = layout.layer_of_map, layout.layer_of_map, range(len(layout.layers))
         others = [
-            torch.tensor([place for place, owner in enumerate(owner_of) if owner != number], dtype=torch.long, device="cpu")
+            torch.tensor(
+                [place for place, owner in enumerate(owner_of) if owner != number], dtype=torch.long, device="cpu"
+            )
             for owner_of in owners
         ]
         return tuple(

@@ -21,13 +21,23 @@ class Damping(NamedTuple):
     """How blocks are damped.
 
     Attributes:
-        value: λ, or c.
+        value: λ, or c; a float64 tensor on the device where c follows the spread of the factors, see `kfac2.spread`.
         relative: whether λ of a block is c times the mean of its own eigenvalues, (tr A / d_in)(tr G / d_out). Then the
             damping follows the Fisher wherever that goes, as layers deepen or their weights grow.
     """
 
-    value: float
+    value: float | Tensor
     relative: bool = False
+
+    def is_as_set(self, value: float | str, relative: bool) -> bool:
+        """Tell whether this is what the options say, new numbers of which take effect at once; of `"auto"` any is."""
+        if isinstance(self.value, Tensor) or isinstance(value, str):
+            return isinstance(self.value, Tensor) and isinstance(value, str)
+        return (self.value, self.relative) == (value, relative)
+
+    def to(self, device: torch.device) -> Damping:
+        """Return the damping with its value on a device."""
+        return self._replace(value=self.value.to(device)) if isinstance(self.value, Tensor) else self
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         """Return λ of each block, (blocks, 1, 1), given its eigenvalues (blocks, d_out, d_in)."""

@@ -21,13 +21,15 @@ class Tikhonov(FineSolver):
         """Invert both factors of all blocks, in one native call.
 
         With λ = c (tr A / d_in)(tr G / d_out), what eq. 9 adds to A is √c tr A / d_in: the factors are divided by these
-        means, inverted with λ = c, and so are the results.
+        means, inverted with λ = c, and so are the results. Where c is on the device, √c goes into what they are divided
+        by, and λ = 1: nothing is read.
         """
+        root, value = (damping.value.sqrt(), 1.0) if isinstance(damping.value, Tensor) else (1.0, damping.value)
         if damping.relative:
-            A_scales, G_scales = ([_mean_diagonal(factors) for factors in stacks] for stacks in (A, G))
+            A_scales, G_scales = ([root * _mean_diagonal(factors) for factors in stacks] for stacks in (A, G))
             A = [factors / scale for factors, scale in zip(A, A_scales, strict=True)]
             G = [factors / scale for factors, scale in zip(G, G_scales, strict=True)]
-        A_inv, G_inv, status = ops.factored_tikhonov_inverse(A, G, damping.value)
+        A_inv, G_inv, status = ops.factored_tikhonov_inverse(A, G, value)
         if damping.relative:
             for inverses, scales in ((A_inv, A_scales), (G_inv, G_scales)):
                 for inverse, scale in zip(inverses, scales, strict=True):
@@ -41,7 +43,7 @@ class Tikhonov(FineSolver):
             return None
         A_values, A_vectors, G_values, G_vectors = decomposed
         A_scale, G_scale = (M.double().diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) for M in (A, G))
-        root = math.sqrt(damping.value)
+        root = math.sqrt(float(damping.value))
         if damping.relative:
             A_shift, G_shift = (root * torch.where(scale > 0, scale, 1.0) for scale in (A_scale, G_scale))
         else:

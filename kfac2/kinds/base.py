@@ -101,12 +101,10 @@ class Layer(ABC):
         return None
 
     def __post_init__(self) -> None:
-        """Note the parameters that it is made for."""
-        object.__setattr__(self, "_made_for", self._parameters())
-
-    def _parameters(self) -> tuple[Tensor | None, Tensor | None, bool, bool]:
+        """Note the parameters that it is made for, and whether each is trained."""
         weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
-        return weight, bias, weight is not None and weight.requires_grad, bias is not None and bias.requires_grad
+        trained = (p is not None and p.requires_grad for p in (weight, bias))
+        object.__setattr__(self, "_made_for", (weight, bias, *trained))
 
     @property
     def title(self) -> str:
@@ -120,13 +118,13 @@ class Layer(ABC):
 
     def is_current(self) -> bool:
         """Tell whether weight and bias are still the module's, and trained or not as they were."""
-        weight, bias, trains_weight, trains_bias = self._made_for  # type: ignore[attr-defined]
-        parameters = self.module._parameters  # asked for by each step: no more than it takes
-        return (
-            parameters.get("weight") is weight
-            and parameters.get("bias") is bias
-            and (weight is None or weight.requires_grad is trains_weight)
-            and (bias is None or bias.requires_grad is trains_bias)
+        own = self.module._parameters
+        weight, bias, weight_is_trained, bias_is_trained = self._made_for  # type: ignore[attr-defined]
+        return (  # each step asks
+            own.get("weight") is weight
+            and own.get("bias") is bias
+            and weight.requires_grad is weight_is_trained  # type: ignore[union-attr]
+            and (bias is None or bias.requires_grad is bias_is_trained)
         )
 
     @property

@@ -38,7 +38,9 @@ class Conv(Layer):
         """Return the patches of the input, and the output gradients, at the places of the output map."""
         rank = self.weight.dim() - 2
         given = {name: value for name, value in call.geometry if name != "groups"}
-        window = _window(rank, tuple(self.weight.shape[2:]), self.blocks, int(self.bias is not None), **_hashable(given))
+        window = _window(
+            rank, tuple(self.weight.shape[2:]), self.blocks, int(self.bias is not None), **_hashable(given)
+        )
         return Rows(batched(x, rank), window), Rows(batched(g, rank), places(rank, self.blocks))
 
 

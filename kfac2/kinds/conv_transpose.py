@@ -70,7 +70,9 @@ class ConvTranspose(Layer):
         """Return the rows of maps that are not mirrored: the order of offsets does not count in a sum over a patch."""
         rank = self.weight.dim() - 2
         g = batched(g, rank)
-        return self._for_maps(self._patches(x, g, call, mirrored=False)), self._for_maps(Rows(g, places(rank, self.blocks)))
+        return self._for_maps(self._patches(x, g, call, mirrored=False)), self._for_maps(
+            Rows(g, places(rank, self.blocks))
+        )
 
     def _patches(self, x: Tensor, g: Tensor, call: Call, mirrored: bool) -> Rows:
         """Stuff x with zeros, and pad it so that the patches are at the places of g (`output_size` may choose them)."""

@@ -1,0 +1,119 @@
+"""What one iteration has found: passes that wait for their loss, the sums of those that count, rows that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from kfac2.capture import Trace
+from kfac2.coarse import CoarseSpace
+from kfac2.collector import Collector
+from kfac2.divergence import KeptPass, kept_of
+from kfac2.layout import Layout
+from kfac2.likelihood import NotFiniteError, Prediction, scores_of, tensors_of
+from kfac2.options import CurvatureOptions
+from kfac2.pending import Pending, misfit, that_count
+from kfac2.statistics import Pass, Sums
+
+
+class Iteration:
+    """The statistics of one iteration, from captured uses to sums.
+
+    Args:
+        collector: makes passes of captured uses.
+        coarse: adds up its own part.
+        options: `fisher`, `samples` and `cases`.
+        observe: called with each pass and the sums, for a solver that looks at the rows.
+        warn_once: called with what would be said again and again.
+
+    Attributes:
+        pending: passes that wait for their loss to go backward.
+        sums: of those that count.
+        kept: what is kept of their rows, until who asked for it clears the list.
+        keeps_rows: whether anything is.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        coarse: CoarseSpace,
+        options: CurvatureOptions,
+        observe: Callable[[Pass, Sums], None],
+        warn_once: Callable[[str, str], None],
+    ) -> None:
+        self.pending: list[Pending] = []
+        self.sums = Sums()
+        self.kept: list[KeptPass] = []
+        self.keeps_rows = False
+        self._collector = collector
+        self._coarse = coarse
+        self._options = options
+        self._observe = observe
+        self._warn_once = warn_once
+
+    def collect(self, layout_of_now: Callable[[], Layout], prediction: Prediction, mask: Tensor | None) -> None:
+        """Sum up one pass, which waits; raises what `scores_of` and `Collector.sample` do. A NaN waits, too.
+
+        Args:
+            layout_of_now: of the layers, which may become fewer as the pass is made.
+            prediction: the model's predictive distribution.
+            mask: which tokens are data, or None.
+        """
+        if any(one.went_backward for one in self.pending) and not _has_gradient(layout_of_now()):
+            self.pending = [one for one in self.pending if not one.went_backward]  # their gradients were thrown away
+        traces = [capture.trace for capture in self._collector.captured_from(*tensors_of(prediction))]
+        try:
+            scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
+        except NotFiniteError as error:
+            self.pending.append(Pending(traces, bad=self._collector.not_finite_input() or error.source))
+            return
+        passes = self._collector.sample(scores, mask)
+        if passes:
+            self.pending.append(self._summed(layout_of_now(), passes, traces))
+
+    def collect_backward(self, layout_of_now: Callable[[], Layout]) -> None:
+        """Sum up the ordinary backward passes (the empirical Fisher), which count at once."""
+        for passed in self._collector.followed_backward(self._options.cases):
+            self._take([self._summed(layout_of_now(), [passed], [])])
+
+    def settle(self, must_go_backward: bool = True) -> str | None:
+        """Add up the passes that count; return what is not finite in one of them, or None.
+
+        Args:
+            must_go_backward: whether only those count whose loss has gone backward.
+        """
+        return self._take(that_count(self.pending, self._warn_once) if must_go_backward else self.pending)
+
+    def _take(self, passes: Iterable[Pending]) -> str | None:
+        bad = None
+        for one in passes:
+            bad = bad or one.bad
+            self.sums.add(one.sums)
+            self.kept += one.kept
+        self.pending = []
+        return bad
+
+    def _summed(self, layout: Layout, passes: Sequence[Pass], traces: list[Trace]) -> Pending:
+        sums = Sums()
+        for passed in passes:
+            sums.add_factors(passed)
+            self._coarse.add(layout, sums, passed)
+            self._observe(passed, sums)
+        for layer in sums.misfits:
+            self._warn_once(f"misfit {layer.name}", misfit(passes[0], layer))
+        return Pending(traces, sums, [kept_of(passed) for passed in passes] if self.keeps_rows else [])
+
+    def discard(self) -> None:
+        """Free what was captured and summed; what is kept of rows stays."""
+        self._collector.captures.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Free what was summed."""
+        self.sums, self.pending = Sums(), []
+
+
+def _has_gradient(layout: Layout) -> bool:
+    gradients = (layer.weight.grad for layer in layout.layers)
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)

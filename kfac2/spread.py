@@ -1,0 +1,106 @@
+"""Damping by the spread of factors between updates, `damping="auto"`: as much as the factors are not known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfac2.layout import Layout, Stacks
+
+FIRST = 0.1  # c until there is a spread
+KEPT = 0.8  # of the spread so far, at each update
+LEAST, MOST = 0.02, 3.0  # bounds of √c
+
+
+def followed(
+    layout: Layout,
+    spread: Tensor | None,
+    old: tuple[Stacks, Stacks],
+    new: tuple[Stacks, Stacks],
+    again: Sequence[bool],
+    kept: float,
+) -> Tensor:
+    """Average in how far one batch lies from the running averages: s ← 0.8 s + 0.2 d |X_batch - X̄_old|²_F / (tr X̄)².
+
+    X_batch - X̄_old = (X̄_new - X̄_old) / (1 - ε), since X̄_new = ε X̄_old + (1 - ε) X_batch. A block's first value is
+    taken as it is. Reads nothing back.
+
+    Args:
+        layout: where the factors lie.
+        spread: s so far, see `damping`; None: of no block.
+        old: the running averages of A and G before the update.
+        new: after it.
+        again: by layer, whether its factors had been there before, and have had rows in this update.
+        kept: ε of the update.
+
+    Returns:
+        The new s. A block that is not there `again`, or whose factor is zero, keeps what it has.
+    """
+    spread = unknown(layout) if spread is None else spread
+    if not any(again):
+        return spread
+    sides = [torch.cat([_square(b, a) for a, b in zip(*stacks, strict=True)]) for stacks in zip(old, new, strict=True)]
+    latest = torch.stack(sides) / (1 - kept) ** 2
+    usable = latest.isfinite()  # a zero divided by a zero says nothing
+    if not all(again):
+        usable &= torch.tensor(again, device=layout.device)[layout.layer_of_block]
+    mixed = torch.where(spread.isnan(), latest, torch.lerp(latest, spread, KEPT))
+    return torch.where(usable, mixed, spread)
+
+
+def _square(new: Tensor, old: Tensor) -> Tensor:
+    """Return d |new - old|²_F / (tr new)² of each block, in float64."""
+    d = new.shape[-1]
+    norms = torch.linalg.vector_norm(new - old, dim=(-2, -1))
+    return (norms / new.diagonal(dim1=-2, dim2=-1).mean(-1)).double().square() / d
+
+
+def damping(layout: Layout, spread: Tensor | None, kept: float) -> Tensor:
+    """Return c, where √c is the median relative error of the factors.
+
+        r = √((1 - ε)/(1 + ε) · s),    √c = the median of r over the A and G of all blocks, within [0.02, 3].
+
+    Where batches are independent draws of a factor, |X_batch - X̄|²_F estimates the variance of a draw, and a running
+    average, whose weights are (1 - ε) εᵏ, has (1 - ε)/(1 + ε) of it: r is the standard error of an average, a root mean
+    square over its d eigenvalues, in units of their mean. An eigenvalue below r is noise, and its inverse no more than
+    that: a factor known to ± r cannot be inverted better than with r added. Eq. 9 adds √c of the mean to both factors.
+
+    Args:
+        layout: where the factors lie.
+        spread: s, (2, blocks), float64: of the A and the G of each block, batch after batch; NaN, or None, where there
+            is none.
+        kept: ε of the last update.
+
+    Returns:
+        c, float64, on the device, which is not waited for; 0.1 where there is no spread yet.
+    """
+    spread = unknown(layout) if spread is None else spread
+    ordered = spread.flatten().sort().values  # NaNs come last; torch.nanmedian would wait for a CUDA device
+    middle = (ordered.isfinite().sum() - 1).clamp(min=0) // 2
+    error = (ordered.gather(0, middle.reshape(1))[0] * ((1 - kept) / (1 + kept))).sqrt()
+    return torch.where(error.isnan(), FIRST, error.clamp(LEAST, MOST).square())
+
+
+def unknown(layout: Layout) -> Tensor:
+    """Return s where nothing is known."""
+    return torch.full((2, len(layout.layer_of_block)), torch.nan, dtype=torch.float64, device=layout.device)
+
+
+def moved(spread: Tensor | None, old: Layout, new: Layout) -> Tensor | None:
+    """Return s where another layout says; a layer that was not there has none."""
+    if spread is None:
+        return None
+    result = unknown(new)
+    for target, source in zip(result, spread, strict=True):
+        targets, sources = by_batch(new, target), by_batch(old, source)
+        for i, layer in enumerate(new.layers):
+            if layer in old.layers:
+                new.view(targets, i).copy_(old.view(sources, old.number(layer)))
+    return result
+
+
+def by_batch(layout: Layout, numbers: Tensor) -> Stacks:
+    """View one number for each block as a field of the layout."""
+    return list(numbers.split([batch.blocks for batch in layout.batches]))
