@@ -86,8 +86,13 @@ def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
         optimizer.accumulate_fisher(network.prediction.distribution(out))
 
     iterations = {"b": INV_EVERY, "a": COV_EVERY, "c": 1}
-    kinds = {k: partial(setattr, optimizer.preconditioner, "iteration", number) for k, number in iterations.items()}
+    kinds = {k: partial(_go_to, optimizer.preconditioner, number) for k, number in iterations.items()}
     return Contender(model, network.prediction.loss, [optimizer], kinds, accumulate)
+
+
+def _go_to(preconditioner: kfac2.Preconditioner, iteration: int) -> None:
+    preconditioner.iteration = iteration
+    preconditioner._plan()  # whether forward passes are looked at is decided at the end of the step before
 
 
 def _singd(network: Network, model: nn.Module, structure: str) -> Contender:

@@ -109,7 +109,10 @@ class Curvature(Readings):
         self.pending: list[Pending] = []
         self.dropping: Callable[[], object] = lambda: None
         is_empirical = self.options.fisher == "empirical"
-        self.collector = Collector(layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every)
+        is_by_sample = self.options.levels == 2 or self.options.inverse == "ekfac"
+        self.collector = Collector(
+            layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every, is_by_sample
+        )
         self.collector.captures.turn(True)
         self._step: Step | None = None
         self.scheduled = False
@@ -181,13 +184,13 @@ class Curvature(Readings):
         self._follow()
         if not self.layout.layers:
             return
-        traces = [capture.trace for capture in self.collector.captured_from(*tensors_of(prediction))]
         try:
             scores = scores_of(prediction, self.options.fisher == "exact", self.options.samples)
         except NotFiniteError as error:
+            traces = self.collector.traces_of(*tensors_of(prediction))
             self.pending.append(Pending(traces, bad=self.collector.not_finite_input() or error.source))
             return
-        passes = self.collector.sample(scores, mask)
+        passes, traces = self.collector.sample(scores, mask)
         if passes:
             self.pending.append(self._summed(passes, traces))
 
