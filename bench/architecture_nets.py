@@ -39,7 +39,7 @@ def _sentences(
     model: nn.Module, logits: Callable[[Tensor], Tensor] | None = None, fisher: str = "mc", words: int = WORDS
 ) -> Example:
     def of_tokens(x: Tensor) -> Tensor:
-        return model(input_ids=x).logits.flatten(0, -2)  # type: ignore[no-any-return]
+        return model(input_ids=x).logits.flatten(0, -2)
 
     return Example(model, lambda: torch.randint(3, words, (4, TOKENS)), logits or of_tokens, fisher)
 
@@ -112,7 +112,7 @@ _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_hea
 
 def _hugging(config: str, model: str, **sizes: Any) -> nn.Module:
     transformers = _of("transformers")
-    return getattr(transformers, model)(getattr(transformers, config)(**sizes))  # type: ignore[no-any-return]
+    return getattr(transformers, model)(getattr(transformers, config)(**sizes))
 
 
 def _bert(config: str = "BertConfig", model: str = "BertForSequenceClassification", **sizes: Any) -> Example:
@@ -154,7 +154,8 @@ def _llama(checkpointed: bool = False, reentrant: bool = False, fisher: str = "m
 
 def _t5() -> Example:
     model = _hugging("T5Config", "T5ForConditionalGeneration", vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48,
-                     num_layers=2, num_heads=4, tie_word_embeddings=False, decoder_start_token_id=0, use_cache=False)  # fmt: skip
+                     num_layers=2, num_heads=4, tie_word_embeddings=False, decoder_start_token_id=0,
+                     use_cache=False)  # fmt: skip
     return _sentences(model, lambda x: model(input_ids=x, decoder_input_ids=x[:, :7]).logits.flatten(0, 1))
 
 
@@ -169,7 +170,8 @@ def _whisper() -> Example:
     model = _hugging("WhisperConfig", "WhisperForConditionalGeneration", vocab_size=WORDS, d_model=32, encoder_layers=2,
                      decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48,
                      decoder_ffn_dim=48, max_source_positions=16, max_target_positions=16, num_mel_bins=8,
-                     pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, tie_word_embeddings=False)  # fmt: skip
+                     pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+                     tie_word_embeddings=False)  # fmt: skip
     words = torch.randint(3, WORDS, (4, 7))
     return Example(
         model,
@@ -181,7 +183,8 @@ def _whisper() -> Example:
 def _wav2vec() -> Example:
     model = _hugging("Wav2Vec2Config", "Wav2Vec2ForCTC", vocab_size=CLASSES, hidden_size=32, num_hidden_layers=2,
                      num_attention_heads=2, intermediate_size=48, conv_dim=(8, 16), conv_stride=(5, 2),
-                     conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+                     conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=8,
+                     num_conv_pos_embedding_groups=2,
                      apply_spec_augment=False)  # fmt: skip
     return Example(model, lambda: torch.randn(4, 200), lambda x: model(x).logits.flatten(0, 1))
 

@@ -110,7 +110,9 @@ def _error(layer: Layer, uses: Sequence[Use], true: Mapping[int, Tensor | None])
 
 def steps(example: Example) -> Record:
     """Train, and note what happens to each weight."""
-    opt = kfac2.KFAC(example.model, fisher=example.fisher, check_every=1, cov_every=1, inv_every=1, cases="rows")
+    opt = kfac2.KFAC(
+        example.model, fisher=example.fisher, levels=2, check_every=1, cov_every=1, inv_every=1, cases="rows"
+    )
     left = {left.name: left.reason for left in opt.curvature.found.left}
     found: dict[str, list[float]] = {name: [] for name in opt.layers}
     texts: list[str] = []
@@ -212,9 +214,9 @@ def main() -> int:
     text = [
         "# Real architectures\n",
         f"Three steps of each by `python bench/architectures.py`: torch {torch.__version__}, float32, one thread.",
-        "A weight *handled* has statistics; it *rebuilds* where Σ g āᵀ of the rows in its factors is its gradient to",
-        f"{RIGHT:g}; *unused*: no part of the loss; *left* at its first statistics, or *alone* from the start. With the",
-        "empirical Fisher the rows are compared with `.grad` by kfac2's own check.\n",
+        "A weight *handled* has statistics; it *rebuilds* where Σ g āᵀ of the rows in its factors is its gradient",
+        f"to {RIGHT:g}; *unused*: no part of the loss; *left* at its first statistics, or *alone* from the start. With",
+        "the empirical Fisher the rows are compared with `.grad` by kfac2's own check.\n",
         table(header, [row(record) for record in records]),
         f"\nThird cases: {third or 'none'}."
         + (f" Not installed, and left out: {', '.join(missing)}." if missing else ""),

@@ -1,8 +1,9 @@
 """Whose are the rows of a use?
 
-Sizes say it by coincidence, too: an expert's share of as many tokens as there are samples, a time-major map with as many
-steps. Gradients say it for sure. Multiply the gradient at the output of the last use by another number for each of its
-leading entries. A row that belongs to one of them alone has then that number times its gradient, whatever is between.
+Sizes say it by coincidence, too: an expert's share of as many tokens as there are samples, a time-major map with as
+many steps. Gradients say it for sure. Multiply the gradient at the output of the last use by another number for each of
+its leading entries. A row that belongs to one of them alone has then that number times its gradient, whatever is
+between.
 """
 
 from __future__ import annotations

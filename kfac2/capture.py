@@ -1,7 +1,7 @@
-"""What the statistics need of a forward pass: the input of each use of a weight, kept as long as the graph that it is in.
+"""What the statistics need of a forward pass: the input of each use of a weight, kept as long as its graph.
 
-A *use* is a call of `F.linear`, `F.conv*` or `F.conv_transpose*` with the weight of a handled layer, whoever makes it: the
-module itself, another module, or a function; `watch` sees them all. The modules of the model carry nothing.
+A *use* is a call of `F.linear`, `F.conv*` or `F.conv_transpose*` with the weight of a handled layer, whoever makes it:
+the module itself, another module, or a function; `watch` sees them all. The modules of the model carry nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac2.kinds import Call, Layer
 from kfac2.watch import WATCH as _WATCH
 
-
-_Checkpointed: Any = CheckpointFunction._backward_cls  # type: ignore[attr-defined]
+_Checkpointed: Any = CheckpointFunction._backward_cls
 _NOTHING = torch.empty(0, device="cpu")
 
 
@@ -170,7 +169,7 @@ class Captures:
             self._arriving.append((task, before is None or not bool(before.any()), capture, gradient))
 
     def _accumulated(self, weight: Tensor) -> None:
-        """Count the gradients that a backward pass has brought, now that `.grad` has them: no `autograd.grad` does so."""
+        """Count the gradients that a backward pass has brought, now that `.grad` has them: `autograd.grad` has not."""
         task = torch._C._current_graph_task_id()
         mine = [one for one in self._arriving if one[0] == task and one[2].layer.weight is weight]
         if mine and all(was_zero for _, was_zero, _, _ in mine):  # what came before was thrown away
@@ -214,7 +213,7 @@ class Captures:
                     "use_reentrant=False, got a graph with reentrant checkpointing: set use_reentrant=False, or take "
                     "fisher='empirical'"
                 )
-            for capture, number in node.metadata.get(self._key, ()):
+            for capture, number in node.metadata.get(self._key, ()):  # type: ignore[attr-defined]
                 if self._layers.get(id(capture.layer.weight)) is capture.layer:
                     found.append((capture, GradientEdge(node, number)))
         return sorted(found, key=lambda pair: pair[0].order)
@@ -260,10 +259,10 @@ def _nodes(root: Node | None) -> Iterator[Node]:
     while stack:
         node = stack.pop()
         yield node
-        new = {child for child, _ in node.next_functions} - seen
-        new.discard(None)
-        seen |= new
-        stack += new
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
 
 
 def _not_a_view(output: Tensor) -> Any:

@@ -130,7 +130,7 @@ class Collector:
     def _back(self, captures: Mapping[int, tuple[Capture, GradientEdge]], base: Use, g: Tensor) -> dict[int, Tensor]:
         """Differentiate from the output of one use to those of the others; samples first, here and there."""
         others = [pair for order, pair in captures.items() if order != base.order]
-        capture, edge = captures[base.order]
+        _, edge = captures[base.order]
         g = base.layer.samples_last(g, self.batch_dim).reshape(edge.node._input_metadata[edge.output_nr].shape)
         gradients = self._differentiated(edge, [other for _, other in others], g)
         return {
@@ -274,8 +274,8 @@ def with_reached(uses: Sequence[Use], samples: int, mask: Tensor | None) -> list
     """Leave out the rows that the loss cannot reach, and those that `mask` does.
 
     A row cannot be reached if g is exactly 0 there in every use on its grid. Where the last use has none such, as in
-    most passes, nothing else is looked at. A use that does not fit the samples (an expert, some of its slots empty) is a
-    grid of its own: others of that size hold other rows.
+    most passes, nothing else is looked at. A use that does not fit the samples (an expert, some of its slots empty)
+    is a grid of its own: others of that size hold other rows.
 
     Args:
         uses: in the order of the forward pass.

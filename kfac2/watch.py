@@ -1,7 +1,7 @@
 """Sees every use of a weight while any module runs, whoever calls torch's function.
 
-A mode of torch sees the calls of its functions. Global hooks of `torch.nn` put it up around the outermost call of a module,
-as long as anybody asks for it: in iterations of statistics. There is one for the process, since modes are a stack.
+A mode of torch sees the calls of its functions. Global hooks of `torch.nn` put it up around the outermost call of a
+module, as long as anybody asks for it: in iterations of statistics. There is one for the process, since modes are a stack.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def _is_plain_class(kind: type[nn.Module]) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     """Tell whether no layer's weight is used in a module: the mode makes each function that it sees slower."""
-    return not module._modules and "forward" not in module.__dict__ and _is_plain_class(type(module))
+    own = type(module)
+    return not module._modules and "forward" not in module.__dict__ and _is_plain_class(own)  # type: ignore[arg-type]
 
 
 class _Mode(TorchFunctionMode):
