@@ -86,11 +86,7 @@ def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
         optimizer.accumulate_fisher(network.prediction.distribution(out))
 
     iterations = {"b": INV_EVERY, "a": COV_EVERY, "c": 1}
-
-    def go_to(number: int) -> None:
-        optimizer.preconditioner.iteration = number
-
-    kinds = {kind: partial(go_to, number) for kind, number in iterations.items()}
+    kinds = {k: partial(setattr, optimizer.preconditioner, "iteration", number) for k, number in iterations.items()}
     return Contender(model, network.prediction.loss, [optimizer], kinds, accumulate)
 
 

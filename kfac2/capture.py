@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from kfac2.kinds import Call, Layer
 from kfac2.watch import WATCH as _WATCH
 
+_Checkpointed: Any = CheckpointFunction._backward_cls
 _NOTHING = torch.empty(0, device="cpu")
 
 
@@ -84,6 +86,7 @@ class Captures:
         self._arriving: list[tuple[int, bool, Capture, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._is_on = False
+        self._own = weakref.ref(self)
         weakref.finalize(self, _WATCH.tidy)
         self.follow(layers)
 
@@ -153,7 +156,7 @@ class Captures:
         self._alive.add(capture)
         result = _not_a_view(output)
         result.grad_fn.metadata.setdefault(self._key, []).append((capture, result.output_nr))
-        result.register_hook(_Receiver(weakref.ref(capture), weakref.ref(self)))
+        result.register_hook(_Receiver(weakref.ref(capture), self._own))
 
     def _round_of_now(self) -> int:
         """A forward after a backward opens the next pass; one inside of a backward (checkpointing) does not."""
@@ -216,7 +219,7 @@ class Captures:
             raise RuntimeError("statistics are taken from forward passes, and close() has ended the looking at them")
         found = []
         for node in _nodes(root):
-            if node.name() == "CheckpointFunctionBackward":
+            if isinstance(node, _Checkpointed):
                 raise RuntimeError(
                     "statistics differentiate the model's graph, which torch.utils.checkpoint records only with "
                     "use_reentrant=False, got a graph with reentrant checkpointing: set use_reentrant=False, or take "
@@ -291,8 +294,7 @@ def _cannot_be_rows(x: Any) -> str | None:
         return "a nested (jagged) tensor"
     if x.layout != torch.strided:
         return f"a tensor of layout {x.layout}"
-    if torch._C._functorch.is_batchedtensor(x):
-        return "a tensor inside of torch.vmap"
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return "a tensor inside of a torch.func transform"
+        batched = torch._C._functorch.is_batchedtensor(x)
+        return "a tensor inside of torch.vmap" if batched else "a tensor inside of a torch.func transform"
     return None

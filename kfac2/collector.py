@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from kfac2.capture import Capture, Captures
+from kfac2.belonging import misplaced
+from kfac2.capture import Capture, Captures, Trace
 from kfac2.kinds import Layer
 from kfac2.likelihood import Scores
 from kfac2.self_check import Rebuilt, SelfCheck, check_is_mean
-from kfac2.statistics import Pass, Use
+from kfac2.statistics import Pass, Use, is_of_samples
 
 Reached = Sequence[tuple[Capture, Tensor]]
 """Captures, and the gradients of their outputs."""
@@ -28,6 +30,7 @@ class Collector:
         drop: called with a layer that has to leave, and why.
         batch_dim: the axis of samples of what has positions.
         check_every: passes from one self-check to the next; 0: none.
+        is_by_sample: whether it counts which sample a row is of: then that is looked at with each self-check.
 
     Attributes:
         captures: the uses captured so far.
@@ -42,12 +45,15 @@ class Collector:
         drop: Callable[[Layer, str], None],
         batch_dim: int = 0,
         check_every: int = 100,
+        is_by_sample: bool = False,
     ) -> None:
         self.captures = Captures(layers, follow_backward)
         self.batch_dim = batch_dim
         self.check = SelfCheck(check_every)
         self._layers = list(layers)
         self._drop = drop
+        self._is_by_sample = is_by_sample
+        self._misplaced: set[Layer] = set()
 
     def follow(self, layers: Sequence[Layer]) -> None:
         """Watch these layers from now on."""
@@ -56,9 +62,9 @@ class Collector:
 
     # -- the sampled log-likelihood -------------------------------------------------------------------------
 
-    def captured_from(self, *tensors: Tensor) -> list[Capture]:
-        """Return the captures that are in the graphs of tensors."""
-        return [capture for tensor in tensors for capture, _ in self.captures.reached_from(tensor.grad_fn)]
+    def traces_of(self, *tensors: Tensor) -> list[Trace]:
+        """Return the traces of the captures that are in the graphs of tensors."""
+        return [capture.trace for tensor in tensors for capture, _ in self.captures.reached_from(tensor.grad_fn)]
 
     def not_finite_input(self) -> str | None:
         """Name the first captured input that is not finite, or None."""
@@ -67,7 +73,7 @@ class Collector:
                 return f"the input of {capture.layer.title}"
         return None
 
-    def sample(self, scores: Scores, mask: Tensor | None = None) -> list[Pass]:
+    def sample(self, scores: Scores, mask: Tensor | None = None) -> tuple[list[Pass], list[Trace]]:
         """Differentiate with respect to the captured outputs.
 
         Args:
@@ -75,7 +81,7 @@ class Collector:
             mask: bool, (N, S): which tokens are data. None: what the loss cannot reach is none.
 
         Returns:
-            A pass, and one more for each further direction; none where there are no rows.
+            A pass, and one more for each further direction, none where there are no rows; and the traces of its uses.
 
         Raises:
             ValueError: if the graph holds no captured output, or `mask` fits no layer.
@@ -99,12 +105,17 @@ class Collector:
         if is_checked:
             self._leave(self.check.of_sample(layers, reached, gradients[len(edges) :]))
         first = self._pass_of(reached, lambda last, samples: scores.cases, scores.leading, mask)
+        traces = [capture.trace for capture, _ in found]
         if first is None:
-            return []
+            return [], traces
+        if is_checked and self._is_by_sample:
+            by_order = {capture.order: (capture, edge) for capture, edge in found}
+            self._misplaced |= misplaced(first, lambda use, g: self._back(by_order, use, g))
+        first = replace(first, misplaced=frozenset(self._misplaced))
         passes = [replace(first, scale=scores.weight)]
         for direction in scores.directions:
             passes.append(self._again(first, _with_gradients(found, self._differentiated(direction(), edges))))
-        return passes
+        return passes, traces
 
     def _again(self, first: Pass, reached: Reached) -> Pass:
         """Make a pass of other gradients of the same uses: what counts is known, and the inputs have been counted."""
@@ -115,15 +126,31 @@ class Collector:
             if use is not None:
                 new = self._use_of(capture, g)
                 uses.append(new if use.reached is None else new.only(use.reached))
-        return Pass(self._in_order(uses), 0, first.samples, is_repeated=True)
+        return Pass(self._in_order(uses), 0, first.samples, is_repeated=True, misplaced=first.misplaced)
 
-    def _differentiated(self, score: Tensor, inputs: Sequence[object]) -> Sequence[Tensor | None]:
+    def _back(self, captures: Mapping[int, tuple[Capture, GradientEdge]], base: Use, g: Tensor) -> dict[int, Tensor]:
+        """Differentiate from the output of one use to those of the others; samples first, here and there."""
+        others = [pair for order, pair in captures.items() if order != base.order]
+        _, edge = captures[base.order]
+        g = base.layer.samples_last(g, self.batch_dim).reshape(edge.node._input_metadata[edge.output_nr].shape)
+        gradients = self._differentiated(edge, [other for _, other in others], g)
+        return {
+            c.order: c.layer.samples_first(gradient, self.batch_dim)
+            for c, gradient in _with_gradients(others, gradients)
+        }
+
+    def _differentiated(
+        self, of: Tensor | GradientEdge, inputs: Sequence[object], g: Tensor | None = None
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of a negative score, or those that follow from a gradient g at an edge."""
         if not inputs:
             return ()
+        if isinstance(of, Tensor):
+            g = -torch.ones_like(of)
         self.captures.is_paused = True  # activation checkpointing runs parts of the model again
         try:
             with torch.enable_grad():
-                return torch.autograd.grad(-score, inputs, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+                return torch.autograd.grad(of, inputs, g, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
         finally:
             self.captures.is_paused = False
 
@@ -213,10 +240,17 @@ def _with_gradients(
 
 
 def batch_size(uses: Sequence[Use], leading: Sequence[int]) -> int:
-    """Return N, the leading size that most uses share; of two, that of the log-probabilities, then the last use's."""
-    counts = Counter(use.samples for use in uses)
-    most = max(counts.values())
-    shared = [size for size, count in counts.items() if count == most]
+    """Return N, the leading size that most uses share; of two, that of the log-probabilities, then the last use's.
+
+    Where they differ, a use has a vote as large as the share of its leading entries that the loss reaches: experts have
+    slots that stay empty.
+    """
+    votes = dict.fromkeys((use.samples for use in uses), 0.0)
+    for use in uses:
+        reached = 1.0 if len(votes) == 1 else float((use.g != 0).reshape(use.samples, -1).any(1).double().mean())
+        votes[use.samples] += reached
+    most = max(votes.values())
+    shared = [size for size, count in votes.items() if count > most - 1e-9]
     return next((size for size in leading if size in shared), shared[-1])
 
 
@@ -246,7 +280,8 @@ def with_reached(uses: Sequence[Use], samples: int, mask: Tensor | None) -> list
     """Leave out the rows that the loss cannot reach, and those that `mask` does.
 
     A row cannot be reached if g is exactly 0 there in every use on its grid. Where the last use has none such, as in
-    most passes, nothing else is looked at.
+    most passes, nothing else is looked at. A use that does not fit the samples (an expert, some of its slots empty)
+    is a grid of its own: others of that size hold other rows.
 
     Args:
         uses: in the order of the forward pass.
@@ -256,10 +291,11 @@ def with_reached(uses: Sequence[Use], samples: int, mask: Tensor | None) -> list
     result = list(uses)
     if mask is not None:
         result = _masked(result, mask)
-    grids: dict[tuple[int, int], list[int]] = {}
+    grids: dict[tuple[int, ...], list[int]] = {}
     for number, use in enumerate(result):
         if use.layer.has_tokens:
-            grids.setdefault((use.samples, use.places), []).append(number)
+            own = () if is_of_samples(use, result, samples) else (number,)
+            grids.setdefault((use.samples, use.places, *own), []).append(number)
     dead_samples = _unreached([use for use in result if use.samples == samples], whole_samples=True)
     for number, use in enumerate(result):
         if dead_samples is not None and use.samples == samples:

@@ -108,7 +108,10 @@ class Curvature(Readings):
         self.dropped: dict[str, str] = {}
         self.dropping: Callable[[], object] = lambda: None
         is_empirical = self.options.fisher == "empirical"
-        self.collector = Collector(layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every)
+        is_by_sample = self.options.levels == 2 or self.options.inverse == "ekfac"
+        self.collector = Collector(
+            layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every, is_by_sample
+        )
         self.collector.captures.turn(True)
         self.iteration = Iteration(
             self.collector, self.solvers.coarse, self.options, self._observe, self.health.warn_once

@@ -62,13 +62,13 @@ class Iteration:
         """
         if any(one.went_backward for one in self.pending) and not _has_gradient(layout_of_now()):
             self.pending = [one for one in self.pending if not one.went_backward]  # their gradients were thrown away
-        traces = [capture.trace for capture in self._collector.captured_from(*tensors_of(prediction))]
         try:
             scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
         except NotFiniteError as error:
+            traces = self._collector.traces_of(*tensors_of(prediction))
             self.pending.append(Pending(traces, bad=self._collector.not_finite_input() or error.source))
             return
-        passes = self._collector.sample(scores, mask)
+        passes, traces = self._collector.sample(scores, mask)
         if passes:
             self.pending.append(self._summed(layout_of_now(), passes, traces))
 

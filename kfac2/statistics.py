@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -47,14 +48,18 @@ class Use:
         """Return the use where just these rows are reached; the gradients of others are left out."""
         if self.reached is not None:
             reached = reached & self.reached
-        rows = Rows(torch.where(_like(reached, self.grads.tensor), self.grads.tensor, 0), self.grads.window)
+        mask = _like(self._in_order_of_rows(reached), self.grads.tensor)
+        rows = Rows(torch.where(mask, self.grads.tensor, 0), self.grads.window)
         return replace(self, grads=rows, reached=reached)
 
     def counted(self) -> tuple[Rows, Rows]:
         """Return the rows that count in the factors."""
         if self.reached is None:
             return self.inputs, self.grads
-        return self.layer.rows_at(self.inputs, self.grads, self.reached)
+        return self.layer.rows_at(self.inputs, self.grads, self._in_order_of_rows(self.reached))
+
+    def _in_order_of_rows(self, reached: Tensor) -> Tensor:
+        return reached.flip(1) if self.layer.is_mirrored else reached
 
     def map_rows(self) -> tuple[Rows, Rows]:
         """Return the rows whose sums are the maps of the coarse space, those that do not count among them."""
@@ -68,7 +73,7 @@ class Use:
     @property
     def places(self) -> int:
         """Rows of each of these: T."""
-        return self.grads.tensor[0, 0].numel()
+        return math.prod(self.grads.tensor.shape[2:])
 
     @property
     def row_count(self) -> int:
@@ -91,6 +96,7 @@ class Pass:
         samples: N, the leading size that most uses share.
         scale: what each g is to be multiplied by: M where g is the gradient of a mean.
         is_repeated: whether these are further gradients of uses whose inputs, and cases, have been counted.
+        misplaced: layers whose rows are known to be others than their number says.
     """
 
     uses: list[Use]
@@ -98,6 +104,7 @@ class Pass:
     samples: int
     scale: float = 1.0
     is_repeated: bool = False
+    misplaced: Collection[Layer] = ()
 
     def fits(self, use: Use) -> bool:
         """Tell whether a use holds rows of all samples, in their order: the leading size is N, or N·r.
@@ -105,11 +112,7 @@ class Pass:
         It is N·r where r rows of each sample follow each other, as many as another use has places (flattened tokens,
         windows of a map). Else (another axis first, the share of an expert, a table) nobody knows whose its rows are.
         """
-        r, rest = divmod(use.samples, self.samples)
-        if rest or r == 1:
-            return r == 1 and not rest
-        places = {other.places for other in self.uses if other.samples == self.samples}
-        return r * use.places in places or r in places
+        return use.layer not in self.misplaced and is_of_samples(use, self.uses, self.samples)
 
     def by_layer(self) -> dict[Layer, list[Use]]:
         """Return the uses of each layer."""
@@ -117,6 +120,15 @@ class Pass:
         for use in self.uses:
             uses.setdefault(use.layer, []).append(use)
         return uses
+
+
+def is_of_samples(use: Use, uses: Sequence[Use], samples: int) -> bool:
+    """Tell by its sizes whether a use holds rows of all samples, see `Pass.fits`."""
+    r, rest = divmod(use.samples, samples)
+    if rest or r == 1:
+        return r == 1 and not rest
+    places = {other.places for other in uses if other.samples == samples}
+    return r * use.places in places or r in places
 
 
 @dataclass

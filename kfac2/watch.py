@@ -7,6 +7,7 @@ stack.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +74,7 @@ class Watch:
         """Ids of the modules that this thread is calling, outermost first."""
         local = self._local
         if not hasattr(local, "inside"):
-            local.inside, local.mode, local.period = [], _Mode(self), self._period
+            local.inside, local.mode, local.plain, local.period = [], _Mode(self), None, self._period
         if local.period != self._period:  # another thread took the hooks away in the middle of a call
             local.inside, local.period = [], self._period
             local.mode.take_down()
@@ -84,9 +85,15 @@ class Watch:
         return self._local.mode
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if not self._inside and self._here():
-            self._mode.put_up()
-        self._inside.append(id(module))
+        inside = self._inside
+        if not inside:
+            self._local.plain = None
+            if self._here():
+                self._mode.put_up()
+        elif self._mode.is_up and _is_plain(module):
+            self._mode.take_down()
+            self._local.plain = module
+        inside.append(id(module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         inside = self._inside
@@ -96,6 +103,9 @@ class Watch:
             pass
         if not inside:
             self._mode.take_down()
+        elif self._local.plain is module:
+            self._local.plain = None
+            self._mode.put_up()
 
     def _here(self) -> list[Watcher]:
         thread = threading.get_ident()
@@ -107,6 +117,18 @@ class Watch:
             watcher.saw(call, x, weight, output)
 
 
+@functools.cache
+def _is_plain_class(kind: type[nn.Module]) -> bool:
+    handled = tuple(module for of_kind in KINDS for module in of_kind.modules)
+    return kind.__module__.startswith("torch.nn.modules.") and not issubclass(kind, handled)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Tell whether no layer's weight is used in a module: the mode makes each function that it sees slower."""
+    own = type(module)
+    return not module._modules and "forward" not in module.__dict__ and _is_plain_class(own)  # type: ignore[arg-type]
+
+
 class _Mode(TorchFunctionMode):
     """Sees every call of torch's functions, and tells of those that use a weight."""
 
@@ -114,17 +136,17 @@ class _Mode(TorchFunctionMode):
         super().__init__()
         self._watch = watch
         self._readers = {function: kind.read_call for kind in KINDS for function in kind.functions}
-        self._is_up = False
+        self.is_up = False
 
     def put_up(self) -> None:
         """Look at calls from now on."""
-        self._is_up = True
+        self.is_up = True
         if not any(mode is self for mode in _get_current_function_mode_stack()):
             self.__enter__()
 
     def take_down(self) -> None:
         """Leave the stack; below a mode that came later and stayed it does nothing from now on."""
-        self._is_up = False
+        self.is_up = False
         if _get_current_function_mode() is self:
             self.__exit__(None, None, None)
 
@@ -135,7 +157,7 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         read = self._readers.get(func)
-        if read is not None and self._is_up and torch.is_grad_enabled():
+        if read is not None and self.is_up and torch.is_grad_enabled():
             x, weight, call = read(func, args, kwargs)
             self._watch.tell(call, x, weight, output)
         return output

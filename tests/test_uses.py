@@ -329,6 +329,72 @@ def test_a_mask_where_positions_mix():
         Curvature(net).collect(Categorical(logits=net["b"](net["a"](x))), mask[:, :2])
 
 
+def test_a_mask_leaves_out_places_of_a_convolution():
+    """The rows of both factors: patches around masked places are none."""
+    for conv in (nn.Conv1d(3, 4, 3, padding=1, groups=1), nn.ConvTranspose1d(3, 4, 3, padding=1)):
+        torch.manual_seed(0)
+        conv = conv.double()
+        x, mask = torch.randn(5, 3, 7).double(), torch.arange(7) < torch.randint(1, 7, (5, 1))
+        curvature = Curvature(conv, levels=1)
+        curvature.collect(Normal(conv(x), 1.0), mask)
+        assert curvature.iteration.settle() is None
+        curvature.commit(*curvature.refreshed(None))
+        curvature.iteration.discard()
+        weight = conv.weight.detach().requires_grad_()
+        pairs = []
+        for n, t in mask.nonzero():
+            F_conv = F.conv1d if isinstance(conv, nn.Conv1d) else F.conv_transpose1d
+            out = F_conv(x[n : n + 1], weight, None, padding=1)[0, 0, t]
+            (row,) = torch.autograd.grad(out, weight)
+            row = row[0] if isinstance(conv, nn.Conv1d) else row[:, 0]
+            pairs.append(torch.cat([row.flatten(), torch.ones(1).double()]))
+        rows = torch.stack(pairs)
+        assert_equal(curvature.factors("")[0], rows.T @ rows / (5 * 4 * 7))
+
+
+class Expert(nn.Module):
+    """One expert that gets some of the rows, in slots."""
+
+    def __init__(self, tokens, slots=0):
+        super().__init__()
+        self.a, self.e, self.f, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.tokens, self.slots = torch.tensor(tokens), slots
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        flat = h.flatten(0, -2)
+        rows = F.pad(flat[self.tokens], (0, 0, 0, self.slots))
+        out = torch.tanh(self.e(rows))[: len(self.tokens)]
+        return self.head(torch.tanh(self.f((flat.index_add(0, self.tokens, out)).reshape(h.shape))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_share_of_as_many_rows_as_there_are_samples_is_no_batch(dtype):
+    torch.manual_seed(0)
+    m = Expert([5, 4, 3, 2]).to(dtype)
+    for inverse in ("cholesky", "ekfac"):
+        curvature = Curvature(m, inverse=inverse)
+        with pytest.warns(RuntimeWarning, match="e has rows that do not belong to the 4 samples"):
+            curvature.accumulate(Categorical(logits=m(torch.randn(4, 2, 6, dtype=dtype)).flatten(0, 1)))
+        fisher = curvature.coarse_fisher()
+        assert not fisher[1].any() and fisher[0, 3] != 0
+
+
+def test_empty_slots_of_an_expert_are_no_rows():
+    torch.manual_seed(0)
+    results = []
+    m = Expert([5, 4, 3]).double()
+    x = torch.randn(7, 2, 6).double()
+    for slots in (0, 8):
+        m.slots = slots
+        curvature = Curvature(m, levels=1)
+        torch.manual_seed(1)
+        curvature.accumulate(Categorical(logits=m(x).flatten(0, 1)))
+        results.append(curvature.factors("e"))
+    for one, other in zip(*results, strict=True):
+        assert_equal(one, other)
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_time_major(named):
     results = []

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kfac2.fine.base import Damping, Fields, ObservingSolver, decomposed_in_float64
 from kfac2.fine.exact import Exact, decomposed
-from kfac2.kinds import Rows
+from kfac2.kinds.base import formed
 from kfac2.layout import Layout, Stacks
 from kfac2.statistics import Pass, Sums, add_to, mixed_in
 
@@ -117,27 +116,6 @@ def squares_in_basis(a: Tensor, g: Tensor, V_A: Tensor, V_G: Tensor) -> Tensor:
         else:
             total += (V_G.mT @ torch.bmm(rows_g.mT, rows_a) @ V_A).square_().sum(0)
     return total
-
-
-def formed(rows: Rows, block: int) -> Tensor:
-    """Form the rows of one block, which nothing else needs.
-
-    Args:
-        rows: of a layer.
-        block: which of its groups.
-
-    Returns:
-        (N, T, d): channel slowest, then kernel offsets, then the bias 1.
-    """
-    x, window = rows
-    channels, rank = x.shape[1] // window.groups, len(window.kernel_size)
-    part = x[:, block * channels : (block + 1) * channels]
-    if any(zeros != (0, 0) for zeros in window.padding):
-        part = F.pad(part, [number for zeros in reversed(window.padding) for number in zeros])
-    for axis, (k, step, d) in enumerate(zip(window.kernel_size, window.stride, window.dilation, strict=True)):
-        part = part.unfold(2 + axis, d * (k - 1) + 1, step)[..., ::d]
-    patches = part.movedim(1, 1 + rank).reshape(x.shape[0], -1, window.row_length(x.shape[1]) - window.bias)
-    return F.pad(patches, (0, window.bias), value=1.0)
 
 
 def _outer(g: Tensor, a: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac2.window import Window
@@ -84,6 +86,8 @@ class Layer(ABC):
     """The names of their arguments, in order: input, weight and bias first."""
     has_tokens: ClassVar[bool] = False
     """Whether the loss may leave out places of a use, as padding."""
+    is_mirrored: ClassVar[bool] = False
+    """Whether its rows come in the opposite order of the places."""
 
     @classmethod
     def read_call(
@@ -169,19 +173,25 @@ class Layer(ABC):
         return self._for_maps(rows[0]), self._for_maps(rows[1])
 
     def rows_at(self, inputs: Rows, grads: Rows, reached: Tensor) -> tuple[Rows, Rows]:
-        """Return the rows of those samples of which the loss reaches any place.
+        """Return the rows of those samples and places that the loss reaches.
 
         Args:
             inputs: the rows ā of one use.
             grads: its rows g.
-            reached: bool, (samples, places).
+            reached: bool, (samples, places), places in the order of the rows.
         """
         samples = reached.any(1)
-        return Rows(inputs.tensor[samples], inputs.window), Rows(grads.tensor[samples], grads.window)
+        inputs, grads = (Rows(rows.tensor[samples], rows.window) for rows in (inputs, grads))
+        kept = reached[samples].flatten()
+        return (inputs, grads) if bool(kept.all()) else (_formed_at(inputs, kept), _formed_at(grads, kept))
 
     def samples_first(self, x: Tensor, batch_dim: int) -> Tensor:
         """Bring the axis of samples of an input, or of an output's gradient, to the front."""
         return x
+
+    def samples_last(self, g: Tensor, batch_dim: int) -> Tensor:
+        """Undo `samples_first`."""
+        return g
 
     def _for_maps(self, rows: Rows) -> Rows:
         """With too many groups, sum all of them into one map.
@@ -201,3 +211,31 @@ class Layer(ABC):
 # The same few windows are asked for at every statistics update; each encodes itself once.
 places = functools.cache(Window.places)
 of_all_groups = functools.cache(Window.of_all_groups)
+
+
+def formed(rows: Rows, block: int) -> Tensor:
+    """Form the rows of one block.
+
+    Args:
+        rows: of a layer.
+        block: which of its groups.
+
+    Returns:
+        (N, T, d): channel slowest, then kernel offsets, then the bias 1.
+    """
+    x, window = rows
+    channels, rank = x.shape[1] // window.groups, len(window.kernel_size)
+    part = x[:, block * channels : (block + 1) * channels]
+    if any(zeros != (0, 0) for zeros in window.padding):
+        part = F.pad(part, [number for zeros in reversed(window.padding) for number in zeros])
+    for axis, (k, step, d) in enumerate(zip(window.kernel_size, window.stride, window.dilation, strict=True)):
+        part = part.unfold(2 + axis, d * (k - 1) + 1, step)[..., ::d]
+    patches = part.movedim(1, 1 + rank).reshape(x.shape[0], -1, window.row_length(x.shape[1]) - window.bias)
+    return F.pad(patches, (0, window.bias), value=1.0)
+
+
+def _formed_at(rows: Rows, kept: Tensor) -> Rows:
+    """Return some of the rows, (rows, d) side by side for all blocks."""
+    groups, bias = rows.window.groups, rows.window.bias
+    plain = Rows(rows.tensor, dataclasses.replace(rows.window, bias=0))
+    return Rows(torch.cat([formed(plain, q).flatten(0, 1)[kept] for q in range(groups)], 1), places(0, groups, bias))

@@ -29,6 +29,7 @@ class ConvTranspose(Layer):
     modules = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     functions = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
     arguments = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    is_mirrored = True
     module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
     @property

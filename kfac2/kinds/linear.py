@@ -36,7 +36,11 @@ class Linear(Layer):
 
     def samples_first(self, x: Tensor, batch_dim: int) -> Tensor:
         """Bring the axis of samples to the front, where there are positions at all."""
-        return x.movedim(batch_dim, 0) if x.dim() > batch_dim + 1 else x
+        return x.movedim(batch_dim, 0) if batch_dim and x.dim() > batch_dim + 1 else x
+
+    def samples_last(self, g: Tensor, batch_dim: int) -> Tensor:
+        """Undo `samples_first`."""
+        return g.movedim(0, batch_dim) if batch_dim and g.dim() > batch_dim + 1 else g
 
 
 def _features_second(x: Tensor) -> Tensor:
