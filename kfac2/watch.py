@@ -86,6 +86,9 @@ class Watch:
         elif self._mode.is_up and _is_plain(module):
             self._mode.take_down()
             self._local.plain = module
+        elif self._local.plain is not None and not _is_plain(module):  # called by a hook of the plain one
+            self._local.plain = None
+            self._mode.put_up()
         inside.append(id(module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
