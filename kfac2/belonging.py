@@ -57,9 +57,9 @@ def misplaced(passed: Pass, back: Back) -> set[Layer]:
     *before, last = sorted(passed.uses, key=lambda use: use.order)
     tolerance = _TOLERANCE.get(last.g.dtype)
     before = [use for use in before if passed.fits(use)]
-    if passed.samples < 2 or not before or tolerance is None:
-        return set()
     is_fitting = passed.fits(last)
+    if not before or tolerance is None or (is_fitting and passed.samples == 1):
+        return set()
     count = passed.samples if is_fitting else last.samples
     w = 1 + torch.arange(count, dtype=torch.float64, device=last.g.device).mul(_GOLDEN).frac()
     of_rows = w.to(last.g.dtype).repeat_interleave(last.samples // count)

@@ -251,7 +251,7 @@ def batch_size(uses: Sequence[Use], leading: Sequence[int]) -> int:
         votes[use.samples] += reached
     most = max(votes.values())
     shared = [size for size, count in votes.items() if count > most - 1e-9]
-    return next((size for size in leading if size in shared), shared[-1])
+    return next(size for size in (*leading, *(use.samples for use in reversed(uses))) if size in shared)
 
 
 def counted_cases(last: Use, samples: int, cases: int | str | None) -> int:

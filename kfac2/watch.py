@@ -35,7 +35,7 @@ class Watch:
     """The hooks and the mode. What torch.compile has compiled runs as it was written meanwhile: it calls no hooks."""
 
     def __init__(self) -> None:
-        self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self._watchers: list[weakref.ref[Watcher]] = []  # read at each use: a WeakSet is slow to go through
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
         self._stance: Any = None
@@ -43,7 +43,7 @@ class Watch:
 
     def add(self, watcher: Watcher) -> None:
         """Tell a watcher of all uses from now on."""
-        self._watchers.add(watcher)
+        self._watchers.append(weakref.ref(watcher))
         if not self._handles:
             self._period += 1
             self._handles = [
@@ -54,11 +54,12 @@ class Watch:
 
     def remove(self, watcher: Watcher) -> None:
         """Tell a watcher nothing any more."""
-        self._watchers.discard(watcher)
+        self._watchers = [ref for ref in self._watchers if ref() is not watcher]
         self.tidy()
 
     def tidy(self) -> None:
         """Take the hooks away where nobody asks."""
+        self._watchers = [ref for ref in self._watchers if ref() is not None]
         if self._watchers or not self._handles:
             return
         for handle in self._handles:
@@ -93,6 +94,9 @@ class Watch:
         elif self._mode.is_up and _is_plain(module):
             self._mode.take_down()
             self._local.plain = module
+        elif self._local.plain is not None and not _is_plain(module):  # called by a hook of the plain one
+            self._local.plain = None
+            self._mode.put_up()
         inside.append(id(module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -109,7 +113,8 @@ class Watch:
 
     def _here(self) -> list[Watcher]:
         thread = threading.get_ident()
-        return [watcher for watcher in self._watchers if watcher.thread == thread]
+        watchers = [ref() for ref in self._watchers]
+        return [watcher for watcher in watchers if watcher is not None and watcher.thread == thread]
 
     def tell(self, call: Call, x: Any, weight: Any, output: Any) -> None:
         """Tell the watchers of this thread."""

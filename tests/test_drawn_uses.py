@@ -237,7 +237,7 @@ def leading_size(uses, log_prob):
     for use in uses:
         counts[len(use.a)] += float((use.g != 0).flatten(1).any(1).double().mean())
     shared = [size for size in counts if counts[size] > max(counts.values()) - 1e-9]
-    return log_prob.shape[0] if log_prob.shape[0] in shared else shared[-1]
+    return next(size for size in (log_prob.shape[0], *(len(use.a) for use in reversed(uses))) if size in shared)
 
 
 def mark_what_counts(uses, N, mask, fits):

@@ -124,6 +124,18 @@ def test_micro_batches_of_a_repeated_layer(fisher):
     assert opt.layers == ["w", "head"] and opt.factors("w")[0].shape == (7, 7)
 
 
+def test_a_layer_that_a_hook_of_a_plain_module_calls():
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    adapter = nn.Linear(6, 6).double()
+    m[1].adapter = [adapter]  # no submodule
+    whole = nn.ModuleList([m, adapter])
+    m[1].register_forward_pre_hook(lambda module, args: (args[0] + F.relu(adapter(args[0])),))
+    opt = KFAC(whole)
+    step(m, opt)
+    assert opt.layers == ["0.0", "0.2", "1"] and trace(opt.factors("1")) > 0
+
+
 # -- the self-check ---------------------------------------------------------------------------------------------
 
 
