@@ -1,7 +1,8 @@
 """Sees every use of a weight while any module runs, whoever calls torch's function.
 
 A mode of torch sees the calls of its functions. Global hooks of `torch.nn` put it up around the outermost call of a
-module, as long as anybody asks for it: in iterations of statistics. There is one for the process, since modes are a stack.
+module, as long as anybody asks for it: in iterations of statistics. There is one for the process, since modes are a
+stack.
 """
 
 from __future__ import annotations
