@@ -136,7 +136,7 @@ def steps(example: Example) -> Record:
         "errors": {name: max(of_layer) if of_layer else None for name, of_layer in found.items() if name in opt.layers},
         "left behind": dropped,
         "left alone": left,
-        "warnings": [text for text in dict.fromkeys(texts) if text not in dropped],
+        "warnings": [text for text in sorted({*texts}) if text not in dropped],
         "others": dict(others(example.model)),
         "without statistics": [layer.name for layer, seen in opt.curvature.layers_and_seen() if not seen],
     }
