@@ -27,7 +27,7 @@ def sampled_pass(task, seed=0):
     collector = Collector(layers, False, lambda layer, reason: pytest.fail(f"{layer.name} is to be dropped: {reason}"))
     collector.captures.turn(True)
     torch.manual_seed(seed)
-    (passed,) = collector.sample(scores_of(task.distribution(task.model(task.x))))
+    (passed,), _ = collector.sample(scores_of(task.distribution(task.model(task.x))))
     return layers, passed
 
 
