@@ -11,7 +11,7 @@ from kfac2.layout import Layout, Stacks
 
 FIRST = 0.1  # c until there is a spread
 KEPT = 0.8  # of the spread so far, at each update
-LEAST, MOST = 0.02, 3.0  # bounds of √c
+LEAST, MOST = 0.14, 3.0  # bounds of √c; below it a deep stack of batch norm went astray (c = 0.02)
 
 
 def followed(
@@ -60,7 +60,7 @@ def _square(new: Tensor, old: Tensor) -> Tensor:
 def damping(layout: Layout, spread: Tensor | None, kept: float) -> Tensor:
     """Return c, where √c is the median relative error of the factors.
 
-        r = √((1 - ε)/(1 + ε) · s),    √c = the median of r over the A and G of all blocks, within [0.02, 3].
+        r = √((1 - ε)/(1 + ε) · s),    √c = the median of r over the A and G of all blocks, within [0.14, 3].
 
     Where batches are independent draws of a factor, |X_batch - X̄|²_F estimates the variance of a draw, and a running
     average, whose weights are (1 - ε) εᵏ, has (1 - ε)/(1 + ε) of it: r is the standard error of an average, a root mean

@@ -25,7 +25,7 @@ from kfac2.layout import Layout
 def expected_damping(errors):
     """√c, squared: the lower median of what is known, within its bounds."""
     known = sorted(errors)
-    return min(max(known[(len(known) - 1) // 2], 0.02), 3.0) ** 2 if known else 0.1
+    return min(max(known[(len(known) - 1) // 2], spread.LEAST), 3.0) ** 2 if known else 0.1
 
 
 def error(s, kept):
@@ -120,7 +120,7 @@ def test_a_factor_of_zeros_or_out_of_range_says_nothing():
     far = torch.full((1, 3, 3), 1e30)  # the square of its norm is no float32
     assert torch.equal(spread.followed(layout, s, ([ones], [zeros]), ([far], [zeros]), [True], 0.5)[0], s[0])
     assert spread.damping(layout, s, 0.5).item() == pytest.approx(4 / 27)
-    assert spread.damping(layout, None, 0.0) == 0.1 and spread.damping(layout, 0 * s, 0.0).item() == 0.02**2
+    assert spread.damping(layout, None, 0.0) == 0.1 and spread.damping(layout, 0 * s, 0.0).item() == spread.LEAST**2
     assert spread.damping(layout, 1e9 * s, 0.0).item() == 9
 
 
@@ -163,7 +163,7 @@ def test_blocks_are_inverted_with_what_their_spread_says(inverse):
                 assert_equal(fields(opt, name)["G_inv"][0], G_inv)
             else:
                 assert_equal(*scales_of(curvature_of(opt), name, c))
-    assert 0.02 < c**0.5 < 3
+    assert spread.LEAST <= c**0.5 < 3
 
 
 def test_it_is_taken_with_inverses_that_are_due_and_moves_none_by_itself():
