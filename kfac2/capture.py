@@ -105,7 +105,7 @@ class Captures:
         known = {id(layer.weight): count for layer, count in self._since.items()}
         self._since = {layer: known.get(id(layer.weight), self._count) for layer in layers}
         for capture in [*self._alive]:
-            capture.layer = next((layer for layer in layers if layer.weight is capture.layer.weight), capture.layer)
+            capture.layer = self._layers.get(id(capture.layer.weight), capture.layer)
         if self._is_on:
             self._hook_weights()
 

@@ -14,11 +14,8 @@ from kfac2.belonging import misplaced
 from kfac2.capture import Capture, Captures, Trace
 from kfac2.kinds import Layer
 from kfac2.likelihood import Scores
-from kfac2.self_check import Rebuilt, SelfCheck, check_is_mean
+from kfac2.self_check import Reached, Rebuilt, SelfCheck, check_is_mean
 from kfac2.statistics import Pass, Use, is_of_samples
-
-Reached = Sequence[tuple[Capture, Tensor]]
-"""Captures, and the gradients of their outputs."""
 
 
 class Collector:

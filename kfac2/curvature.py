@@ -114,7 +114,12 @@ class Curvature(Readings):
         )
         self.collector.captures.turn(True)
         self.iteration = Iteration(
-            self.collector, self.solvers.coarse, self.options, self._observe, self.health.warn_once
+            lambda: self.layout,
+            self.collector,
+            self.solvers.coarse,
+            self.options,
+            self._observe,
+            self.health.warn_once,
         )
         self._step: Step | None = None
         self.scheduled = False
@@ -188,13 +193,13 @@ class Curvature(Readings):
         """Sum up one pass of this iteration, see `Iteration.collect`."""
         self._follow()
         if self.layout.layers:
-            self.iteration.collect(lambda: self.layout, prediction, mask)
+            self.iteration.collect(prediction, mask)
 
     @torch.no_grad()
     def collect_backward(self) -> None:
         """Sum up the ordinary backward passes of this iteration (the empirical Fisher)."""
         self._follow()
-        self.iteration.collect_backward(lambda: self.layout)
+        self.iteration.collect_backward()
 
     def _observe(self, passed: Pass, sums: Sums) -> None:
         """Let a solver that observes see the rows, in the basis that what it sees is averaged in."""

@@ -21,6 +21,7 @@ class Iteration:
     """The statistics of one iteration, from captured uses to sums.
 
     Args:
+        layout: gives that of the layers, which may become fewer as a pass is made.
         collector: makes passes of captured uses.
         coarse: adds up its own part.
         options: `fisher`, `samples` and `cases`.
@@ -36,6 +37,7 @@ class Iteration:
 
     def __init__(
         self,
+        layout: Callable[[], Layout],
         collector: Collector,
         coarse: CoarseSpace,
         options: CurvatureOptions,
@@ -46,21 +48,21 @@ class Iteration:
         self.sums = Sums()
         self.kept: list[KeptPass] = []
         self.keeps_rows = False
+        self._layout = layout
         self._collector = collector
         self._coarse = coarse
         self._options = options
         self._observe = observe
         self._warn_once = warn_once
 
-    def collect(self, layout_of_now: Callable[[], Layout], prediction: Prediction, mask: Tensor | None) -> None:
+    def collect(self, prediction: Prediction, mask: Tensor | None) -> None:
         """Sum up one pass, which waits; raises what `scores_of` and `Collector.sample` do. A NaN waits, too.
 
         Args:
-            layout_of_now: of the layers, which may become fewer as the pass is made.
             prediction: the model's predictive distribution.
             mask: which tokens are data, or None.
         """
-        if any(one.went_backward for one in self.pending) and not _has_gradient(layout_of_now()):
+        if any(one.went_backward for one in self.pending) and not _has_gradient(self._layout()):
             self.pending = [one for one in self.pending if not one.went_backward]  # their gradients were thrown away
         try:
             scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
@@ -70,12 +72,12 @@ class Iteration:
             return
         passes, traces = self._collector.sample(scores, mask)
         if passes:
-            self.pending.append(self._summed(layout_of_now(), passes, traces))
+            self.pending.append(self._summed(passes, traces))
 
-    def collect_backward(self, layout_of_now: Callable[[], Layout]) -> None:
+    def collect_backward(self) -> None:
         """Sum up the ordinary backward passes (the empirical Fisher), which count at once."""
         for passed in self._collector.followed_backward(self._options.cases):
-            self._take([self._summed(layout_of_now(), [passed], [])])
+            self._take([self._summed([passed], [])])
 
     def settle(self, must_go_backward: bool = True) -> str | None:
         """Add up the passes that count; return what is not finite in one of them, or None.
@@ -94,11 +96,11 @@ class Iteration:
         self.pending = []
         return bad
 
-    def _summed(self, layout: Layout, passes: Sequence[Pass], traces: list[Trace]) -> Pending:
+    def _summed(self, passes: Sequence[Pass], traces: list[Trace]) -> Pending:
         sums = Sums()
         for passed in passes:
             sums.add_factors(passed)
-            self._coarse.add(layout, sums, passed)
+            self._coarse.add(self._layout(), sums, passed)
             self._observe(passed, sums)
         for layer in sums.misfits:
             self._warn_once(f"misfit {layer.name}", misfit(passes[0], layer))

@@ -20,6 +20,7 @@ from kfac2.kinds import Layer
 from kfac2.statistics import Use
 
 Reached = Sequence[tuple[Capture, Tensor]]
+"""Captures, and the gradients of their outputs."""
 _MOST_SETS = 64  # of uses that are told apart: with experts, each pass may have its own
 _LOW = (torch.float16, torch.bfloat16)
 

@@ -112,10 +112,23 @@ class Transposed(nn.Module):
         return self.head(torch.tanh(self.a(x)) @ self.a.weight.T)
 
 
+def step_of_the_layer_that_leaves(model, opt, reason):
+    """Take a step in which its first layer leaves; return by how much that moves."""
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    before = model.a.weight.detach().clone()
+    out = model(x)
+    with pytest.warns(RuntimeWarning, match=reason):
+        opt.accumulate_fisher(Categorical(logits=out))
+    F.cross_entropy(out, y).backward()
+    opt.step()
+    assert opt.layers == ["head"]
+    return (model.a.weight - before).abs()
+
+
 @pytest.mark.parametrize("old_state", [False, True])
 def test_a_schedule_scales_adamw_of_a_dropped_layer_by_the_rate_of_its_own_group(old_state):
     torch.manual_seed(0)
-    model, x, y = Transposed(), torch.randn(12, 4), torch.arange(12) % 3
+    model = Transposed()
 
     def groups():
         return [{"params": model.a.parameters(), "lr": 0.2}, {"params": model.head.parameters()}]
@@ -130,14 +143,7 @@ def test_a_schedule_scales_adamw_of_a_dropped_layer_by_the_rate_of_its_own_group
     opt.load_state_dict(state)
     torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 0.5)
     assert [group["lr"] for group in opt.param_groups] == [0.1, 0.5]
-    before = model.a.weight.detach().clone()
-    out = model(x)
-    with pytest.warns(RuntimeWarning, match="a leaves K-FAC"):
-        opt.accumulate_fisher(Categorical(logits=out))
-    F.cross_entropy(out, y).backward()
-    opt.step()
-    assert opt.layers == ["head"]
-    change = (model.a.weight - before).abs()
+    change = step_of_the_layer_that_leaves(model, opt, "a leaves K-FAC")
     assert_equal(change, torch.full_like(change, 0.5 * 0.01), 1e-3)  # the first step of Adam, half of rest_lr
 
 
@@ -150,16 +156,10 @@ def test_rest_sgd_is_one_group_at_the_rate_of_kfac():
 
 def test_a_layer_that_leaves_goes_to_adamw():
     torch.manual_seed(0)
-    model, x, y = Transposed(), torch.randn(12, 4), torch.arange(12) % 3
+    model = Transposed()
     opt = kfac2.KFAC(model, rest_lr=0.01)
-    before = model.a.weight.detach().clone()
-    out = model(x)
-    with pytest.warns(RuntimeWarning, match="a leaves K-FAC, and takes its plain gradient: its rows do not rebuild"):
-        opt.accumulate_fisher(Categorical(logits=out))
-    F.cross_entropy(out, y).backward()
-    opt.step()
-    assert opt.layers == ["head"]
-    change = (model.a.weight - before).abs()
+    reason = "a leaves K-FAC, and takes its plain gradient: its rows do not rebuild"
+    change = step_of_the_layer_that_leaves(model, opt, reason)
     assert_equal(change, torch.full_like(change, 0.01), 1e-3)  # the first step of Adam
 
 

@@ -79,6 +79,7 @@ class Error : public std::runtime_error {
 
 // In which order the threads of a block run between barriers, and the blocks of a grid.
 enum class Order { kForward, kReverse, kShuffled };
+constexpr Order kOrders[] = {Order::kForward, Order::kReverse, Order::kShuffled};
 
 // Of all launches from now on; each launch starts again from the seed.
 void set_order(Order order, uint64_t seed = 0);

@@ -64,10 +64,8 @@ int64_t launches_for(int64_t count) {
 
 int main(int argc, char** argv) {
   const int seeds = argc > 1 ? std::atoi(argv[1]) : 8;
-  const emulation::Order orders[] = {emulation::Order::kForward, emulation::Order::kReverse,
-                                     emulation::Order::kShuffled};
   for (int seed = 0; seed < seeds; ++seed) {
-    for (const emulation::Order order : orders) {
+    for (const emulation::Order order : emulation::kOrders) {
       emulation::set_order(order, static_cast<unsigned>(seed));
       Random random(seed);
       test_layers(drawn_layers(random));

@@ -227,10 +227,8 @@ void test_refusals() {
 
 int main(int argc, char** argv) {
   const int seeds = argc > 1 ? std::atoi(argv[1]) : 8;
-  const emulation::Order orders[] = {emulation::Order::kForward, emulation::Order::kReverse,
-                                     emulation::Order::kShuffled};
   for (int seed = 0; seed < seeds; ++seed) {
-    for (const emulation::Order order : orders) {
+    for (const emulation::Order order : emulation::kOrders) {
       emulation::set_order(order, static_cast<unsigned>(seed));
       Random random(seed);
       test_layers(DrawnLayers(random));

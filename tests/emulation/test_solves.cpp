@@ -115,9 +115,7 @@ void test_launches_do_not_grow_with_layers() {
 }  // namespace
 
 int main() {
-  const emulation::Order orders[] = {emulation::Order::kForward, emulation::Order::kReverse,
-                                     emulation::Order::kShuffled};
-  for (const emulation::Order order : orders) {
+  for (const emulation::Order order : emulation::kOrders) {
     for (int seed = 0; seed < 3; ++seed) {
       emulation::set_order(order, static_cast<unsigned>(seed));
       Random random(100 + seed);

@@ -236,9 +236,7 @@ int64_t launches_for(int64_t layers) {
 }  // namespace
 
 int main() {
-  const emulation::Order orders[] = {emulation::Order::kForward, emulation::Order::kReverse,
-                                     emulation::Order::kShuffled};
-  for (const emulation::Order order : orders) {
+  for (const emulation::Order order : emulation::kOrders) {
     emulation::set_order(order, 1);
     for (int seed = 0; seed < 4; ++seed) {
       test_step<float>(seed, 1 + 5 * seed, 9, nullptr);
