@@ -50,7 +50,7 @@ class Curvature(Readings):
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
         **settings: `levels`, `inverse`, `fisher`, `stat_decay`, `downsample`, `coarse_weight`, `coarse_damping`,
-            `coarse_max_groups`, `inverse_dtype`, `cases`, `batch_dim` and `check_every`, as in `KFAC`.
+            `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`.
 
     Attributes:
         options: the options; those that state does not depend on may be set at any time.

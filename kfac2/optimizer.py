@@ -64,7 +64,8 @@ class KFAC(Readings, Optimizer):
         weight_decay: added to the preconditioned gradient; decoupled in AdamW. Default 0.
         nesterov: default False.
         damping: c > 0: λ of a block is c times the mean of its own eigenvalues, (tr A/d_in)(tr G/d_out). By default
-            `"auto"`: √c is the median relative standard error of the factors, taken with new inverses (`kfac2.spread`).
+            `"auto"`: √c is the median relative standard error of the factors, or 0.14 where that is less, taken with
+            new inverses (`kfac2.spread`).
         relative_damping: with False the number `damping` is λ itself, in units of the mean loss's Fisher. Default True.
         kl_clip: κ > 0, bounds the change of the predictions of one step as the blocks see it; None: off. Default 0.1.
         kl_bound: K > 0, bounds η² dᵀFd, measured over all layers with a quarter of the samples of each statistics
