@@ -55,7 +55,6 @@ class Curvature(Readings):
     Attributes:
         options: the options; those that state does not depend on may be set at any time.
         own: ids of the parameters whose layers may be handled, if they are among those that are trained.
-        keeps_rows: whether some rows of each pass are kept, in `kept`, until who asked for it clears the list.
         collector: captures forward passes with grad enabled, until `close`.
         dropping: called before a layer is dropped, while what was found still has its names.
 
@@ -98,7 +97,7 @@ class Curvature(Readings):
         self.layout = Layout(layers, layers[0].weight.device)
         self.solvers = Solvers(
             SOLVERS[self.options.inverse](),
-            coarse_space(self.options.levels, self.options.downsample),
+            coarse_space(self.options.space, self.options.downsample),
             Alone(),
         )
         warn_of_large_factors(self.layout, self.solvers.fine)
@@ -108,7 +107,7 @@ class Curvature(Readings):
         self.dropped: dict[str, str] = {}
         self.dropping: Callable[[], object] = lambda: None
         is_empirical = self.options.fisher == "empirical"
-        is_by_sample = self.options.levels == 2 or self.options.inverse == "ekfac"
+        is_by_sample = self.options.space is not None or self.options.inverse == "ekfac"
         self.collector = Collector(
             layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every, is_by_sample
         )
@@ -189,11 +188,11 @@ class Curvature(Readings):
             self.iteration.discard()
 
     @torch.no_grad()
-    def collect(self, prediction: Prediction, mask: Tensor | None = None) -> None:
+    def collect(self, prediction: Prediction, mask: Tensor | None = None, has_loss: bool = True) -> None:
         """Sum up one pass of this iteration, see `Iteration.collect`."""
         self._follow()
         if self.layout.layers:
-            self.iteration.collect(prediction, mask)
+            self.iteration.collect(prediction, mask, has_loss)
 
     @torch.no_grad()
     def collect_backward(self) -> None:

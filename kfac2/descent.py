@@ -16,6 +16,13 @@ Rate = float | Tensor
 _FULL = (torch.float32, torch.float64)
 
 
+def times(lr: Rate, *factors: Rate) -> Rate:
+    """Multiply a rate; a factor of 1 leaves the number that it is."""
+    for factor in factors:
+        lr = lr if isinstance(factor, float) and factor == 1 else lr * factor
+    return lr
+
+
 def sgd_step(params: Sequence[Tensor], state: State, group: Mapping[str, Any], lr: Rate, found: Tensor | None) -> None:
     """Take a step of SGD with weight decay and momentum.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,10 +50,15 @@ class KeptPass(NamedTuple):
     cases: float
 
 
-def kept_of(passed: Pass, share: float = 0.25, least: int = 32) -> KeptPass:
-    """Keep a share of the samples of a pass, and at least so many."""
+def kept_of(passed: Pass, count: int) -> KeptPass:
+    """Keep so many samples of a pass.
+
+    Args:
+        passed: the pass.
+        count: how many samples; all where there are no more.
+    """
     whole = passed.samples
-    count = min(whole, max(least, int(whole * share)))
+    count = min(whole, count)
     uses = []
     for use in passed.uses:
         inputs, grads, samples = use.inputs, use.grads, use.samples
@@ -65,12 +71,15 @@ def kept_of(passed: Pass, share: float = 0.25, least: int = 32) -> KeptPass:
     return KeptPass(uses, count, passed.cases * count / whole)
 
 
+def quarter(samples: int) -> int:
+    """Return how many of so many samples a divergence is measured with: a quarter, and at least 32."""
+    return max(32, samples // 4)
+
+
 def divergence(passes: Sequence[KeptPass], direction: Direction) -> Tensor:
     """Return dᵀFd = 1/M Σ_n (Σ_i s_ni)², s_ni = Σ_t g_ntᵀ D_i ā_nt: twice the divergence that a step d would bring.
 
-    s_ni is the derivative of sample n's log-likelihood along layer i's part D_i of the step. All layers are coupled,
-    where the KL clip sees each for itself. A use whose rows do not fit the samples counts for
-    itself here, too.
+    All layers are coupled, where the KL clip sees each for itself.
 
     Args:
         passes: kept rows of this iteration.
@@ -82,51 +91,86 @@ def divergence(passes: Sequence[KeptPass], direction: Direction) -> Tensor:
     layers = dict.fromkeys(use.layer for kept in passes for use in kept.uses)
     moved = {id(p): direction(p) for layer in layers for p in (layer.weight, layer.bias) if p is not None}
     moving = [layer for layer in layers if moved[id(layer.weight)] is not None]
-    matrices = dict(zip(moving, _as_matrices(moving, moved), strict=True))
-    squares, cases = [], 0.0
+    if not moving:
+        return torch.zeros((), dtype=torch.float64, device=next(iter(layers)).weight.device)
+    s, cases = derivatives(passes, moving, as_matrices(moving, [moved]))
+    return s.sum(2).square().sum() / cases
+
+
+def derivatives(
+    passes: Sequence[KeptPass], layers: Sequence[Layer], matrices: Sequence[Tensor]
+) -> tuple[Tensor, float]:
+    """Return s_nki = Σ_t g_ntᵀ D_ki ā_nt, the derivative of sample n's log-likelihood as layer i moves along D_ki.
+
+    A use whose rows do not fit the samples has rows of its own here, in which all other layers are 0: nobody knows
+    which sample each belongs to, so it counts for itself.
+
+    Args:
+        passes: kept rows of an iteration.
+        layers: the L layers that move; uses of others are left out.
+        matrices: D of each layer, (K, blocks, d_out, d_in).
+
+    Returns:
+        s, (rows, K, L), float64; and M.
+    """
+    number = {layer: i for i, layer in enumerate(layers)}
+    count = matrices[0].shape[0]
+    parts, cases = [], 0.0
     for kept in passes:
         cases += kept.cases
-        uses = [use for use in kept.uses if use.layer in matrices]
-        if not uses:
-            continue
-        products = []
-        for use, s in zip(uses, _derivatives(uses, matrices), strict=True):
-            if not use.fits:
-                squares.append(s.square().sum())
+        uses = [use for use in kept.uses if use.layer in number]
+        fitting: list[tuple[int, Tensor]] = []
+        for use, s in zip(uses, _derivatives(uses, [matrices[number[use.layer]] for use in uses]), strict=True):
+            if use.fits:
+                fitting.append((number[use.layer], s.view(count, kept.samples, -1).sum(2)))
             else:
-                products.append(s if use.samples == kept.samples else s.view(1, kept.samples, -1).sum(2))
-        if products:
-            squares.append(torch.cat(products).sum(0).square().sum())
-    return torch.stack(squares).sum() / cases
+                own = s.new_zeros(s.shape[1], count, len(layers))
+                own[:, :, number[use.layer]] = s.T
+                parts.append(own)
+        if fitting:
+            places = torch.tensor([i for i, _ in fitting], device=matrices[0].device)
+            rows = torch.stack([s for _, s in fitting])
+            parts.append(rows.new_zeros(len(layers), *rows.shape[1:]).index_add_(0, places, rows).permute(2, 1, 0))
+    none = torch.zeros(0, count, len(layers), dtype=torch.float64, device=matrices[0].device)
+    return torch.cat([none, *parts]), cases
 
 
-def _as_matrices(layers: Sequence[Layer], moved: dict[int, Tensor | None]) -> list[Tensor]:
-    """Return what moves the parameters as matrices, (1, blocks, d_out, d_in); a bias that does not move has zeros."""
+def as_matrices(layers: Sequence[Layer], directions: Sequence[Mapping[int, Tensor | None]]) -> list[Tensor]:
+    """Return what moves the parameters as matrices, (K, blocks, d_out, d_in) of each layer.
+
+    Args:
+        layers: the layers.
+        directions: K of them, each by id of the parameter; one that is not there does not move, and has zeros.
+    """
     parts: list[Tensor] = []
     places: list[tuple[int, int, int, int]] = []
     sizes: list[int] = []
     begin = 0
     for i, layer in enumerate(layers):
-        blocks, d_out, d_in = layer.matrix_shape
-        for part in layer.parts():
-            d = moved[id(part.parameter)]
-            if d is not None:
-                parts.append(d if part.view is None else part.view(d))
-                places.append((begin + part.place, d_in, i, 0))
-        sizes.append(blocks * d_out * d_in)
+        size = math.prod(layer.matrix_shape)
+        for k, moved in enumerate(directions):
+            for part in layer.parts():
+                d = moved.get(id(part.parameter))
+                if d is not None:
+                    parts.append(d if part.view is None else part.view(d))
+                    places.append((begin + k * size + part.place, layer.matrix_shape[2], i, 0))
+        sizes.append(len(directions) * size)
         begin += sizes[-1]
     dtype = torch.float64 if any(layer.factor_dtype == torch.float64 for layer in layers) else torch.float32
-    matrices = torch.zeros(begin, dtype=dtype, device=layers[0].weight.device if layers else None)
-    if layers:
-        gather_gradients(parts, torch.tensor(places, device="cpu"), len(layers), 1, matrices)
-    return [m.view(1, *layer.matrix_shape) for layer, m in zip(layers, matrices.split(sizes), strict=True)]
+    matrices = torch.zeros(begin, dtype=dtype, device=layers[0].weight.device)
+    gather_gradients(parts, torch.tensor(places, device="cpu").reshape(-1, 4), len(layers), 1, matrices)
+    return [
+        m.view(len(directions), *layer.matrix_shape) for layer, m in zip(layers, matrices.split(sizes), strict=True)
+    ]
 
 
-def _derivatives(uses: Sequence[KeptUse], matrices: dict[Layer, Tensor]) -> list[Tensor]:
-    """Return s_ni of each use, (1, samples)."""
+def _derivatives(uses: Sequence[KeptUse], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return s of each use, (K, samples)."""
+    if not uses:
+        return []
     inputs, windows = zip(*(use.inputs for use in uses), strict=True)
-    directions = [matrices[use.layer] for use in uses]
-    for i, x in enumerate(inputs):
-        if (x.dtype == torch.float64) != (directions[i].dtype == torch.float64):
-            directions[i] = directions[i].to(sum_dtype(x.dtype))
+    directions = [
+        m if (x.dtype == torch.float64) == (m.dtype == torch.float64) else m.to(sum_dtype(x.dtype))
+        for x, m in zip(inputs, matrices, strict=True)
+    ]
     return directional_derivatives(inputs, windows, [use.grads.tensor for use in uses], directions)

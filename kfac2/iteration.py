@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -32,7 +33,8 @@ class Iteration:
         pending: passes that wait for their loss to go backward.
         sums: of those that count.
         kept: what is kept of their rows, until who asked for it clears the list.
-        keeps_rows: whether anything is.
+        keeps: how many of so many samples of a pass are kept, at most; None: nothing is kept.
+        sums_factors: whether passes are summed up; else their rows are only kept.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class Iteration:
         self.pending: list[Pending] = []
         self.sums = Sums()
         self.kept: list[KeptPass] = []
-        self.keeps_rows = False
+        self.keeps: Callable[[int], int] | None = None
+        self.sums_factors = True
         self._layout = layout
         self._collector = collector
         self._coarse = coarse
@@ -55,12 +58,13 @@ class Iteration:
         self._observe = observe
         self._warn_once = warn_once
 
-    def collect(self, prediction: Prediction, mask: Tensor | None) -> None:
+    def collect(self, prediction: Prediction, mask: Tensor | None, has_loss: bool = True) -> None:
         """Sum up one pass, which waits; raises what `scores_of` and `Collector.sample` do. A NaN waits, too.
 
         Args:
             prediction: the model's predictive distribution.
             mask: which tokens are data, or None.
+            has_loss: whether a loss of the same forward pass goes backward; else the pass counts in any case.
         """
         if any(one.went_backward for one in self.pending) and not _has_gradient(self._layout()):
             self.pending = [one for one in self.pending if not one.went_backward]  # their gradients were thrown away
@@ -68,11 +72,12 @@ class Iteration:
             scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
         except NotFiniteError as error:
             traces = self._collector.traces_of(*tensors_of(prediction))
-            self.pending.append(Pending(traces, bad=self._collector.not_finite_input() or error.source))
+            bad = self._collector.not_finite_input() or error.source
+            self.pending.append(Pending(traces, bad=bad, has_loss=has_loss))
             return
         passes, traces = self._collector.sample(scores, mask)
         if passes:
-            self.pending.append(self._summed(passes, traces))
+            self.pending.append(replace(self._summed(passes, traces), has_loss=has_loss))
 
     def collect_backward(self) -> None:
         """Sum up the ordinary backward passes (the empirical Fisher), which count at once."""
@@ -98,13 +103,15 @@ class Iteration:
 
     def _summed(self, passes: Sequence[Pass], traces: list[Trace]) -> Pending:
         sums = Sums()
-        for passed in passes:
+        for passed in passes if self.sums_factors else ():
             sums.add_factors(passed)
             self._coarse.add(self._layout(), sums, passed)
             self._observe(passed, sums)
         for layer in sums.misfits:
             self._warn_once(f"misfit {layer.name}", misfit(passes[0], layer))
-        return Pending(traces, sums, [kept_of(passed) for passed in passes] if self.keeps_rows else [])
+        keeps = self.keeps
+        kept = [] if keeps is None else [kept_of(passed, keeps(passed.samples)) for passed in passes]
+        return Pending(traces, sums, kept)
 
     def discard(self) -> None:
         """Free what was captured and summed; what is kept of rows stays."""

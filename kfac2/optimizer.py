@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any, overload
 
 import torch
@@ -12,14 +14,15 @@ from torch.optim import Optimizer
 from kfac2.bound import Bound
 from kfac2.checkpoint import in_groups_too, is_for_its_state, out_of_groups
 from kfac2.curvature import Curvature
-from kfac2.descent import Rate, adamw_step, next_steps, sgd_step
-from kfac2.divergence import divergence
+from kfac2.descent import Rate, adamw_step, next_steps, sgd_step, times
+from kfac2.directed import MOST_DAMPING, PER_LAYER, Directed
+from kfac2.divergence import divergence, quarter
 from kfac2.groups import as_groups, check_group, handled_by
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
 from kfac2.likelihood import Prediction
 from kfac2.options import OptimizerOptions, check_option
-from kfac2.preconditioner import Preconditioner
+from kfac2.preconditioner import Preconditioner, Predict
 from kfac2.readings import Readings
 from kfac2.rise import Rise
 
@@ -75,7 +78,9 @@ class KFAC(Readings, Optimizer):
             gradients at the rate of their group.
         rest_lr: the rate of AdamW; default 1e-3.
         betas, eps: of AdamW; default (0.9, 0.999) and 1e-8.
-        levels: 1 for plain K-FAC, the default; 2 for two-level K-FAC.
+        levels: 1 for plain K-FAC, the default; 2 for two-level K-FAC with the paper's space.
+        coarse: the space of the second level: `'ones'` is the paper's, `'directions'` that of v_i and the last update
+            d_i of all layers (see below); by default what `levels` says.
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
             of A ⊗ G + λI, `'ekfac'` for EKFAC (George et al. 2018): the same eigenbasis, with the diagonal that the
             Fisher has in it, estimated anew at each statistics update.
@@ -90,7 +95,10 @@ class KFAC(Readings, Optimizer):
             `damping`, `kl_clip`, `cov_every` and `inv_every` may also be callables that take the iteration.
         downsample: `'nearest'` or `'area'`, how maps of different grids meet.
         coarse_weight: ω, the weight of the coarse step; default 1 (the paper).
-        coarse_damping: λ_c > 0; by default λ (the paper), or with relative damping c tr A_i tr G_i of each layer.
+        coarse_damping: λ_c > 0; by default λ (the paper), or with relative damping c tr A_i tr G_i of each layer. With
+            `coarse="directions"` τ, from coefficients that are free to a pair that all layers share (infinity);
+            default 3.
+        coarse_samples: how many samples the space of directions is measured with; default 16 for each layer.
         coarse_max_groups: a convolution with more groups than this gives the coarse space one map, the sum
             over its groups, in place of one for each; an approximation that counts products across groups as
             well. Default 32.
@@ -135,6 +143,7 @@ class KFAC(Readings, Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         levels: int = 1,
+        coarse: str | None = None,
         inverse: str = "cholesky",
         fisher: str = "mc",
         stat_decay: float = 0.95,  # ε is at most this
@@ -145,6 +154,7 @@ class KFAC(Readings, Optimizer):
         coarse_weight: float = 1.0,  # ω
         coarse_damping: float | None = None,  # λ_c
         coarse_max_groups: int = 32,
+        coarse_samples: int | None = None,
         inverse_dtype: torch.dtype | None = None,
         cases: int | str | None = None,  # M
         samples: int = 1,
@@ -158,8 +168,8 @@ class KFAC(Readings, Optimizer):
         check_option("rest", rest, str, lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
         groups = as_groups(model.parameters() if params is None else params)
         self._rest = rest
-        self._bound, self._rise = Bound(), Rise()
-        self.options = OptimizerOptions.of({name: arguments[name] for name in OptimizerOptions.__dataclass_fields__})
+        self._bound, self._rise, self._directed = Bound(), Rise(), Directed()
+        self.options = OptimizerOptions.of({field.name: arguments[field.name] for field in fields(OptimizerOptions)})
         self.preconditioner = Preconditioner(
             model,
             params=[parameter for group in groups for parameter in group["params"]],
@@ -167,7 +177,13 @@ class KFAC(Readings, Optimizer):
             options=self.options,
         )
         self.curvature = self.preconditioner.curvature
-        self.curvature.iteration.keeps_rows = kl_bound is not None
+        self._is_directed = coarse == "directions"
+        if self._is_directed:
+            self.preconditioner.wants_rows = self._directed.signal.wants_step
+            self.preconditioner.part = self._part
+            self.preconditioner.took_statistics = self._directed.signal.decide
+            self.preconditioner.iteration = 0
+        self._follow_signal()
         self._handled = handled_by(self.curvature.found)
         if rest == "adamw":  # what its groups hold is none of K-FAC's, whatever becomes of it
             self.curvature.own = self._handled
@@ -190,7 +206,10 @@ class KFAC(Readings, Optimizer):
             TypeError: if a value has the wrong type.
             ValueError: if a value is out of its range.
         """
-        check_group({**self.defaults, **param_group})
+        settings = {**self.defaults, **param_group}
+        check_group(settings)
+        if self._is_directed and settings["nesterov"]:
+            raise ValueError("nesterov must be False with coarse='directions', which has no momentum, got True")
         (group,) = as_groups([param_group])
         handled = [p for p in group["params"] if id(p) in self._handled or self._rest == "sgd"]
         others = [p for p in group["params"] if not (id(p) in self._handled or self._rest == "sgd")]
@@ -232,16 +251,19 @@ class KFAC(Readings, Optimizer):
             self._rise.follow(loss, self.curvature.layout.device, self.curvature.health.at_once)
         if closure is None and is_for_its_state(self.param_groups, self.state):
             for group in self.param_groups:
-                self._descend(group, set(self._handled))
+                self._descend(group, set(self._handled), set())
             return None
         rates = self._follow_groups()
+        self._follow_signal()
         if self.preconditioner.precondition(lambda layer: rates[id(layer.weight)]):
             seen = self.curvature.layers_with_statistics()
-            self._measure(seen)
+            moved = self._step_directed(seen) if self._is_directed else set()
+            if not moved:
+                self._measure(seen)
             with_weights = ((weight, layer.bias) for layer in seen if (weight := layer.weight).grad is not None)
             along = {id(parameter) for pair in with_weights for parameter in pair}
             for group in self.param_groups:
-                self._descend(group, along)
+                self._descend(group, along, moved)
         self.curvature.iteration.kept = []
         return loss
 
@@ -255,9 +277,9 @@ class KFAC(Readings, Optimizer):
                 del self.state[gone]  # torch.optim cannot save it
         return rates
 
-    def _descend(self, group: dict[str, Any], along: set[int]) -> None:
-        """Step the parameters of a group: those along which K-FAC gave a direction, and the others."""
-        params = [parameter for parameter in group["params"] if parameter.grad is not None]
+    def _descend(self, group: dict[str, Any], along: set[int], moved: set[int]) -> None:
+        """Step the parameters of a group that were not moved yet: those with a direction of K-FAC, and the others."""
+        params = [p for p in group["params"] if p.grad is not None and id(p) not in moved]
         found = self.preconditioner.found
         if self._rest == "sgd":
             sgd_step(params, self.state, group, self._bounded(group["lr"]), found)
@@ -291,14 +313,11 @@ class KFAC(Readings, Optimizer):
 
     def _bounded(self, lr: Rate) -> Rate:
         of_bound = 1.0 if self.options.kl_bound is None else self._bound.factor
-        for factor in (of_bound, self._rise.factor(self.curvature.health.at_once)):
-            lr = lr if isinstance(factor, float) and factor == 1 else lr * factor
-        return lr
+        return times(lr, of_bound, self._rise.factor(self.curvature.health.at_once))
 
     def _measure(self, layers: Iterable[Layer]) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
         kept, bound = self.curvature.iteration.kept, self.options.kl_bound
-        self.curvature.iteration.keeps_rows = bound is not None
         if bound is None or not kept:
             return
         moving = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
@@ -308,6 +327,37 @@ class KFAC(Readings, Optimizer):
             steps |= zip(map(id, own), next_steps(own, self.state, group), strict=True)
         self._bound.measured(divergence(kept, lambda p: steps.get(id(p))), bound, self.curvature.health.at_once)
 
+    # -- the space of directions --------------------------------------------------------------------------------
+
+    def _part(self, samples: int) -> int:
+        """Return how many of so many samples the space of directions is measured with."""
+        count = self.options.coarse_samples or PER_LAYER * len(self.curvature.layout.layers)
+        return min(samples, max(count, 1))
+
+    def _follow_signal(self) -> None:
+        """Say which rows are kept, and how blocks are damped, in the iteration that begins."""
+        directed = self._is_directed and self.preconditioner.wants_rows(self.preconditioner.iteration)
+        bounded = quarter if self.options.kl_bound is not None else None
+        self.curvature.iteration.keeps = self._part if directed else bounded
+        self.preconditioner.schedule.most_damping = (
+            MOST_DAMPING if self._is_directed and self._directed.signal.is_on else math.inf
+        )
+
+    def _step_directed(self, seen: Sequence[Layer]) -> set[int]:
+        """Take a step in the space of directions where this iteration has its rows; return ids of what has moved."""
+        step, layout, iteration = self.curvature.prepared(), self.curvature.layout, self.preconditioner.iteration - 1
+        return self._directed.step(
+            self.curvature.iteration.kept if self._directed.signal.wants_step(iteration) else [],
+            [layer for layer in seen if layer.weight.grad is not None],
+            lambda layer: step.gradient(layout.number(layer)),
+            self.param_groups,
+            self.state,
+            self.options.coarse_damping,
+            self.options.at("kl_clip", iteration),
+            self._rise.factor(self.curvature.health.at_once),
+            self.preconditioner.found,
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied or pickled whole: the hooks belong to the model's own modules."""
         raise TypeError(
@@ -315,11 +365,14 @@ class KFAC(Readings, Optimizer):
             "got copy.deepcopy or pickle of the optimizer itself"
         )
 
-    def accumulate_fisher(self, distribution: Prediction, mask: Tensor | None = None) -> None:
+    def accumulate_fisher(
+        self, distribution: Prediction | Predict, mask: Tensor | None = None, samples: int | None = None
+    ) -> None:
         """See `Preconditioner.accumulate_fisher`."""
         if self.needs_fisher:
             self._follow_groups()
-        self.preconditioner.accumulate_fisher(distribution, mask)
+            self._follow_signal()
+        self.preconditioner.accumulate_fisher(distribution, mask, samples)
 
     def close(self) -> None:
         """See `Preconditioner.close`."""
@@ -348,6 +401,7 @@ class KFAC(Readings, Optimizer):
         self._follow_groups()
         state = self.preconditioner.state_dict()
         state["bounds"] |= {"factor": float(self._bound.factor), "rise": self._rise.state()}
+        state["directed"] = self._directed.state()
         return in_groups_too({**super().state_dict(), "kfac": state})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -369,3 +423,5 @@ class KFAC(Readings, Optimizer):
         self.preconditioner.load_state_dict(state_dict["kfac"])
         self._bound.go_on_with(state_dict["kfac"]["bounds"]["factor"])
         self._rise.load(state_dict["kfac"]["bounds"].get("rise"))
+        self._directed.load(state_dict["kfac"].get("directed"), self.curvature.layout.device)
+        self.preconditioner.iteration = self.preconditioner.iteration  # the signal says what it wants

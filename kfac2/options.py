@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -30,6 +30,12 @@ _RULES: dict[str, _Rule] = {
     ),
     "kl_clip": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
     "levels": _one_of(1, 2),
+    "coarse": (
+        (str, type(None)),
+        lambda v: v in (None, "ones", "directions"),
+        "'ones', 'directions', or None",
+    ),
+    "coarse_samples": ((int, type(None)), lambda v: v is None or v >= 1, "an int of at least 1, or None"),
     "inverse": _one_of(*SOLVERS),
     "fisher": _one_of("mc", "exact", "empirical"),
     "stat_decay": (NUMBER, lambda v: 0 <= v < 1, "a number in [0, 1)"),
@@ -37,7 +43,7 @@ _RULES: dict[str, _Rule] = {
     "inv_every": (int, lambda v: v >= 1, "an int of at least 1"),
     "downsample": _one_of(*DOWNSAMPLE),
     "coarse_weight": (NUMBER, math.isfinite, "a finite number"),
-    "coarse_damping": (_OPTIONAL, lambda v: v is None or 0 < v < math.inf, "a number above 0, or None"),
+    "coarse_damping": (_OPTIONAL, lambda v: v is None or v > 0, "a number above 0, or None"),
     "coarse_max_groups": (int, lambda v: v >= 1, "an int of at least 1"),
     "inverse_dtype": (
         (torch.dtype, type(None)),
@@ -58,7 +64,7 @@ _RULES: dict[str, _Rule] = {
     "check_every": (int, lambda v: v >= 0, "an int of at least 0"),
 }
 SCHEDULED = ("damping", "kl_clip", "cov_every", "inv_every")  # may be callables of the iteration
-STRUCTURAL = ("levels", "inverse", "fisher", "downsample", "coarse_max_groups")  # state depends on them
+STRUCTURAL = ("levels", "coarse", "inverse", "fisher", "downsample", "coarse_max_groups")  # state depends on them
 
 _Any = TypeVar("_Any", bound="CurvatureOptions")
 
@@ -67,8 +73,8 @@ _Any = TypeVar("_Any", bound="CurvatureOptions")
 class CurvatureOptions:
     """The options of `Curvature`; see `KFAC` for what each means.
 
-    All but `levels`, `inverse`, `fisher`, `downsample` and `coarse_max_groups` may be set during training; a value is
-    checked when it is set.
+    All but `levels`, `coarse`, `inverse`, `fisher`, `downsample` and `coarse_max_groups` may be set during training; a
+    value is checked when it is set.
 
     Raises:
         TypeError: if a value has the wrong type.
@@ -76,6 +82,7 @@ class CurvatureOptions:
     """
 
     levels: int = 1
+    coarse: str | None = None
     inverse: str = "cholesky"
     fisher: str = "mc"
     stat_decay: float = 0.95
@@ -83,11 +90,14 @@ class CurvatureOptions:
     coarse_weight: float = 1.0
     coarse_damping: float | None = None
     coarse_max_groups: int = 32
+    coarse_samples: int | None = None
     inverse_dtype: torch.dtype | None = None
     cases: int | str | None = None
     samples: int = 1
     batch_dim: int = 0
     check_every: int = 100
+
+    _makes_updates: ClassVar[bool] = False
 
     @classmethod
     def of(cls: type[_Any], options: Mapping[str, Any]) -> _Any:
@@ -113,6 +123,19 @@ class CurvatureOptions:
         """Check what depends on several values, of those that are there."""
         if values.get("damping") == "auto" and not values.get("relative_damping", True):
             raise ValueError("damping must be a number above 0, or a callable, with relative_damping=False, got 'auto'")
+        if values.get("coarse") != "directions":
+            if values.get("coarse_damping") == math.inf:
+                raise ValueError("coarse_damping must be finite, but with coarse='directions', got inf")
+        elif not self._makes_updates:
+            raise ValueError(
+                "coarse must be None or 'ones' without an optimizer, got 'directions', which has the last update in "
+                "it: take KFAC, which makes the updates"
+            )
+        elif values.get("fisher") == "empirical":
+            raise ValueError(
+                "fisher must be 'mc' or 'exact' with coarse='directions', got 'empirical', whose labels are those that "
+                "the step is to fit"
+            )
 
     def with_saved(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options by name with values of a state, callables too; those of other schedules are left out.
@@ -122,6 +145,11 @@ class CurvatureOptions:
         names = self.as_dict()
         known = {name: value for name, value in values.items() if name in names}
         return vars(type(self)(**{**vars(self), **known})).copy()
+
+    @property
+    def space(self) -> str | None:
+        """The coarse space: `coarse`, or the paper's with `levels=2`."""
+        return "ones" if self.coarse is None and self.levels == 2 else self.coarse
 
     @property
     def follows_spread(self) -> bool:
@@ -169,6 +197,8 @@ class Options(CurvatureOptions):
 @dataclass
 class OptimizerOptions(Options):
     """The options of `KFAC`: those of `Preconditioner`, with a limit of each layer, and a bound on the whole step."""
+
+    _makes_updates: ClassVar[bool] = True
 
     kl_bound: float | None = 0.5
     max_change: float | None = 0.02

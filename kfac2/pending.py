@@ -20,12 +20,14 @@ class Pending:
         sums: its sums.
         kept: what is kept of its rows, or nothing.
         bad: what was not finite, so that there are no sums; or None.
+        has_loss: whether it is the forward pass of a loss; one of its own counts in any case.
     """
 
     traces: list[Trace]
     sums: Sums = field(default_factory=Sums)
     kept: list[KeptPass] = field(default_factory=list)
     bad: str | None = None
+    has_loss: bool = True
 
     @property
     def went_backward(self) -> bool:
@@ -35,7 +37,7 @@ class Pending:
 
 def that_count(pending: Sequence[Pending], warn_once: Callable[[str, str], None]) -> list[Pending]:
     """Return those whose loss has gone backward; where none has, all: the loss then has a forward pass of its own."""
-    gone = [one for one in pending if one.went_backward]
+    gone = [one for one in pending if one.went_backward or not one.has_loss]
     if pending and not gone:
         warn_once(
             "apart",

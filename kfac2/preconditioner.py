@@ -16,11 +16,13 @@ from kfac2.kinds import Layer
 from kfac2.likelihood import Prediction
 from kfac2.options import NUMBER, Options, check_option
 from kfac2.readings import Readings
+from kfac2.running_statistics import without_running_statistics
 from kfac2.schedule import Schedule
 from kfac2.statistics import Averages
 from kfac2.step import Gathered, Step
 
 Rate = float | Tensor
+Predict = Callable[[slice], Prediction]
 
 
 class Preconditioner(Readings):
@@ -55,6 +57,9 @@ class Preconditioner(Readings):
         scale: on the device, ν of the last step, and the sum that it bounds.
         change_limit: of each layer's direction.
         schedule: when what is due.
+        wants_rows: tells whether rows are wanted of an iteration whose statistics are not.
+        took_statistics: called when statistics were taken, which waits for the device.
+        part: how many of so many samples a forward pass of statistics has, if it is one of its own.
 
     Raises:
         TypeError: if an argument has the wrong type, or an option is unknown.
@@ -78,6 +83,10 @@ class Preconditioner(Readings):
         self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
         self.change_limit = ChangeLimit()
         self.schedule = Schedule(self.options)
+        self.wants_rows: Callable[[int], bool] = lambda iteration: False
+        self.part: Callable[[int], int] = lambda samples: samples
+        self.took_statistics: Callable[[], None] = lambda: None
+        self._has_own_passes = False
         self.iteration = 0
         if options is None:  # else who shares them tells it
             self._log_summary()
@@ -91,9 +100,9 @@ class Preconditioner(Readings):
         """Whether this iteration wants `accumulate_fisher`.
 
         Each `cov_every`-th does, each one while there is nothing yet, and one whose forward pass used a layer that has
-        no statistics so far.
+        no statistics so far; with `coarse="directions"` each one while these pay.
         """
-        return self.options.fisher != "empirical" and self._wants_statistics()
+        return self.options.fisher != "empirical" and (self._wants_statistics() or self._wants_rows())
 
     # -- the schedule ---------------------------------------------------------------------------------------
 
@@ -105,8 +114,10 @@ class Preconditioner(Readings):
     @iteration.setter
     def iteration(self, iteration: int) -> None:
         self.schedule.go_on_at(iteration)
-        looks = bool(self.curvature.layout.layers) and self.schedule.looks(self.curvature.averages)
-        self.curvature.collector.captures.turn(looks)
+        looks = bool(self.curvature.layout.layers) and not self._has_own_passes
+        self.curvature.collector.captures.turn(
+            looks and (self.schedule.looks(self.curvature.averages) or self.wants_rows(iteration))
+        )
 
     def _wants_statistics(self) -> bool:
         curvature = self.curvature
@@ -114,13 +125,19 @@ class Preconditioner(Readings):
             return False
         return self.schedule.statistics_are_due(curvature.averages) or curvature.uses_new_layer()
 
+    def _wants_rows(self) -> bool:
+        captures = self.curvature.collector.captures
+        return self.wants_rows(self.iteration) and bool(self.curvature.layout.layers) and not captures.is_closed
+
     def _wants_inverses(self) -> bool:
         return self.schedule.wants_inverses(self.curvature.averages, self.curvature.inverses, self._wants_statistics())
 
     def _damping(self, averages: Averages) -> Damping:
         return self.schedule.damping(self.curvature.layout, averages)
 
-    def accumulate_fisher(self, distribution: Prediction, mask: Tensor | None = None) -> None:
+    def accumulate_fisher(
+        self, distribution: Prediction | Predict, mask: Tensor | None = None, samples: int | None = None
+    ) -> None:
         """Take statistics from the model's own predictive distribution; does nothing unless `needs_fisher`.
 
         Draws labels with `.sample()` and differentiates -log_prob with respect to the layers' outputs only:
@@ -137,20 +154,51 @@ class Preconditioner(Readings):
         Statistics count once the loss of their own forward pass has gone backward, so that a batch that is thrown away
         in between takes them with it.
 
+        A function in place of the distribution makes a forward pass of its own, of some of the samples: it is called
+        with a `slice` of them, with grad enabled, and returns the distribution,
+
+            opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))
+
+        Batch norm then takes the statistics of these samples, and leaves its running ones as they are. How many there
+        are is up to `coarse_samples` with `coarse="directions"`; else it is all of them, and costs a forward pass.
+
         Args:
             distribution: any `torch.distributions.Distribution` whose parameters carry the graph; a list of them, one
                 for each head, whose Fishers add up (two calls are two micro-batches of one); or log-probabilities of
                 labels that you drew from the model. `Normal(log ψ, 1)` gives quantum Monte Carlo's ⟨∂ log ψ ∂ log ψ⟩,
                 λ then being in its units.
             mask: bool, (N, S): which tokens are data, where positions mix. By default those that the loss can reach.
+            samples: N, how many samples there are; needed, and only taken, with a function.
 
         Raises:
-            TypeError: if `distribution` is none.
+            TypeError: if `distribution` is none, or `samples` no int where it is needed.
             ValueError: if it carries no graph, or none that holds a handled layer's output; or if `mask` fits none.
         """
-        if self.options.fisher == "empirical" or not self._wants_statistics():
+        if not callable(distribution) and samples is not None:
+            raise TypeError(f"samples must be left out with a distribution, got {samples!r}: it says how many itself")
+        if not self.needs_fisher:
             return
-        self.curvature.collect(distribution, mask)
+        self.curvature.iteration.sums_factors = self._wants_statistics()
+        if callable(distribution):
+            check_option("samples", samples, int, lambda v: v >= 1, "an int of at least 1 with a function")
+            prediction = self._of_its_own(distribution, samples)  # type: ignore[arg-type]
+            self.curvature.collect(prediction, mask, has_loss=False)
+        else:
+            self._has_own_passes = False
+            self.curvature.collect(distribution, mask)
+
+    def _of_its_own(self, predict: Predict, samples: int) -> Prediction:
+        """Make a forward pass of evenly spaced samples: those of a batch may be sorted."""
+        count = min(samples, self.part(samples))
+        stride = samples // count
+        captures = self.curvature.collector.captures
+        captures.turn(True)
+        try:
+            with torch.enable_grad(), without_running_statistics(self.curvature.model):
+                return predict(slice(0, count * stride, stride))
+        finally:  # no other forward pass is looked at from now on
+            self._has_own_passes = True
+            captures.turn(False)
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
         """Precondition the gradients in place: statistics, inverses, both levels, KL clip, limits.
@@ -212,6 +260,9 @@ class Preconditioner(Readings):
             )
         if self._wants_statistics():
             self._take_statistics()
+            self.took_statistics()
+        elif self._wants_rows() and curvature.iteration.settle() is not None:
+            curvature.iteration.kept = []  # a step without them is one level's
         if curvature.has_unseen_gradient():
             self.schedule.look_again()
         step = curvature.prepared()
@@ -302,7 +353,7 @@ class Preconditioner(Readings):
         return not self.curvature.health.is_stale(held) and self._is_ordinary()
 
     def _is_ordinary(self) -> bool:
-        return not (self._wants_statistics() or self._wants_inverses())
+        return not (self._wants_statistics() or self._wants_rows() or self._wants_inverses())
 
     def replayed(self) -> None:
         """Count an iteration whose step was the replay of a CUDA graph.

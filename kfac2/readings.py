@@ -92,7 +92,7 @@ class Readings:
             with more than `coarse_max_groups`).
 
         Raises:
-            RuntimeError: with `levels=1`, or if there are no statistics yet.
+            RuntimeError: without the space of ones, or if there are no statistics yet.
         """
         input_sums, grad_sums, _ = self._coarse()
         return input_sums.clone(), grad_sums.clone()
@@ -101,13 +101,13 @@ class Readings:
         """Return F_coarse, (L, L), from the current running averages (eq. 7), layers as in `layers`.
 
         Raises:
-            RuntimeError: with `levels=1`, or if there are no statistics yet.
+            RuntimeError: without the space of ones, or if there are no statistics yet.
         """
         return self._coarse()[2].clone()
 
     def _coarse(self) -> tuple[Tensor, ...]:
         if not isinstance(self._statistics.solvers.coarse, Ones):
-            raise RuntimeError("there are no coarse sums with levels=1: build with levels=2")
+            raise RuntimeError("there are no coarse sums without the space of ones: build with levels=2")
         if not self._statistics.averages.coarse:
             raise RuntimeError("there are no statistics yet: take some first")
         return self._statistics.averages.coarse

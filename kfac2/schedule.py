@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from kfac2 import spread
@@ -22,10 +23,12 @@ class Schedule:
 
     Attributes:
         iteration: k, from 0.
+        most_damping: where it follows the spread of the factors, the damping is at most this.
     """
 
     def __init__(self, options: Options) -> None:
         self.iteration = 0
+        self.most_damping = math.inf
         self._options = options
         self._due = True
         self._looking_since = 0
@@ -57,6 +60,7 @@ class Schedule:
         value = self.now("damping")
         if value == "auto":
             value = spread.damping(layout, averages.spread, kept_share(averages.updates, self._options.stat_decay))
+            value = value.clamp(max=self.most_damping)
         return Damping(value, self._options.relative_damping)
 
     def wants_inverses(self, averages: Averages, inverses: Inverses | None, with_statistics: bool) -> bool:

@@ -81,6 +81,11 @@ class Step:
         """What `first_bad` is where all gradients are finite."""
         return len(self.parameters)
 
+    def gradient(self, i: int) -> Tensor:
+        """View ∇ of layer i as it was gathered last, one dimension."""
+        begin, end = self._layout.spans[i].tolist()
+        return self._matrices[begin:end]
+
     # -- gradients ------------------------------------------------------------------------------------------
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Gathered:

@@ -50,7 +50,7 @@ def test_the_divergence_is_that_of_the_dense_fisher(name, share):
     layers, passed = sampled_pass(task)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
     step = {id(p): torch.randn_like(p) for p in parameters}
-    kept = kept_of(passed, share, least=1)
+    kept = kept_of(passed, max(1, int(passed.samples * share)))
     measured = divergence([kept], lambda p: step[id(p)])
     samples = int(len(task.x) * share)
     J, cases = scores(task, parameters, samples)
@@ -63,12 +63,12 @@ def test_a_layer_that_does_not_move_and_scaled_gradients():
     task = models.task("linear")
     layers, passed = sampled_pass(task)
     moving = {id(layers[1].weight): torch.randn_like(layers[1].weight)}
-    measured = divergence([kept_of(passed, 1.0)], lambda p: moving.get(id(p)))
+    measured = divergence([kept_of(passed, passed.samples)], lambda p: moving.get(id(p)))
     J, cases = scores(task, [layers[1].weight], len(task.x))
     assert_equal(measured, (J @ moving[id(layers[1].weight)].flatten()).square().sum() / cases)
     for use in passed.uses:
         use.grads.tensor.div_(7.0)
-    scaled = kept_of(replace(passed, scale=7.0), 1.0)
+    scaled = kept_of(replace(passed, scale=7.0), passed.samples)
     assert_equal(divergence([scaled], lambda p: moving.get(id(p))), measured)
 
 
@@ -107,7 +107,6 @@ def test_the_whole_step_momentum_included_is_held_to_the_bound():
     settings = {"kl_clip": None, "max_change": None, "momentum": 0.9, "cov_every": 1, "inv_every": 1}
     opt, _ = train(model, x, y, 3, kl_bound=None, **settings)
     opt.options.kl_bound = 1e-3
-    opt.curvature.iteration.keeps_rows = True
     before = [p.detach().clone() for p in model.parameters()]
     torch.manual_seed(5)
     opt.zero_grad()

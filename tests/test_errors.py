@@ -148,7 +148,7 @@ def test_reading_statistics():
         opt.coarse_fisher()
     one = KFAC(net(), levels=1)
     for read in (one.coarse_fisher, one.coarse_sums):
-        with pytest.raises(RuntimeError, match="no coarse sums with levels=1"):
+        with pytest.raises(RuntimeError, match="no coarse sums without the space of ones"):
             read()
 
 

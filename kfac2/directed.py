@@ -1,0 +1,226 @@
+"""Steps in the space of directions: from the rows at hand and two directions of each layer to new parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac2.change_limit import FLOOR
+from kfac2.coarse.directions import TAU, Quadratic, coefficients, divergence_of, quadratic, with_correlations
+from kfac2.descent import Rate, times
+from kfac2.divergence import KeptPass, as_matrices, derivatives
+from kfac2.kinds import Layer
+from kfac2.signal_share import SignalShare
+
+PER_LAYER = 16  # samples for each layer, where nothing else is said: 8 for each unknown
+MOST_DAMPING = 0.03  # where the damping follows the spread: the coefficients, too, hold a step back
+
+State = Mapping[Tensor, dict[str, Any]]
+
+
+class Coefficients(NamedTuple):
+    """What a step is made with, float64 on the device.
+
+    Attributes:
+        names: of the layers.
+        fine: α of each.
+        last: β.
+    """
+
+    names: tuple[str, ...]
+    fine: Tensor
+    last: Tensor
+
+
+class _Settings(NamedTuple):
+    """η and μ of each layer, float64 on the device."""
+
+    rates: Tensor
+    momentum: Tensor
+
+    @staticmethod
+    def of(groups: Sequence[Mapping[str, Any]], device: torch.device) -> _Settings:
+        """Read them from the group of each layer's weight."""
+        columns = ([torch.as_tensor(group[name]) for group in groups] for name in ("lr", "momentum"))
+        return _Settings(*(torch.stack([c.double().to(device).reshape(()) for c in column]) for column in columns))
+
+
+class Directed:
+    """The steps of one optimizer in the space of directions.
+
+    Attributes:
+        signal: whether they pay.
+        latest: coefficients of the last one, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal = SignalShare()
+        self.latest: Coefficients | None = None
+        self._correlations: tuple[tuple[str, ...], Tensor] | None = None
+
+    def step(
+        self,
+        passes: Sequence[KeptPass],
+        layers: Sequence[Layer],
+        gradient: Callable[[Layer], Tensor],
+        groups: Sequence[Mapping[str, Any]],
+        state: State,
+        tau: float | None,
+        kl_clip: float | None,
+        factor: Rate,
+        found: Tensor | None,
+    ) -> set[int]:
+        """Take a step with the layers that have rows, and return ids of the parameters that have moved.
+
+        Without any rows nothing moves, and what the last step was like is measured.
+
+        Args:
+            passes: kept rows of this iteration.
+            layers: that have a fine direction, in `.grad`.
+            gradient: gives ∇ of a layer, one dimension.
+            groups: of the optimizer: `lr`, `momentum` and `weight_decay`.
+            state: the optimizer's, whose `momentum_buffer` is d, the last update.
+            tau: τ; None: 3.
+            kl_clip: κ bounds the divergence that the step brings; None: nothing does.
+            factor: of all rates.
+            found: on the device, 1 where the step is to be skipped; None where it is not.
+        """
+        used = {use.layer for one in passes for use in one.uses}
+        layers = [layer for layer in layers if layer in used or not passes]
+        if not layers or not (passes or self.signal.waits):
+            return set()
+        own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.grad is not None]
+        parts = {id(p): p for p in own}
+        last = {key: state[p].get("momentum_buffer") for key, p in parts.items()}
+        group_of = {id(p): group for group in groups for p in group["params"]}
+        settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
+        gradients = [gradient(layer) for layer in layers]
+        if not passes:
+            _, slopes = _inner_products(as_matrices(layers, (last, last)), gradients)
+            self._measure(tuple(layer.name for layer in layers), slopes[:, 1], settings.rates)
+            return set()
+        fine = {key: p.grad for key, p in parts.items()}
+        self.latest = self._solved(passes, layers, fine, last, gradients, settings, tau, kl_clip)
+        pairs = zip(layers, self.latest.fine.unbind(), self.latest.last.unbind(), strict=True)
+        of_part = {id(p): (alpha, beta) for layer, alpha, beta in pairs for p in (layer.weight, layer.bias)}
+        for group in groups:
+            moving = [p for p in group["params"] if id(p) in parts]
+            if moving:
+                rate = times(group["lr"], factor)
+                _move(moving, state, rate, group["weight_decay"], [of_part[id(p)] for p in moving], found)
+        return {*parts}
+
+    def _solved(
+        self,
+        passes: Sequence[KeptPass],
+        layers: Sequence[Layer],
+        fine: Mapping[int, Tensor | None],
+        last: Mapping[int, Tensor | None],
+        gradients: Sequence[Tensor],
+        settings: _Settings,
+        tau: float | None,
+        kl_clip: float | None,
+    ) -> Coefficients:
+        """Return the coefficients of a step; where the solve fails, those of one level, v + μ d."""
+        matrices = as_matrices(layers, (fine, last))
+        s, cases = derivatives(passes, layers, matrices)
+        grams, slopes = _inner_products(matrices, gradients)
+        names = tuple(layer.name for layer in layers)
+        self._measure(names, slopes[:, 1], settings.rates)
+        known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
+        model, correlations = with_correlations(quadratic(s, cases, grams, slopes, _squares(layers)), known)
+        c = self._held(model, coefficients(model, TAU if tau is None else tau), settings.rates.repeat(2), kl_clip)
+        is_solved = c.isfinite().all()
+        self._correlations = names, torch.where(is_solved, correlations, 0.0 if known is None else known)
+        momentum = settings.momentum
+        c = torch.where(is_solved, c, torch.cat([torch.ones_like(momentum), momentum]))
+        return Coefficients(names, *c.chunk(2))
+
+    def _held(self, model: Quadratic, c: Tensor, rates: Tensor, kl_clip: float | None) -> Tensor:
+        """Hold a step to κ, and note what it was like."""
+        if kl_clip is not None:
+            divergence = divergence_of(model, c, rates)
+            c = c * torch.where(divergence > kl_clip, (kl_clip / divergence).sqrt(), 1.0)
+        self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates))
+        return c
+
+    def _measure(self, names: tuple[str, ...], slopes: Tensor, rates: Tensor) -> None:
+        is_same = self.latest is not None and self.latest.names == names
+        self.signal.measured((slopes.double() * rates).sum() if is_same else None)
+
+    # -- state ----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return what a saved state holds."""
+        return {
+            "signal": self.signal.state(),
+            "names": None if self.latest is None else list(self.latest.names),
+            "correlations": None if self._correlations is None else self._correlations[1].clone(),
+        }
+
+    def load(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
+        """Go on from what `state` returned; None: from the start."""
+        self.__init__()  # type: ignore[misc]
+        if state is None:
+            return
+        self.signal.load(**state["signal"])
+        self.signal.to(device)
+        if state["correlations"] is not None:
+            names, correlations = tuple(state["names"]), state["correlations"].to(device)
+            self._correlations = names, correlations
+            self.latest = Coefficients(names, *torch.full_like(correlations[0], torch.nan).chunk(2))
+
+
+def _inner_products(matrices: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the Gram matrices of v_i and d_i, (L, 2, 2), and their products with ∇_i, (L, 2)."""
+    flat = [m.flatten(1) for m in matrices]
+    grams = torch.stack([m @ m.T for m in flat])
+    return grams, torch.stack([m @ g.to(m.dtype) for m, g in zip(flat, gradients, strict=True)])
+
+
+def _squares(layers: Sequence[Layer]) -> Tensor:
+    """Return |W_i|², (L,), with a floor: weights may be 0."""
+    parts = [[p.detach() for p in (layer.weight, layer.bias) if p is not None] for layer in layers]
+    norms = iter(torch._foreach_norm([p for own in parts for p in own]))
+    squares = [torch.stack([next(norms).double() for _ in own]).square().sum() for own in parts]
+    floors = [FLOOR**2 * sum(p.numel() for p in own) for own in parts]
+    return torch.maximum(torch.stack(squares), torch.tensor(floors, dtype=torch.float64).to(squares[0].device))
+
+
+def _move(
+    params: Sequence[Tensor],
+    state: State,
+    lr: float | Tensor,
+    weight_decay: float,
+    coefficients: Sequence[tuple[Tensor, Tensor]],
+    found: Tensor | None,
+) -> None:
+    """Take D ← αv + βD, W ← W - η(D + weight decay W), with v in `.grad` and D the momentum buffer.
+
+    Args:
+        params: parameters, all with a gradient.
+        state: the optimizer's.
+        lr: η.
+        weight_decay: of the group.
+        coefficients: α and β of each parameter, on the device.
+        found: on the device, 1 where the step is to be skipped; None where it is not.
+    """
+    for parameter in params:
+        if state[parameter].get("momentum_buffer") is None:
+            state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    buffers = [state[parameter]["momentum_buffer"] for parameter in params]
+    gradients = [parameter.grad.to(parameter.dtype) for parameter in params if parameter.grad is not None]
+    alphas, betas = ([c.to(p.dtype) for c, p in zip(cs, params, strict=True)] for cs in zip(*coefficients, strict=True))
+    if found is not None:  # all gradients are 0 then
+        betas = [torch.where(found.reshape(()) > 0, 1.0, beta) for beta in betas]
+        lr = lr * (found.reshape(()) == 0)
+    torch._foreach_mul_(buffers, list(betas))
+    torch._foreach_addcmul_(buffers, gradients, list(alphas))
+    moves = torch._foreach_add(buffers, list(params), alpha=weight_decay) if weight_decay else buffers
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(list(params), [move * lr.to(move.device) for move in moves])
+    else:
+        torch._foreach_add_(list(params), list(moves), alpha=-lr)

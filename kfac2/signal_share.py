@@ -1,0 +1,85 @@
+"""When the space of directions pays: as long as a step goes along what the next batch confirms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+KEPT = 0.7  # of the share so far, at each decision
+OFF, ON = 0.45, 0.5  # below the one it is left, above the other it is taken again
+PROBE = 20  # iterations from one trial to the next while it is left
+
+
+class SignalShare:
+    """The share of a step's slope that is there on the next batch as well, and what follows from it.
+
+    A step D that was made of a batch's own gradient goes down steeper on that batch than anywhere else: coefficients
+    fit its noise. The next batch is independent. Its slope along D is s₁ after the step, and was s₁ + DᵀFD before it if
+    the model is right: the share is φ = (s₁ + DᵀFD) / s₀ with s₀ = bᵀc, 1 without noise. Where it is small, one level's
+    constant step, whose length noise does not move, does better.
+
+    It costs nothing: s₁ is part of the next step. Trials tell when it pays again. Read from the device when statistics
+    are due, which wait for it anyway.
+
+    Attributes:
+        share: the running mean of φ.
+        is_on: whether the space is taken.
+    """
+
+    def __init__(self) -> None:
+        self.share = 1.0
+        self.is_on = True
+        self._last: Tensor | None = None  # s₀ and DᵀFD of the last step in the space
+        self._measured: list[Tensor] = []
+
+    def wants_step(self, iteration: int) -> bool:
+        """Tell whether an iteration's step is one in the space."""
+        return self.is_on or iteration % PROBE == 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last step was one in the space, so that the slope along it is wanted."""
+        return self._last is not None
+
+    def took(self, slope: Tensor, divergence: Tensor) -> None:
+        """Note a step in the space.
+
+        Args:
+            slope: s₀, of its own batch.
+            divergence: DᵀFD.
+        """
+        self._last = torch.stack([slope, divergence])
+
+    def measured(self, slope: Tensor | None) -> None:
+        """Take the slope along the last step on the next batch, s₁; None where it is not known."""
+        if slope is not None and self._last is not None:
+            self._measured.append(((slope + self._last[1]) / self._last[0]).nan_to_num(0.0).clamp(-1, 2))
+        self._last = None
+
+    def decide(self) -> None:
+        """Read what was measured, and say whether the space is taken from now on."""
+        if not self._measured:
+            return
+        latest = float(torch.stack(self._measured).mean())
+        self._measured = []
+        self.share = KEPT * self.share + (1 - KEPT) * latest
+        self.is_on = self.share > (OFF if self.is_on else ON)
+
+    def state(self) -> dict[str, object]:
+        """Return what a saved state holds."""
+        last = self._last.tolist() if self._last is not None else None
+        return {"share": self.share, "is_on": self.is_on, "last": last, "measured": [float(m) for m in self._measured]}
+
+    def load(self, share: float, is_on: bool, last: Sequence[float] | None, measured: Sequence[float]) -> None:
+        """Go on from what `state` returned."""
+        self.share, self.is_on = share, is_on
+        self._last = None if last is None else torch.tensor(last, dtype=torch.float64)
+        self._measured = [torch.tensor(m, dtype=torch.float64) for m in measured]
+
+    def to(self, device: torch.device) -> None:
+        """Move what is measured to the device of the layers."""
+        if self._last is not None:
+            self._last = self._last.to(device)
+        self._measured = [m.to(device) for m in self._measured]
