@@ -15,6 +15,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,19 +193,20 @@ def run(plan: Plan, path: Path, processes: int) -> int:
     for problem in plan.problems:
         missing(plan.search(problem), records)  # an error at once, not after hours
     text = path.read_text() if path.exists() else ""
-    pool = multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else None
-    for problem in plan.problems:
-        for is_final in (False, True):
-            jobs = missing(plan.finals(problem, records) if is_final else plan.search(problem), records)
-            for record in pool.imap_unordered(attempt, jobs) if pool else map(attempt, jobs):
-                if record is None:
-                    failed += 1
-                    continue
-                records.append(record)
-                text += json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
-                write(path, text)
-                minutes = math.ceil(plan.remaining(records) / processes / 60)
-                print(f"{described(record)}; about {minutes} minutes left", flush=True)
+    pools = multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else nullcontext()
+    with pools as pool:
+        for problem in plan.problems:
+            for wanted in (plan.search, partial(plan.finals, records=records)):
+                jobs = missing(wanted(problem), records)
+                for record in pool.imap_unordered(attempt, jobs) if pool else map(attempt, jobs):
+                    if record is None:
+                        failed += 1
+                        continue
+                    records.append(record)
+                    text += json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
+                    write(path, text)
+                    minutes = math.ceil(plan.remaining(records) / processes / 60)
+                    print(f"{described(record)}; about {minutes} minutes left", flush=True)
     return failed
 
 
@@ -238,8 +241,9 @@ def main() -> None:
     options = parser.parse_args()
     plan, path, failed = plan_of(options), options.out / "records.jsonl", 0
     try:
-        images()  # if they are missing, that is said here
-        failed = 0 if options.table else run(plan, path, options.jobs)
+        if not options.table:
+            images()  # if they are missing, that is said here
+            failed = run(plan, path, options.jobs)
     except (DataError, ValueError) as error:
         parser.error(str(error))
     records = plan.of(load(path))

@@ -124,7 +124,12 @@ def test_a_study_is_made_once_and_tabulated(tmp_path, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path), "--rivals", "one", "adamw"]
     code, said = called(monkeypatch, capsys, *arguments, "--points", "2")
     assert code == 0 and "about 0 minutes left" in said.out
+    shown = (tmp_path / "README.md").read_text()
+    assert f"{SMALL}: " in shown and all(
+        (tmp_path / name).exists() for name in ("tuned-steps.png", "untuned-seconds.png")
+    )
     before = (tmp_path / "records.jsonl").read_bytes()
+    monkeypatch.setattr("study_pictures.pictures", lambda *_: None)  # they take seconds
     records = study.load(tmp_path / "records.jsonl")
     assert len({study.key(r) for r in records}) == len(records)
     for rival in ("one", "adamw"):
@@ -135,10 +140,6 @@ def test_a_study_is_made_once_and_tabulated(tmp_path, monkeypatch, capsys):
     code, said = called(monkeypatch, capsys, *arguments, "--points", "2")
     assert code == 0 and said.out == f"Tables and pictures: {tmp_path}\n"
     assert (tmp_path / "records.jsonl").read_bytes() == before
-    shown = (tmp_path / "README.md").read_text()
-    assert f"{SMALL}: " in shown and all(
-        (tmp_path / name).exists() for name in ("tuned-steps.png", "untuned-seconds.png")
-    )
     monkeypatch.setitem(RIVALS, "adamw", RIVALS["adamw"]._replace(box={"lr": Log(0.5, 0.6)}))
     code, said = called(monkeypatch, capsys, *arguments, "--points", "2")
     assert code == 2 and "point 1 of adamw" in said.err and "is recorded with" in said.err
@@ -153,6 +154,7 @@ def test_a_run_ends_where_its_loss_is_not_finite():
 def test_an_error_leaves_the_other_runs_and_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(RIVALS, "soap", RIVALS["soap"]._replace(missing=lambda: "something"))
     monkeypatch.setitem(RIVALS, "one", RIVALS["one"]._replace(make=lambda model, settings: 1 / 0))
+    monkeypatch.setattr("study_pictures.pictures", lambda *_: None)
     arguments = ["--out", str(tmp_path), "--rivals", "one", "adamw", "soap", "--points", "1"]
     code, said = called(monkeypatch, capsys, *arguments)
     assert code == 1 and "soap is left out: it needs something" in said.err and "ZeroDivisionError" in said.err
