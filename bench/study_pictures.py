@@ -19,9 +19,14 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 COLUMNS = 4
+TICKS = (  # up to which ratio of the ends of a logarithmic axis which multiples of the powers of ten are marked
+    (3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)),
+    (30, (1, 1.5, 2, 3, 5, 7)),
+    (math.inf, (1,)),
+)
 STYLES = {  # Okabe and Ito's colours, told apart by colour-blind readers; line styles beside them for print
     "one": ("#000000", "-"),
     "ones": ("#E69F00", "--"),
@@ -34,7 +39,7 @@ STYLES = {  # Okabe and Ito's colours, told apart by colour-blind readers; line 
 
 def panel(axis: Axes, records: Sequence[Record], problem: str, is_tuned: bool, by_time: bool) -> None:
     """Draw each rival's curve: running means as in the tables."""
-    axis.set_title(fill(PROBLEMS[problem].title, 40), fontsize=8)
+    axis.set_title(fill(PROBLEMS[problem].title, 46), fontsize=8)
     top = 0.0
     for rival in RIVALS:
         runs = runs_of(records, problem, rival, is_tuned)
@@ -56,9 +61,10 @@ def panel(axis: Axes, records: Sequence[Record], problem: str, is_tuned: bool, b
     axis.set_yscale("log")
     if top:
         axis.set_ylim(top=1.1 * top)  # what rises above its start is cut off
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=next(subs for span, subs in TICKS if high < span * low)))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3, which="both", linewidth=0.4)
 

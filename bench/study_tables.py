@@ -51,8 +51,8 @@ def median(values: Sequence[Any] | np.ndarray) -> Any:
 
 
 def targets_of(curves: Sequence[np.ndarray]) -> list[float]:
-    """Return the losses that the median curve has at `SHARES` of the run."""
-    curve = median(curves)
+    """Return the least losses that the median curve has had by `SHARES` of the run."""
+    curve = np.minimum.accumulate(median(curves))
     return [float(curve[math.ceil(share * len(curve)) - 1]) for share in SHARES]
 
 
@@ -172,7 +172,7 @@ def summary(each: dict[str, Outcomes]) -> str:
             row = [changes(getattr(found[r], name)[-LATE:], base) if r in found else "" for r in rivals if r != BASE]
             rows.append([problem, *row])
         late = ", ".join(f"{100 * share:.0f}" for share in SHARES[-LATE:])
-        caption = f"Change of {title} to the losses that `{BASE}` has at {late} % of its run"
+        caption = f"Change of {title} to the losses that `{BASE}` has by {late} % of its run"
         parts.append(f"{caption}\n\n{table(['problem', *(r for r in rivals if r != BASE)], rows)}")
     rows = [[p, *(digits(found[r].finals[0]) if r in found else "" for r in rivals)] for p, found in each.items()]
     parts.append(f"Final training loss\n\n{table(['problem', *rivals], rows)}")
@@ -240,8 +240,8 @@ Written by `python bench/study.py --table` from `records.jsonl`; `make study` ma
 
 Each rival has the same number of points on seed 0: as it comes, and a scrambled Sobol sequence in its box
 (`bench/study_rivals.py`). Its winner has the least mean training loss over the last tenth of the steps; winner and the
-rival as it comes are run on other seeds, of which all numbers here are medians. Targets are the losses that the median
-curve of `{BASE}` (running mean over 5 % of the steps, at least 5) has at {shares} % of its run.
+rival as it comes are run on other seeds, of which all numbers here are medians. Targets are the least losses that the
+median curve of `{BASE}` (running mean over 5 % of the steps, at least 5) has had by {shares} % of its run.
 *Seconds* are steps times the median seconds of a step, drawing of batches left out; {NEVER}: never.
 
 ![by steps](tuned-steps.png)

@@ -61,6 +61,14 @@ def test_what_never_arrives_or_diverges():
     curve = study_tables.smoothed(diverged)
     assert np.isinf(curve[:4]).all() and (curve[4:9] == 1).all() and np.isinf(curve[9:]).all()
     assert study_tables.steps_to(curve, 1.0) == 5 and study_tables.steps_to(curve, 0.9) == math.inf
+    rising = np.array([3.0, 2.0, 1.0, 2.0, 3.0])
+    assert study_tables.targets_of([rising]) == [
+        3.0,
+        2.0,
+        1.0,
+        1.0,
+        1.0,
+    ]  # a base that rises again is no easier to beat
     assert study_tables.steps_to(curve, math.inf) == 5 and study_tables.median([1.0, 2.0, math.inf, 1.5]) == 2.0
     base = [record(falling(1.0), seed=seed) for seed in range(4)]
     worse = [record(falling(0.5), "adamw", seed) for seed in range(3)] + [{**diverged, "rival": "adamw", "seed": 3}]
