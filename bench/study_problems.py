@@ -1,7 +1,8 @@
 """The problems of `study.py`: Fashion-MNIST at 14×14, Python's help as characters, and two drawn functions.
 
 `nats` says how large a case's loss is beside that of a classification: the autoencoder's case is an image, whose loss
-is the sum over 196 pixels; the regression without noise ends far below one nat. Weights are drawn as torch draws them where nothing else is said.
+is the sum over 196 pixels; the regression without noise ends far below one nat. Weights are drawn as torch draws them
+where nothing else is said.
 """
 
 from __future__ import annotations
