@@ -54,7 +54,7 @@ def reproduced(size: int, generator: torch.Generator, flat: bool) -> tuple[Tenso
 
 
 @cache
-def _text() -> Tensor:
+def text() -> Tensor:
     """Return Python's own help in 64 symbols: the commonest 63 characters, and one for all others."""
     text = "\n".join(topics[name] for name in sorted(topics))
     symbols = {character: i for i, (character, _) in enumerate(Counter(text).most_common(63))}
@@ -62,8 +62,8 @@ def _text() -> Tensor:
 
 
 def characters(size: int, generator: torch.Generator, length: int) -> tuple[Tensor, Tensor]:
-    starts = torch.randint(len(_text()) - length, (size, 1), generator=generator)
-    pieces = _text()[starts + torch.arange(length + 1)]
+    starts = torch.randint(len(text()) - length, (size, 1), generator=generator)
+    pieces = text()[starts + torch.arange(length + 1)]
     return pieces[:, :-1], pieces[:, 1:]
 
 
