@@ -34,6 +34,7 @@ from untuned import load, rounded
 
 import kfac2
 
+LARGE = 1024  # samples of a batch from which on the space of directions is measured in a forward pass of its own
 POINTS, FULL_POINTS, FULL_STEPS = 12, 24, 2  # the last: how many times as many steps
 
 
@@ -107,9 +108,13 @@ def mean_seconds(records: Sequence[Record]) -> float:
 def one_step(problem: StudyProblem, model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> float:
     """Return the loss of a batch, and take a step if it is finite."""
     optimizer.zero_grad()
+    distribution = problem.prediction.distribution
+    has_own_pass = isinstance(optimizer, kfac2.KFAC) and optimizer.options.coarse == "directions" and len(x) >= LARGE
+    if has_own_pass:
+        optimizer.accumulate_fisher(lambda part: distribution(model(x[part])), samples=len(x))
     out = model(x)
-    if isinstance(optimizer, kfac2.KFAC):
-        optimizer.accumulate_fisher(problem.prediction.distribution(out))
+    if isinstance(optimizer, kfac2.KFAC) and not has_own_pass:
+        optimizer.accumulate_fisher(distribution(out))
     loss = problem.prediction.loss(out, y)
     if math.isfinite(value := loss.item()):
         loss.backward()

@@ -7,7 +7,6 @@ equally many for every rival.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -106,11 +105,6 @@ def _no_soap() -> str | None:
     return None if importlib.util.find_spec("pytorch_optimizer") else "pytorch_optimizer (pip install .[bench-peers])"
 
 
-def _no_directions() -> str | None:
-    known = inspect.signature(kfac2.KFAC).parameters
-    return None if "coarse" in known else "a kfac2 whose KFAC takes coarse='directions'"
-
-
 _DAMPING = Either("auto", Log(1e-3, 1.0))
 _LAYERWISE: dict[str, Axis] = {
     "kl_clip": Log(5e-4, 0.1, is_divergence=True),
@@ -118,14 +112,19 @@ _LAYERWISE: dict[str, Axis] = {
     "momentum": Uniform(0.4, 0.9),
     "max_change": Choice((None, 0.02)),
 }
-_DIRECTIONS: dict[str, Axis] = {"damping": _DAMPING, "lr": Choice((0.5, 1.0))}
+_PAIR: dict[str, Axis] = {
+    "kl_clip": Log(0.03, 1.0, is_divergence=True),
+    "damping": Either("auto", Log(3e-3, 0.1)),
+    "momentum": Uniform(0.4, 0.9),
+}
+_DIRECTIONS: dict[str, Axis] = {**_PAIR, "coarse_damping": Choice((1.0, 3.0))}
 RIVALS = {
     "one": Rival("K-FAC, one level", partial(_kfac, levels=1), _LAYERWISE),
     "ones": Rival("K-FAC, the paper's two levels", partial(_kfac, levels=2), _LAYERWISE),
-    "directions": Rival("K-FAC, directions", partial(_kfac, coarse="directions"), _DIRECTIONS, _no_directions),
+    "directions": Rival("K-FAC, directions", partial(_kfac, coarse="directions"), _DIRECTIONS),
     "pair": Rival(
         "K-FAC, one step size and momentum for all", partial(_kfac, coarse="directions", coarse_damping=math.inf),
-        _DIRECTIONS, _no_directions,
+        _PAIR,
     ),
     "adamw": Rival("AdamW", _adamw, {"lr": Log(3e-4, 3e-2), "beta1": Choice((0.8, 0.9, 0.95))}),
     "soap": Rival("SOAP", _soap, {"lr": Log(1e-3, 3e-2)}, _no_soap),

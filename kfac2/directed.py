@@ -15,7 +15,7 @@ from kfac2.divergence import KeptPass, as_matrices, derivatives
 from kfac2.kinds import Layer
 from kfac2.signal_share import SignalShare
 
-PER_LAYER = 16  # samples for each layer, where nothing else is said: 8 for each unknown
+PER_LAYER = 32  # samples for each layer, where nothing else is said: 16 for each unknown
 MOST_DAMPING = 0.03  # where the damping follows the spread: the coefficients, too, hold a step back
 
 State = Mapping[Tensor, dict[str, Any]]

@@ -98,7 +98,7 @@ class KFAC(Readings, Optimizer):
         coarse_damping: λ_c > 0; by default λ (the paper), or with relative damping c tr A_i tr G_i of each layer. With
             `coarse="directions"` τ, from coefficients that are free to a pair that all layers share (infinity);
             default 3.
-        coarse_samples: how many samples the space of directions is measured with; default 16 for each layer.
+        coarse_samples: how many samples the space of directions is measured with; default 32 for each layer.
         coarse_max_groups: a convolution with more groups than this gives the coarse space one map, the sum
             over its groups, in place of one for each; an approximation that counts products across groups as
             well. Default 32.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-KEPT = 0.7  # of the share so far, at each decision
+KEPT, KEPT_OFF = 0.93, 0.8  # of the share so far, at each measurement; while the space is left these are few
 OFF, ON = 0.45, 0.5  # below the one it is left, above the other it is taken again
 PROBE = 20  # iterations from one trial to the next while it is left
 
@@ -62,9 +62,10 @@ class SignalShare:
         """Read what was measured, and say whether the space is taken from now on."""
         if not self._measured:
             return
-        latest = float(torch.stack(self._measured).mean())
+        latest = torch.stack(self._measured)
         self._measured = []
-        self.share = KEPT * self.share + (1 - KEPT) * latest
+        kept = (KEPT if self.is_on else KEPT_OFF) ** len(latest)
+        self.share = kept * self.share + (1 - kept) * float(latest.mean())
         self.is_on = self.share > (OFF if self.is_on else ON)
 
     def state(self) -> dict[str, object]:
