@@ -109,12 +109,13 @@ def one_step(problem: StudyProblem, model: nn.Module, optimizer: Optimizer, x: T
     """Return the loss of a batch, and take a step if it is finite."""
     optimizer.zero_grad()
     distribution = problem.prediction.distribution
-    has_own_pass = isinstance(optimizer, kfac2.KFAC) and optimizer.options.coarse == "directions" and len(x) >= LARGE
-    if has_own_pass:
-        optimizer.accumulate_fisher(lambda part: distribution(model(x[part])), samples=len(x))
+    kfac = optimizer if isinstance(optimizer, kfac2.KFAC) else None
+    has_own_pass = kfac is not None and kfac.options.coarse == "directions" and len(x) >= LARGE
+    if kfac is not None and has_own_pass:
+        kfac.accumulate_fisher(lambda part: distribution(model(x[part])), samples=len(x))
     out = model(x)
-    if isinstance(optimizer, kfac2.KFAC) and not has_own_pass:
-        optimizer.accumulate_fisher(distribution(out))
+    if kfac is not None and not has_own_pass:
+        kfac.accumulate_fisher(distribution(out))
     loss = problem.prediction.loss(out, y)
     if math.isfinite(value := loss.item()):
         loss.backward()

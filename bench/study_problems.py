@@ -164,7 +164,7 @@ PROBLEMS = {
     "autoencoder-1024": autoencoder("batch 1024", _pixels, 1024, 250),
     "autoencoder-8192": autoencoder("batch 8192", _pixels, 8192, 100),
     "autoencoder-whole": autoencoder(f"whole data of {WHOLE} images", whole, WHOLE, 150),
-    "tanh-13": classifier("tanh MLP of 13 layers", partial(glorot, narrow(12, 48)), 2048, 150),
+    "tanh-13": classifier("tanh MLP of 13 layers", partial(glorot, narrow(12, 48)), 8192, 100),
     "tanh-32": classifier("tanh MLP of 32 layers", partial(glorot, narrow(31, 48)), 2048, 150),
     "relu-16-256": classifier("ReLU MLP of 16 layers", _relu, 256, 300),
     "relu-16-2048": classifier("ReLU MLP of 16 layers", _relu, 2048, 150),

@@ -141,7 +141,9 @@ class Directed:
 
     def _held(self, model: Quadratic, c: Tensor, rates: Tensor, kl_clip: float | None) -> Tensor:
         """Hold a step to κ, and note what it was like."""
+        c = self.signal.length * c
         if kl_clip is not None:
+            kl_clip *= self.signal.length**2
             divergence = divergence_of(model, c, rates)
             c = c * torch.where(divergence > kl_clip, (kl_clip / divergence).sqrt(), 1.0)
         self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates))

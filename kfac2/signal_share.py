@@ -9,6 +9,8 @@ from torch import Tensor
 
 KEPT, KEPT_OFF = 0.93, 0.8  # of the share so far, at each measurement; while the space is left these are few
 OFF, ON = 0.45, 0.5  # below the one it is left, above the other it is taken again
+STALL, PROGRESS = -0.5, -0.3  # s₁ / DᵀFD: a step of the model's length has come to nothing; it has gone down
+SHORTER, LONGER = 0.7, 1.15  # what a decision makes of the length
 PROBE = 20  # iterations from one trial to the next while it is left
 
 
@@ -26,10 +28,11 @@ class SignalShare:
     Attributes:
         share: the running mean of φ.
         is_on: whether the space is taken.
+        length: what steps are multiplied by, at most 1.
     """
 
     def __init__(self) -> None:
-        self.share = 1.0
+        self.share = self.length = 1.0
         self.is_on = True
         self._last: Tensor | None = None  # s₀ and DᵀFD of the last step in the space
         self._measured: list[Tensor] = []
@@ -55,27 +58,47 @@ class SignalShare:
     def measured(self, slope: Tensor | None) -> None:
         """Take the slope along the last step on the next batch, s₁; None where it is not known."""
         if slope is not None and self._last is not None:
-            self._measured.append(((slope + self._last[1]) / self._last[0]).nan_to_num(0.0).clamp(-1, 2))
+            before, divergence = self._last.unbind()
+            numbers = torch.stack([(slope + divergence) / before, slope / divergence])
+            self._measured.append(numbers.nan_to_num(0.0).clamp(-2, 2))
         self._last = None
 
     def decide(self) -> None:
         """Read what was measured, and say whether the space is taken from now on."""
         if not self._measured:
             return
-        latest = torch.stack(self._measured)
+        kept = (KEPT if self.is_on else KEPT_OFF) ** len(self._measured)
+        share, slope = torch.stack(self._measured).mean(0).tolist()
         self._measured = []
-        kept = (KEPT if self.is_on else KEPT_OFF) ** len(latest)
-        self.share = kept * self.share + (1 - kept) * float(latest.mean())
+        if slope < STALL:
+            self.length *= SHORTER
+            return
+        if slope > PROGRESS:
+            self.length = min(1.0, LONGER * self.length)
+        self.share = kept * self.share + (1 - kept) * share
         self.is_on = self.share > (OFF if self.is_on else ON)
 
     def state(self) -> dict[str, object]:
         """Return what a saved state holds."""
         last = self._last.tolist() if self._last is not None else None
-        return {"share": self.share, "is_on": self.is_on, "last": last, "measured": [float(m) for m in self._measured]}
+        return {
+            "share": self.share,
+            "is_on": self.is_on,
+            "last": last,
+            "measured": [m.tolist() for m in self._measured],
+            "length": self.length,
+        }
 
-    def load(self, share: float, is_on: bool, last: Sequence[float] | None, measured: Sequence[float]) -> None:
+    def load(
+        self,
+        share: float,
+        is_on: bool,
+        last: Sequence[float] | None,
+        measured: Sequence[Sequence[float]],
+        length: float,
+    ) -> None:
         """Go on from what `state` returned."""
-        self.share, self.is_on = share, is_on
+        self.share, self.is_on, self.length = share, is_on, length
         self._last = None if last is None else torch.tensor(last, dtype=torch.float64)
         self._measured = [torch.tensor(m, dtype=torch.float64) for m in measured]
 
