@@ -20,7 +20,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-SAMPLES = 64  # whose Jacobians are alive at a time
+SAMPLES = 16  # whose Jacobians are alive at a time
 
 
 class Flat:
@@ -98,24 +98,32 @@ def jacobians(model: nn.Module, flat: Flat, x: Tensor) -> Iterator[tuple[Tensor,
 
     With batch norm an output depends on all samples; J is that of the whole batch then, one row for each output.
     """
-
-    def outputs(parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        return functional_call(model, parameters, (inputs,))
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        yield _whole_jacobian(model, flat, x)
+        return
 
     def of_sample(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return outputs(parameters, sample.unsqueeze(0)).squeeze(0)
+        return functional_call(model, parameters, (sample.unsqueeze(0),)).squeeze(0)
 
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        with torch.no_grad():
-            out = outputs(flat.parameters, x)
-        yield out, flat.vector(jacrev(outputs, chunk_size=64)(flat.parameters, x)).detach()
-        return
     for some in x.split(SAMPLES):
         with torch.no_grad():
-            out = outputs(flat.parameters, some)
+            out = functional_call(model, flat.parameters, (some,))
         with sdpa_kernel(SDPBackend.MATH):  # the only one that vmap knows
             J = vmap(jacrev(of_sample), (None, 0))(flat.parameters, some)
         yield out, flat.vector(J).detach()
+
+
+def _whole_jacobian(model: nn.Module, flat: Flat, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all outputs and their Jacobian; jacrev would keep the graphs of all backward passes."""
+    parameters = {name: p.clone().requires_grad_() for name, p in flat.parameters.items()}
+    out = functional_call(model, parameters, (x,))
+    rows = []
+    for start in torch.eye(out.numel(), dtype=out.dtype).split(SAMPLES):
+        gradients = torch.autograd.grad(
+            out, list(parameters.values()), start.unflatten(1, out.shape), retain_graph=True, is_grads_batched=True
+        )
+        rows.append(flat.vector(dict(zip(parameters, gradients, strict=True))))
+    return out.detach(), torch.cat(rows).unflatten(0, out.shape)
 
 
 def halved(predicted: Distribution, J: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class SmallTransformer(nn.Module):
 def cnn(channels: int) -> nn.Module:
     modules: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise((1, *[channels] * 4))):
-        modules += [nn.Conv2d(inputs, outputs, 3, 2 if i == 2 else 1, 1), nn.ReLU()]
+        modules += [nn.Conv2d(inputs, outputs, 3, 2 if i == 1 else 1, 1), nn.ReLU()]
     model = nn.Sequential(*modules, nn.Flatten(), nn.Linear(16 * channels, 10))
     return initialised(model, torch.Generator().manual_seed(torch.initial_seed()))
 
