@@ -57,7 +57,7 @@ grid: $(VENV)/installed  ## the paper's grid search, for every optimizer alike: 
 coarse: $(VENV)/installed  ## where the gain of the second level comes from
 	@$(BIN)/python bench/experiment.py coarse $(ARGS)
 
-quality: $(VENV)/installed  ## how good directions are: K-FAC, EKFAC, coarse spaces against the dense Fisher (15 minutes)
+quality: $(VENV)/installed  ## how good directions are: K-FAC, EKFAC, coarse spaces against the dense Fisher (12 minutes)
 	@$(BIN)/python bench/quality.py $(ARGS)
 
 figures: $(VENV)/installed  ## draw figures and tables from bench/results/records, or ARGS="--out build/results"
