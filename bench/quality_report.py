@@ -73,7 +73,9 @@ def best_damped(records: Iterable[Record], method: str, source: str) -> list[flo
 
 
 def digits(numbers: Sequence[float]) -> str:
-    return f"{median(numbers):.2f}" if numbers else "-"
+    if not numbers:
+        return "-"
+    return f"{middle:.2f}" if math.isfinite(middle := median(numbers)) else "∞"
 
 
 def after_start(records: Iterable[Record]) -> list[Record]:
@@ -129,6 +131,9 @@ def tables(records: Sequence[Record]) -> str:
             "over one level's, on the same batch. *Other*: likewise, with gradient, factors, F and d of a mini-batch, "
             "on another batch eight times as large, on which",
             "the step size is chosen too. *Best λ*: each method, one level too, with the best of the three.",
+            "∞: one level gains nothing at half of the points or more. Where a damping is picked (the best of eight), "
+            "it is picked by q:",
+            "m/m\\* says little then.",
             "",
             medians(later),
             "",
