@@ -10,7 +10,7 @@ FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/native/*.cpp t
 	tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study figures cuda-build-check gpu-check lint format clean
+.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality figures cuda-build-check gpu-check lint format clean
 
 help:  ## show what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -61,6 +61,9 @@ coarse: $(VENV)/installed  ## where the gain of the second level comes from
 study: $(VENV)/installed  ## rivals over fifteen problems with an equal search (hours; goes on where stopped): ARGS="--jobs 2"
 	@$(BIN)/python -c 'import pytorch_optimizer' 2>/dev/null || $(BIN)/pip install -qq pytorch_optimizer
 	@$(BIN)/python bench/study.py $(ARGS)
+
+quality: $(VENV)/installed  ## how good directions are: K-FAC, EKFAC, coarse spaces against the dense Fisher (12 minutes)
+	@$(BIN)/python bench/quality.py $(ARGS)
 
 figures: $(VENV)/installed  ## draw figures and tables from bench/results/records, or ARGS="--out build/results"
 	@$(BIN)/python bench/experiment.py figures $(ARGS)
