@@ -664,6 +664,20 @@ def test_the_fishers_of_several_heads_add_up():
     assert_equal(curvature.factors("h")[1], exact.factors("h")[1], 0.3)
 
 
+def test_the_exact_fisher_under_batch_norm_is_the_mean_of_the_drawn_ones():
+    """Scores of two samples are products of independent labels: they vanish, though batch norm couples the samples."""
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+    def mean(fisher, times):
+        curvature = Curvature(m, fisher=fisher, stat_decay=1 - 1e-9, check_every=0)
+        for _ in range(times):
+            curvature.accumulate(Categorical(logits=m(X)))
+        return curvature.factors("0")[1]
+
+    assert_equal(mean("exact", 100), mean("mc", 400), 0.1)
+
+
 @pytest.mark.parametrize("kind", ["categorical", "bernoulli", "normal", "independent", "scale"])
 def test_the_exact_fisher_is_the_dense_one(kind):
     """Over all labels, or by the closed form: the block of the last layer, whose rows are one for each sample."""
