@@ -69,6 +69,7 @@ class Captures:
     Attributes:
         received: with the empirical Fisher, the captures whose gradients have come.
         is_paused: whether nothing is captured, since it is kfac2 that runs the model's graph.
+        has_loss: whether the loss of the forward passes that are looked at goes backward through them.
         thread: whose forward passes are looked at: the one that has last asked for it.
         is_closed: whether none are any more, whoever asks.
     """
@@ -76,6 +77,7 @@ class Captures:
     def __init__(self, layers: Sequence[Layer], follow_backward: bool) -> None:
         self.received: list[Capture] = []
         self.is_paused = self.is_closed = False
+        self.has_loss = True
         self.thread = 0
         self._follow_backward = follow_backward
         self._round = self._count = 0
@@ -156,7 +158,8 @@ class Captures:
         self._alive.add(capture)
         result = _not_a_view(output)
         result.grad_fn.metadata.setdefault(self._key, []).append((capture, result.output_nr))
-        result.register_hook(_Receiver(weakref.ref(capture), self._own))
+        if self.has_loss:
+            result.register_hook(_Receiver(weakref.ref(capture), self._own))
 
     def _round_of_now(self) -> int:
         """A forward after a backward opens the next pass; one inside of a backward (checkpointing) does not."""

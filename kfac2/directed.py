@@ -11,7 +11,7 @@ from torch import Tensor
 from kfac2.change_limit import FLOOR
 from kfac2.coarse.directions import TAU, Quadratic, coefficients, divergence_of, quadratic, with_correlations
 from kfac2.descent import Rate, times
-from kfac2.divergence import KeptPass, as_matrices, derivatives
+from kfac2.divergence import KeptPass, Matrices, derivatives
 from kfac2.kinds import Layer
 from kfac2.signal_share import SignalShare
 
@@ -44,8 +44,43 @@ class _Settings(NamedTuple):
     @staticmethod
     def of(groups: Sequence[Mapping[str, Any]], device: torch.device) -> _Settings:
         """Read them from the group of each layer's weight."""
-        columns = ([torch.as_tensor(group[name]) for group in groups] for name in ("lr", "momentum"))
-        return _Settings(*(torch.stack([c.double().to(device).reshape(()) for c in column]) for column in columns))
+        return _Settings(*(_column([group[name] for group in groups], device) for name in ("lr", "momentum")))
+
+
+def _column(values: Sequence[Rate], device: torch.device) -> Tensor:
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float64, device="cpu").to(device)
+    return torch.stack([torch.as_tensor(value, device=device).double().reshape(()) for value in values])
+
+
+class _Layers:
+    """What is always the same of some layers."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+        self.names = tuple(layer.name for layer in layers)
+        self.matrices = Matrices(layers, 2)
+        parts = [(i, p) for i, layer in enumerate(layers) for p in (layer.weight, layer.bias) if p is not None]
+        self._weights = [p for _, p in parts]
+        self._made_for = self._kind()
+        self._layer_of_part = torch.tensor([i for i, _ in parts], device=layers[0].weight.device)
+        sizes = torch.tensor([p.numel() for p in self._weights], dtype=torch.float64, device=layers[0].weight.device)
+        self._floors = FLOOR**2 * self._added(sizes)
+
+    def _kind(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(p.dtype, p.device) for p in self._weights]
+
+    def fits(self, layers: list[Layer]) -> bool:
+        """Tell whether these are the layers, where and in what dtype they were."""
+        return layers == self.layers and self._kind() == self._made_for
+
+    def _added(self, parts: Tensor) -> Tensor:
+        return parts.new_zeros(len(self.layers)).index_add_(0, self._layer_of_part, parts)
+
+    def squares(self) -> Tensor:
+        """Return |W_i|², (L,), with a floor: weights may be 0."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self._weights])).double()
+        return torch.maximum(self._added(norms.square()), self._floors)
 
 
 class Directed:
@@ -60,6 +95,7 @@ class Directed:
         self.signal = SignalShare()
         self.latest: Coefficients | None = None
         self._correlations: tuple[tuple[str, ...], Tensor] | None = None
+        self._layers: _Layers | None = None
 
     def step(
         self,
@@ -92,6 +128,8 @@ class Directed:
         layers = [layer for layer in layers if layer in used or not passes]
         if not layers or not (passes or self.signal.waits):
             return set()
+        if self._layers is None or not self._layers.fits(layers):
+            self._layers = _Layers(layers)
         own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.grad is not None]
         parts = {id(p): p for p in own}
         last = {key: state[p].get("momentum_buffer") for key, p in parts.items()}
@@ -99,12 +137,14 @@ class Directed:
         settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
         gradients = [gradient(layer) for layer in layers]
         if not passes:
-            _, slopes = _inner_products(as_matrices(layers, (last, last)), gradients)
-            self._measure(tuple(layer.name for layer in layers), slopes[:, 1], settings.rates)
+            _, slopes = _inner_products(self._layers.matrices.of((last, last)), gradients)
+            self._measure(self._layers.names, slopes[:, 1], settings.rates)
             return set()
         fine = {key: p.grad for key, p in parts.items()}
-        self.latest = self._solved(passes, layers, fine, last, gradients, settings, tau, kl_clip)
-        pairs = zip(layers, self.latest.fine.unbind(), self.latest.last.unbind(), strict=True)
+        self.latest = self._solved(passes, self._layers, fine, last, gradients, settings, tau, kl_clip)
+        on_host = self.latest.fine.device.type == "cpu"
+        fine_and_last = (list(c.tolist() if on_host else c.unbind()) for c in (self.latest.fine, self.latest.last))
+        pairs = zip(layers, *fine_and_last, strict=True)
         of_part = {id(p): (alpha, beta) for layer, alpha, beta in pairs for p in (layer.weight, layer.bias)}
         for group in groups:
             moving = [p for p in group["params"] if id(p) in parts]
@@ -116,7 +156,7 @@ class Directed:
     def _solved(
         self,
         passes: Sequence[KeptPass],
-        layers: Sequence[Layer],
+        of: _Layers,
         fine: Mapping[int, Tensor | None],
         last: Mapping[int, Tensor | None],
         gradients: Sequence[Tensor],
@@ -125,13 +165,12 @@ class Directed:
         kl_clip: float | None,
     ) -> Coefficients:
         """Return the coefficients of a step; where the solve fails, those of one level, v + μ d."""
-        matrices = as_matrices(layers, (fine, last))
-        s, cases = derivatives(passes, layers, matrices)
+        matrices, names = of.matrices.of((fine, last)), of.names
+        s, cases = derivatives(passes, of.layers, matrices)
         grams, slopes = _inner_products(matrices, gradients)
-        names = tuple(layer.name for layer in layers)
         self._measure(names, slopes[:, 1], settings.rates)
         known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
-        model, correlations = with_correlations(quadratic(s, cases, grams, slopes, _squares(layers)), known)
+        model, correlations = with_correlations(quadratic(s, cases, grams, slopes, of.squares()), known)
         c = self._held(model, coefficients(model, TAU if tau is None else tau), settings.rates.repeat(2), kl_clip)
         is_solved = c.isfinite().all()
         self._correlations = names, torch.where(is_solved, correlations, 0.0 if known is None else known)
@@ -183,21 +222,12 @@ def _inner_products(matrices: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
     return grams, torch.stack([m @ g.to(m.dtype) for m, g in zip(flat, gradients, strict=True)])
 
 
-def _squares(layers: Sequence[Layer]) -> Tensor:
-    """Return |W_i|², (L,), with a floor: weights may be 0."""
-    parts = [[p.detach() for p in (layer.weight, layer.bias) if p is not None] for layer in layers]
-    norms = iter(torch._foreach_norm([p for own in parts for p in own]))
-    squares = [torch.stack([next(norms).double() for _ in own]).square().sum() for own in parts]
-    floors = [FLOOR**2 * sum(p.numel() for p in own) for own in parts]
-    return torch.maximum(torch.stack(squares), torch.tensor(floors, dtype=torch.float64).to(squares[0].device))
-
-
 def _move(
     params: Sequence[Tensor],
     state: State,
     lr: float | Tensor,
     weight_decay: float,
-    coefficients: Sequence[tuple[Tensor, Tensor]],
+    coefficients: Sequence[tuple[Rate, Rate]],
     found: Tensor | None,
 ) -> None:
     """Take D ← αv + βD, W ← W - η(D + weight decay W), with v in `.grad` and D the momentum buffer.
@@ -207,7 +237,7 @@ def _move(
         state: the optimizer's.
         lr: η.
         weight_decay: of the group.
-        coefficients: α and β of each parameter, on the device.
+        coefficients: α and β of each parameter; on a CUDA device tensors there.
         found: on the device, 1 where the step is to be skipped; None where it is not.
     """
     for parameter in params:
@@ -215,12 +245,12 @@ def _move(
             state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     buffers = [state[parameter]["momentum_buffer"] for parameter in params]
     gradients = [parameter.grad.to(parameter.dtype) for parameter in params if parameter.grad is not None]
-    alphas, betas = ([c.to(p.dtype) for c, p in zip(cs, params, strict=True)] for cs in zip(*coefficients, strict=True))
+    alphas, betas = zip(*coefficients, strict=True)
     if found is not None:  # all gradients are 0 then
-        betas = [torch.where(found.reshape(()) > 0, 1.0, beta) for beta in betas]
+        betas = tuple(torch.where(found.reshape(()) > 0, 1.0, beta) for beta in betas)
         lr = lr * (found.reshape(()) == 0)
-    torch._foreach_mul_(buffers, list(betas))
-    torch._foreach_addcmul_(buffers, gradients, list(alphas))
+    torch._foreach_mul_(buffers, betas)
+    torch._foreach_add_(buffers, torch._foreach_mul(gradients, alphas))
     moves = torch._foreach_add(buffers, list(params), alpha=weight_decay) if weight_decay else buffers
     if isinstance(lr, Tensor):
         torch._foreach_sub_(list(params), [move * lr.to(move.device) for move in moves])

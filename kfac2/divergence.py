@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -93,7 +94,7 @@ def divergence(passes: Sequence[KeptPass], direction: Direction) -> Tensor:
     moving = [layer for layer in layers if moved[id(layer.weight)] is not None]
     if not moving:
         return torch.zeros((), dtype=torch.float64, device=next(iter(layers)).weight.device)
-    s, cases = derivatives(passes, moving, as_matrices(moving, [moved]))
+    s, cases = derivatives(passes, moving, Matrices(moving, 1).of([moved]))
     return s.sum(2).square().sum() / cases
 
 
@@ -135,33 +136,46 @@ def derivatives(
     return torch.cat([none, *parts]), cases
 
 
-def as_matrices(layers: Sequence[Layer], directions: Sequence[Mapping[int, Tensor | None]]) -> list[Tensor]:
-    """Return what moves the parameters as matrices, (K, blocks, d_out, d_in) of each layer.
+class Matrices:
+    """Writes directions of the parameters of some layers as matrices, K of each layer.
 
     Args:
         layers: the layers.
-        directions: K of them, each by id of the parameter; one that is not there does not move, and has zeros.
+        count: K.
     """
-    parts: list[Tensor] = []
-    places: list[tuple[int, int, int, int]] = []
-    sizes: list[int] = []
-    begin = 0
-    for i, layer in enumerate(layers):
-        size = math.prod(layer.matrix_shape)
-        for k, moved in enumerate(directions):
-            for part in layer.parts():
-                d = moved.get(id(part.parameter))
-                if d is not None:
-                    parts.append(d if part.view is None else part.view(d))
-                    places.append((begin + k * size + part.place, layer.matrix_shape[2], i, 0))
-        sizes.append(len(directions) * size)
-        begin += sizes[-1]
-    dtype = torch.float64 if any(layer.factor_dtype == torch.float64 for layer in layers) else torch.float32
-    matrices = torch.zeros(begin, dtype=dtype, device=layers[0].weight.device)
-    gather_gradients(parts, torch.tensor(places, device="cpu").reshape(-1, 4), len(layers), 1, matrices)
-    return [
-        m.view(len(directions), *layer.matrix_shape) for layer, m in zip(layers, matrices.split(sizes), strict=True)
-    ]
+
+    def __init__(self, layers: Sequence[Layer], count: int) -> None:
+        self.layers = tuple(layers)
+        self._shapes = [(count, *layer.matrix_shape) for layer in layers]
+        self._sizes = [math.prod(shape) for shape in self._shapes]
+        self._dtype = torch.float64 if any(layer.factor_dtype == torch.float64 for layer in layers) else torch.float32
+        begins = [0, *itertools.accumulate(self._sizes)]
+        self._parts = [  # of each: which direction, id of the parameter, view, and its row in the table
+            (k, id(part.parameter), part.view, (begin + k * (size // count) + part.place, layer.matrix_shape[2], i, 0))
+            for i, (layer, begin, size) in enumerate(zip(layers, begins, self._sizes, strict=False))
+            for k in range(count)
+            for part in layer.parts()
+        ]
+        self._present: list[bool] = []
+        self._table = torch.empty(0, 4, dtype=torch.int64, device="cpu")
+
+    def of(self, directions: Sequence[Mapping[int, Tensor | None]]) -> list[Tensor]:
+        """Return the directions of each layer, (K, blocks, d_out, d_in).
+
+        Args:
+            directions: K of them, each by id of the parameter; one that is not there does not move, and has zeros.
+        """
+        found = [(directions[k].get(key), view) for k, key, view, _ in self._parts]
+        present = [d is not None for d, _ in found]
+        if present != self._present:
+            rows = [row for (*_, row), is_there in zip(self._parts, present, strict=True) if is_there]
+            self._table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 4)
+            self._present = present
+        make = torch.empty if all(present) else torch.zeros
+        matrices = make(sum(self._sizes), dtype=self._dtype, device=self.layers[0].weight.device)
+        moved = [d if view is None else view(d) for d, view in found if d is not None]
+        gather_gradients(moved, self._table, len(self.layers), 1, matrices)
+        return [m.view(shape) for m, shape in zip(matrices.split(self._sizes), self._shapes, strict=True)]
 
 
 def _derivatives(uses: Sequence[KeptUse], matrices: Sequence[Tensor]) -> list[Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kfac2.change_limit import Limits
+from kfac2.directed import Directed
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class LastStep:
     _norms: Tensor | None
     _limits: Limits | None
     _names: list[str]
+    _directed: Directed
 
     @property
     def damping(self) -> float:
@@ -59,6 +61,25 @@ class LastStep:
             return {}
         changes = zip(self._names, (self._norms / self._limits.weight_norms).tolist(), self._limits.seen, strict=True)
         return {name: change for name, change, seen in changes if seen}
+
+    @property
+    def coefficients(self) -> dict[str, tuple[float, float]]:
+        """By layer α and β of the last step in the space of directions; empty where there was none."""
+        latest = self._directed.latest
+        if latest is None:
+            return {}
+        pairs = zip(latest.fine.tolist(), latest.last.tolist(), strict=True)
+        return dict(zip(latest.names, pairs, strict=True))
+
+    @property
+    def signal_share(self) -> float:
+        """The share of the slope of steps in the space of directions that the next batch confirms; see `SignalShare`."""
+        return self._directed.signal.share
+
+    @property
+    def is_directed(self) -> bool:
+        """Whether steps are taken in the space of directions for now."""
+        return self._directed.latest is not None and self._directed.signal.is_on
 
     def __repr__(self) -> str:
         most = max(self.changes.items(), key=lambda change: change[1], default=None)

@@ -190,8 +190,11 @@ def _directions(distribution: Distribution) -> Iterator[Callable[[], Tensor]]:
 
 
 def _column(flat: Tensor, number: int) -> Callable[[], Tensor]:
-    """Add up one number of all samples, with drawn signs: where samples depend on each other (batch norm), the products
-    of two samples' scores, which are no part of the Fisher, vanish in the mean; elsewhere a sign changes nothing."""
+    """Add up one number of all samples, with drawn signs.
+
+    Where samples depend on each other (batch norm), the products of two samples' scores, which are no part of the
+    Fisher, vanish in the mean; elsewhere a sign changes nothing.
+    """
 
     def direction() -> Tensor:
         signs = 2 * torch.randint(2, flat.shape[:1], device=flat.device).to(flat.dtype) - 1

@@ -307,6 +307,7 @@ class KFAC(Readings, Optimizer):
             limit.norms,
             limit.current,
             limit.names,
+            self._directed,
         )
 
     # -- the bounds -----------------------------------------------------------------------------------------

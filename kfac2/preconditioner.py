@@ -193,11 +193,12 @@ class Preconditioner(Readings):
         stride = samples // count
         captures = self.curvature.collector.captures
         captures.turn(True)
+        captures.has_loss = False
         try:
             with torch.enable_grad(), without_running_statistics(self.curvature.model):
                 return predict(slice(0, count * stride, stride))
         finally:  # no other forward pass is looked at from now on
-            self._has_own_passes = True
+            self._has_own_passes = captures.has_loss = True
             captures.turn(False)
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
