@@ -73,7 +73,7 @@ class LastStep:
 
     @property
     def signal_share(self) -> float:
-        """The share of the slope of steps in the space of directions that the next batch confirms; see `SignalShare`."""
+        """The share of the slope of steps in the space of directions that the next batch confirms."""
         return self._directed.signal.share
 
     @property
