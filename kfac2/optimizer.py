@@ -50,6 +50,18 @@ class KFAC(Readings, Optimizer):
         opt.step()
     ```
 
+    With `coarse="directions"` layer i moves along α_i v_i + β_i d_i, d_i its last update, in place of a constant length
+    and momentum. The 2L coefficients minimise the quadratic model of the loss, in which the sampled Fisher couples all
+    layers (`kfac2.coarse.directions`); the step is held to cᵀZᵀFZc ≤ κ. It wants rows in each iteration. Where the
+    batch is large, let it take them of some samples, in a forward pass of their own:
+
+    ```python
+        opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))
+    ```
+
+    Where the next batch does not confirm such steps, gradient noise being large, it takes one level's, and looks again
+    every 20th iteration (`kfac2.signal_share`). `opt.last_step` shows what it does.
+
     The mean of -log_prob of the distribution must be the training loss up to a constant: the damping λ is
     relative to the Fisher of that loss (see `accumulate_fisher`).
 

@@ -10,7 +10,7 @@ from torch import Tensor
 KEPT, KEPT_OFF = 0.93, 0.8  # of the share so far, at each measurement; while the space is left these are few
 OFF, ON = 0.45, 0.5  # below the one it is left, above the other it is taken again
 STALL, PROGRESS = -0.5, -0.3  # s₁ / DᵀFD: a step of the model's length has come to nothing; it has gone down
-SHORTER, LONGER = 0.7, 1.15  # what a decision makes of the length
+SHORTER, LONGER, LEAST = 0.7, 1.15, 0.1  # what a decision makes of the length; no step is shorter for its sake
 PROBE = 20  # iterations from one trial to the next while it is left
 
 
@@ -21,6 +21,9 @@ class SignalShare:
     fit its noise. The next batch is independent. Its slope along D is s₁ after the step, and was s₁ + DᵀFD before it if
     the model is right: the share is φ = (s₁ + DᵀFD) / s₀ with s₀ = bᵀc, 1 without noise. Where it is small, one level's
     constant step, whose length noise does not move, does better.
+
+    Where the slope s₁ is so far below 0 that the step has come to nothing, s₁ < -½ DᵀFD, steps are too long for the
+    model, or for the noise, and become shorter, down to a tenth; where they go down they become longer again.
 
     It costs nothing: s₁ is part of the next step. Trials tell when it pays again. Read from the device when statistics
     are due, which wait for it anyway.
@@ -70,13 +73,16 @@ class SignalShare:
         kept = (KEPT if self.is_on else KEPT_OFF) ** len(self._measured)
         share, slope = torch.stack(self._measured).mean(0).tolist()
         self._measured = []
-        if slope < STALL:
+        if slope < STALL and self.length > LEAST:
             self.length *= SHORTER
             return
         if slope > PROGRESS:
             self.length = min(1.0, LONGER * self.length)
         self.share = kept * self.share + (1 - kept) * share
+        was_on = self.is_on
         self.is_on = self.share > (OFF if self.is_on else ON)
+        if was_on and not self.is_on:
+            self.length = 1.0  # it was not the length
 
     def state(self) -> dict[str, object]:
         """Return what a saved state holds."""
