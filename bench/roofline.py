@@ -1,0 +1,347 @@
+"""A model of the time of every op of kfac2 on a CUDA device, from bytes, operations and launches: nothing is run.
+
+For ResNet-110 (CIFAR, batch 128), ResNet-50 (batch 256, 224 x 224) and GPT-2 small (8 x 1024 tokens), on an H100 SXM
+and an H200. All times are predictions; `--record` puts what `report.py --device cuda` or `gpu_check.py` measured beside
+them. What an op moves, computes and launches is counted in `roofline_ops`, torch's way in `roofline_library`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import roofline_calls as calls
+from networks import NETWORKS
+from output import table, write
+from roofline_calls import Call, Op
+from roofline_nets import Net, known, published
+from roofline_ops import Count, Stage
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks of a device, from its data sheet: operations and bytes in a second; cycles in a second (boost)."""
+
+    name: str
+    bandwidth: float
+    fp32: float = 67e12  # outside of tensor cores
+    tf32: float = 494.7e12  # dense: the data sheet's 989 are with sparsity
+    bf16: float = 989.4e12
+    clock: float = 1.755e9  # sustained; the maximum is 1.98 GHz
+
+
+DEVICES = [Device("H100 SXM", 3.35e12), Device("H200", 4.8e12)]
+PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2}  # of matrix products of the library; bytes of an activation
+# What large matrix products reach: fp32 and TF32 are usual figures of cuBLAS; bf16 was measured at 0.8 for 8192³ on
+# random data on both devices, and long, flat products reach less.
+PRODUCT_SHARE = {"fp32": 0.75, "tf32": 0.7, "bf16": 0.65}
+SOURCES = (
+    "These shares, 2.5 us from one kernel to the next and 5 us of the host for a launch are usual figures; copies and "
+    "bf16 products were measured. The shares of our own kernels are estimates: none has been measured."
+)
+LAUNCH = 2.5e-6  # seconds from the end of a kernel to the next one's first work, in a full stream (usual)
+ISSUE = 5e-6  # seconds of the host for each launch of an eager call of torch (usual)
+
+# The shares of the peaks of memory and of fp32 that a kernel reaches where it is bound by them. All are estimates from
+# the compiled code but the copy, which was measured: 3.0 of 3.35 TB/s, 4.3 of 4.8.
+SHARES = {
+    "copy": (0.9, 0.1), "reduce": (0.8, 0.1), "mm": (0.9, 1.0),
+    "cholesky": (0.5, 0.25), "eigh": (0.5, 0.03),  # 16 and 2 TFLOP/s, usual figures of the solver library
+    "tables": (0.5, 0.1), "small": (0.3, 0.05),
+    "layer_maps": (0.55, 0.1),  # four 16-byte loads in flight for each thread
+    "covariances": (0.8, 0.4), "covariances, gather": (0.4, 0.1),  # the products wait for loads: see `latency`
+    "directional_derivatives": (0.8, 0.4), "shares": (0.5, 0.1),
+    "cross_layer_sums": (0.5, 0.2),  # 32 multiply-adds for 32 words of shared memory
+    "damp": (0.5, 0.1), "eliminate": (0.5, 0.2),
+    "update": (0.5, 0.5),  # the mirrored half is written word by word
+    "eigendecompose": (0.5, 0.2),
+    "gather": (0.5, 0.1), "write": (0.5, 0.1), "sums": (0.6, 0.1),  # gather: one load in flight for each thread
+}  # fmt: skip
+
+
+def seconds(stages: Iterable[Stage], device: Device, precision: str = "fp32") -> float:
+    """Predict the time of stages: each takes the longest of its bytes, its operations and its chains, and its launches.
+
+    Where the host needs longer for all launches than the device for its work, it is the host's time.
+    """
+    busy, launches = 0.0, 0
+    for stage in stages:
+        of_bandwidth, of_peak = SHARES[stage.kernel]
+        peak = device.fp32 * of_peak
+        if stage.kernel == "mm":
+            peak = getattr(device, precision) * PRODUCT_SHARE[precision]
+        moving = stage.bytes / (device.bandwidth * of_bandwidth)
+        busy += max(moving, stage.flop / peak, stage.latency / device.clock) + stage.launches * LAUNCH
+        launches += stage.launches
+    return max(busy, launches * ISSUE)
+
+
+def floor(count: Count, device: Device) -> float:
+    """Return the time below which no kernel in fp32 can be: memory and arithmetic at their peaks, nothing launched."""
+    return max(count.least_bytes / device.bandwidth, count.least_flop / device.fp32)
+
+
+def duration(call: Call, device: Device, precision: str = "kfac2") -> float:
+    """Predict a call: kfac2's, or the library's with one precision, where there is another way at all."""
+    if precision == "kfac2" or call.library is None:
+        return seconds(call.own.stages, device)
+    return seconds(call.library(PRECISIONS[precision]), device, precision)
+
+
+def in_step(op: Op, device: Device, precision: str = "kfac2") -> float:
+    """Predict the calls of a step; of the faster way for each with `faster`: kfac2, or the library in TF32."""
+    if precision == "faster":
+        return min(in_step(op, device), in_step(op, device, "tf32"))
+    return sum(duration(call, device, precision) for call in op.in_step)
+
+
+# -- what is predicted --------------------------------------------------------------------------------------------
+
+
+def op_row(op: Op, net: Net, device: Device, measured: dict[str, float]) -> Row:
+    """Predict one op, in microseconds; `measured` has milliseconds by the titles of cases."""
+    own, found = op.alone.own, measured.get(f"{op.name}, {net.title}")
+    row: Row = {
+        "op": op.name, "when": op.when,
+        "launches": own.launches, "launches_in_step": sum(call.own.launches for call in op.in_step),
+        "bytes": own.least_bytes, "flop": own.least_flop,
+        "moved": sum(stage.bytes for stage in own.stages), "computed": sum(stage.flop for stage in own.stages),
+        "floor": 1e6 * floor(own, device), "kfac2": 1e6 * duration(op.alone, device),
+        "library": {p: 1e6 * duration(op.alone, device, p) for p in PRECISIONS} if op.alone.library else None,
+        "in_step": 1e6 * in_step(op, device), "measured": None if found is None else 1e3 * found,
+    }  # fmt: skip
+    return row | {"verdict": verdict(row["kfac2"], row["measured"])}
+
+
+def verdict(predicted: float, measured: float | None) -> str:
+    """Say where a measurement and its prediction are more than a factor of 2 apart."""
+    if measured is None or 0.5 <= measured / predicted <= 2:
+        return ""
+    over = measured / predicted
+    return f"{over:.1f} times the prediction" if over > 1 else f"{1 / over:.1f} times faster than predicted"
+
+
+def parts_of_step(net: Net, found: Sequence[Op], device: Device, how: str, paper: bool) -> dict[str, float]:
+    """Sum up what K-FAC adds to a step, in milliseconds: to every one, at statistics, at inverses; mean at 10/100."""
+    precision = {"kfac2": "tf32", "faster": "tf32"}.get(how, how)
+    added = {"every": 0.0, "statistics": 0.0, "inverses": 0.0}
+    for op in found:
+        if op.paper if paper else op.default:
+            added[op.when] += 1e3 * in_step(op, device, how)
+    backward = calls.sampled_backward(net, PRECISIONS[precision])
+    added["statistics"] += 1e3 * seconds(backward, device, precision)
+    mean = added["every"] + added["statistics"] / 10 + added["inverses"] / 100
+    model = 1e3 * seconds(calls.forward_backward(net, PRECISIONS[precision]), device, precision)
+    adamw, sgd = (1e3 * seconds(stages, device) for stages in (calls.adamw(net), calls.sgd(net)))
+    return {"model": model, "adamw": adamw, **added, "mean": mean, "over_adamw": (model + sgd + mean) / (model + adamw)}
+
+
+def step_rows(net: Net, device: Device) -> list[Row]:
+    """Predict the kinds of steps, by kfac2 and by the library."""
+    found = calls.ops_of(net)
+    ways = [("kfac2", "kfac2 as it is"), ("faster", "the faster of kfac2 and the library in TF32, op by op")]
+    ways += [(precision, f"library, {precision}") for precision in PRECISIONS]
+    return [
+        {"method": method, "way": name, **parts_of_step(net, found, device, how, method != "KFAC(model)")}
+        for method in ("KFAC(model)", "the paper's two levels")
+        for how, name in ways
+    ]
+
+
+# -- what was measured --------------------------------------------------------------------------------------------
+
+
+def net_of(title: str, nets: Sequence[Net]) -> Net | None:
+    """Find or make the network of a title, `<network>, batch <samples>`."""
+    for net in nets:
+        if net.title == title:
+            return net
+    words, _, batch = title.rpartition(", batch ")
+    names = [name for name, network in NETWORKS.items() if network.title == words]
+    return known(names[0], int(batch)) if names and batch.isdigit() else None
+
+
+def case_rows(record: Row, device: Device, nets: list[Net]) -> list[Row]:
+    """Put the prediction of each case of a record beside it; a case that the model does not know says so."""
+    rows = []
+    for result in record["kernels"]:
+        title, milliseconds = result["case"], result["milliseconds"]
+        call = calls.single(title)
+        name, _, rest = title.partition(", ")
+        if call is None and (net := net_of(rest, nets)) is not None:
+            nets.append(net)
+            call = next((op.alone for op in calls.ops_of(net) if op.name == name), None)
+        row: Row = {
+            "case": title,
+            "measured": 1e3 * milliseconds["kfac2"]["median"],
+            "predicted": None,
+            "verdict": "unknown",
+        }
+        if call is not None:
+            row["predicted"] = 1e6 * duration(call, device)
+            row["library_measured"] = 1e3 * milliseconds["torch"]["median"]
+            row["library_predicted"] = 1e6 * duration(call, device, "fp32")
+            row["verdict"] = verdict(row["predicted"], row["measured"])
+        rows.append(row)
+    return rows
+
+
+def whole_rows(record: Row, device: Device, nets: list[Net]) -> list[Row]:
+    """Put predictions of whole steps in fp32 beside those of a record."""
+    rows = []
+    for result in record["steps"]:
+        net = net_of(f"{NETWORKS[result['net']].title}, batch {result['batch']}", nets)
+        assert net is not None
+        found, model = calls.ops_of(net), calls.forward_backward(net, 4)
+        sgd, fused = seconds([*model, *calls.sgd(net, fused=False)], device), seconds([*model, *calls.sgd(net)], device)
+        added = parts_of_step(net, found, device, "kfac2", paper=True)
+        predicted = {("sgd", "c"): 1e3 * sgd, ("kfac2-2", "c"): 1e3 * fused + added["every"]}
+        predicted["kfac2-2", "a"] = predicted["kfac2-2", "c"] + added["statistics"]
+        predicted["kfac2-2", "b"] = predicted["kfac2-2", "a"] + added["inverses"]
+        for (name, kind), value in predicted.items():
+            if kind in (kinds := result["optimizers"].get(name, {}).get("kinds", {})):
+                measured = result["sgd_milliseconds"]["median"] * kinds[kind]["whole"]["median"]
+                rows.append({"case": f"step, {name}, {kind}, {net.title}", "predicted": 1e3 * value,
+                             "measured": 1e3 * measured, "verdict": verdict(value, measured)})  # fmt: skip
+    return rows
+
+
+def read_record(path: Path) -> tuple[Row, Device]:
+    """Read what `report.py` or `gpu_check.py` wrote, and find the device that it was measured on."""
+    record = json.loads(path.read_text())
+    record = record.get("measurements", record)
+    name = record.get("machine", {}).get("device", "none")
+    for device in DEVICES:
+        if device.name.split()[0] in name.replace("-", " ").split():
+            return record, device
+    raise ValueError(f"the record must be of {' or '.join(d.name for d in DEVICES)}, got one of {name!r}: {path}")
+
+
+# -- for people ---------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """Write three digits, and a group of digits as it is."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def ops_table(rows: Sequence[Row]) -> str:
+    header = ["op", "when", "launches", "MB", "GFLOP", "floor", "kfac2", "library fp32", "TF32", "bf16", "kfac2 / fp32",
+              "calls of a step", "measured", "note"]  # fmt: skip
+    lines = []
+    for row in rows:
+        library = row["library"] or dict.fromkeys(PRECISIONS)
+        ratio = row["kfac2"] / library["fp32"] if row["library"] else None
+        times = [row["floor"], row["kfac2"], *library.values(), ratio, row["in_step"], row["measured"]]
+        work = [str(row["launches"]), number(row["bytes"] / 1e6), number(row["flop"] / 1e9)]
+        lines.append([row["op"], row["when"], *work, *map(number, times), row["verdict"]])
+    return table(header, lines)
+
+
+def steps_table(rows: Sequence[Row]) -> str:
+    keys = ["model", "adamw", "every", "statistics", "inverses", "mean", "over_adamw"]
+    header = ["method", "way", "forward, backward", "AdamW", "every step", "at statistics", "at inverses",
+              "mean at 10/100", "step / AdamW's step"]  # fmt: skip
+    return table(header, [[row["method"], row["way"], *(number(row[key]) for key in keys)] for row in rows])
+
+
+def cases_table(rows: Sequence[Row]) -> str:
+    keys = ["predicted", "measured", "library_predicted", "library_measured"]
+    header = ["case", "predicted", "measured", "torch, predicted", "torch, measured", "note"]
+    return table(header, [[row["case"], *(number(row.get(key)) for key in keys), row["verdict"]] for row in rows])
+
+
+READING = """\
+All times are **predictions** from bytes, operations and launches (`make roofline`); *measured* is empty until a record
+is given: `make roofline ARGS="--record FILE"`. Ops in microseconds, steps in milliseconds.
+
+- *MB*, *GFLOP*: what the equation of the op asks for, each number moved once, nothing computed twice. *floor*: these at
+  the peaks of memory and fp32. *launches*: of kfac2, tables included; a test holds them against the emulated kernels.
+- *kfac2*: its kernels as they are, each at a share of the peaks that was estimated from its compiled code, or as slow
+  as its chains of loads. *library*: torch's way (shifted planes and one product, Cholesky by size, batched products)
+  with products in fp32, TF32 and bf16 (activations of two bytes then). *kfac2 / fp32* above 1: the library is ahead.
+- An op is one call as `bench/cases.py` makes it; *calls of a step* are those that a step makes: both kinds of maps a
+  few samples at a time, a quarter of the samples, but at least 32, for `directional_derivatives`, no stacking for
+  `precondition`.
+- Steps: what K-FAC adds to *every step*, *at statistics* (the backward pass of sampled labels included), *at inverses*;
+  AdamW is torch's own (foreach). With kfac2 and "the faster" the model runs in TF32, else in the library's precision.
+- Where the host takes longer to launch (5 us for each launch of an eager call) than the device to work, that counts."""
+
+
+def markdown(found: Row) -> str:
+    lines = ["# Predicted times on CUDA devices", "", READING, "", "Constants:", ""]
+    for device in found["devices"]:
+        peaks = ", ".join(f"{p} {device[p] / 1e12:.0f} TFLOP/s" for p in PRECISIONS)
+        lines.append(f"- {device['name']}: {device['bandwidth'] / 1e12:.2f} TB/s, {peaks} (data sheet), "
+                     f"{device['clock'] / 1e9} GHz")  # fmt: skip
+    reached = ", ".join(f"{p} {share}" for p, share in PRODUCT_SHARE.items())
+    lines.append(f"- Reached by large products: {reached} of the peak; by copies 0.9 of the bandwidth. {SOURCES}")
+    for net in found["nets"]:
+        lines += ["", f"## {net['title']}", "", f"{net['layers']} layers, {net['handled']:,} of {net['parameters']:,} "
+                  "parameters handled."]  # fmt: skip
+        for device, rows in net["ops"].items():
+            lines += ["", f"{device}, ops, us", "", ops_table(rows), "", f"{device}, steps, ms", ""]
+            lines.append(steps_table(net["steps"][device]))
+    if found["record"]:
+        lines += ["", f"## Measured on {found['record']['device']}, us", "", cases_table(found["record"]["rows"])]
+    return "\n".join(lines) + "\n"
+
+
+def predicted(record: tuple[Row, Device] | None) -> Row:
+    """Predict everything; with a record, beside what it has."""
+    nets = published()
+    found: Row = {"devices": [asdict(device) for device in DEVICES], "shares": SHARES, "record": None}
+    measured: dict[str, dict[str, float]] = {device.name: {} for device in DEVICES}
+    if record is not None:
+        content, device = record
+        measured[device.name] = {r["case"]: r["milliseconds"]["kfac2"]["median"] for r in content["kernels"]}
+        rows = case_rows(content, device, list(nets)) + whole_rows(content, device, list(nets))
+        found["record"] = {"device": content["machine"]["device"], "rows": rows}
+    entries = []
+    for net in nets:
+        ops = calls.ops_of(net)
+        by_device = {d.name: [op_row(op, net, d, measured[d.name]) for op in ops] for d in DEVICES}
+        steps = {d.name: step_rows(net, d) for d in DEVICES}
+        entries.append({"title": net.title, "layers": len(net.shapes), "handled": net.weights,
+                        "parameters": net.parameters, "ops": by_device, "steps": steps})  # fmt: skip
+    return {**found, "nets": entries}
+
+
+def rounded(value: Any) -> Any:
+    """Round all numbers to four digits, for a file that two machines write alike."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def main() -> None:
+    """Read the command line, predict, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", type=Path, help="JSON of report.py --device cuda, or of gpu_check.py")
+    default = Path(__file__).with_name("results")
+    parser.add_argument("--out", type=Path, default=default, help="folder of the results (default: bench/results)")
+    args = parser.parse_args()
+    try:
+        record = None if args.record is None else read_record(args.record)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--record: {error}")
+    found = predicted(record)
+    text = markdown(found)
+    write(args.out / "roofline.json", json.dumps(rounded(found), indent=1) + "\n")
+    write(args.out / "roofline.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
