@@ -10,7 +10,7 @@ FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/native/*.cpp t
 	tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality figures cuda-build-check gpu-check lint format clean
+.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality figures cuda-build-check gpu-check roofline lint format clean
 
 help:  ## show what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -77,6 +77,9 @@ cuda-build-check:  ## prove the CUDA build without a device: a venv with a CUDA 
 
 gpu-check:  ## on a machine with a CUDA device: build, test and measure there; write the record to OUT=bench/results
 	@$(PYTHON) bench/gpu_check.py --out $(OUT)
+
+roofline: $(VENV)/installed  ## predict the time of each op on an H100 and an H200, beside a record: ARGS="--record FILE"
+	@$(BIN)/python bench/roofline.py $(ARGS)
 
 lint: $(VENV)/installed  ## check formats, names, docstrings and types
 	@$(BIN)/ruff check -q .

@@ -2,7 +2,8 @@
 
 For ResNet-110 (CIFAR, batch 128), ResNet-50 (batch 256, 224 x 224) and GPT-2 small (8 x 1024 tokens), on an H100 SXM
 and an H200. All times are predictions; `--record` puts what `report.py --device cuda` or `gpu_check.py` measured beside
-them. What an op moves, computes and launches is counted in `roofline_ops`, torch's way in `roofline_library`.
+them. What an op moves, computes and launches is counted in `roofline_ops`, torch's way in `roofline_library`; the
+constants are in `roofline_time`.
 """
 
 from __future__ import annotations
@@ -10,96 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import roofline_calls as calls
 from networks import NETWORKS
 from output import table, write
-from roofline_calls import Call, Op
+from roofline_calls import Op
 from roofline_nets import Net, known, published
-from roofline_ops import Count, Stage
+from roofline_time import DEVICES, PRECISIONS, PRODUCT_SHARE, SHARES, SOURCES, Device, duration, floor, in_step, seconds
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peaks of a device, from its data sheet: operations and bytes in a second; cycles in a second (boost)."""
-
-    name: str
-    bandwidth: float
-    fp32: float = 67e12  # outside of tensor cores
-    tf32: float = 494.7e12  # dense: the data sheet's 989 are with sparsity
-    bf16: float = 989.4e12
-    clock: float = 1.755e9  # sustained; the maximum is 1.98 GHz
-
-
-DEVICES = [Device("H100 SXM", 3.35e12), Device("H200", 4.8e12)]
-PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2}  # of matrix products of the library; bytes of an activation
-# What large matrix products reach: fp32 and TF32 are usual figures of cuBLAS; bf16 was measured at 0.8 for 8192³ on
-# random data on both devices, and long, flat products reach less.
-PRODUCT_SHARE = {"fp32": 0.75, "tf32": 0.7, "bf16": 0.65}
-SOURCES = (
-    "These shares, 2.5 us from one kernel to the next and 5 us of the host for a launch are usual figures; copies and "
-    "bf16 products were measured. The shares of our own kernels are estimates: none has been measured."
-)
-LAUNCH = 2.5e-6  # seconds from the end of a kernel to the next one's first work, in a full stream (usual)
-ISSUE = 5e-6  # seconds of the host for each launch of an eager call of torch (usual)
-
-# The shares of the peaks of memory and of fp32 that a kernel reaches where it is bound by them. All are estimates from
-# the compiled code but the copy, which was measured: 3.0 of 3.35 TB/s, 4.3 of 4.8.
-SHARES = {
-    "copy": (0.9, 0.1), "reduce": (0.8, 0.1), "mm": (0.9, 1.0),
-    "cholesky": (0.5, 0.25), "eigh": (0.5, 0.03),  # 16 and 2 TFLOP/s, usual figures of the solver library
-    "tables": (0.5, 0.1), "small": (0.3, 0.05),
-    "layer_maps": (0.55, 0.1),  # four 16-byte loads in flight for each thread
-    "covariances": (0.8, 0.4), "covariances, gather": (0.4, 0.1),  # the products wait for loads: see `latency`
-    "directional_derivatives": (0.8, 0.4), "shares": (0.5, 0.1),
-    "cross_layer_sums": (0.5, 0.2),  # 32 multiply-adds for 32 words of shared memory
-    "damp": (0.5, 0.1), "eliminate": (0.5, 0.2),
-    "update": (0.5, 0.5),  # the mirrored half is written word by word
-    "eigendecompose": (0.5, 0.2),
-    "gather": (0.5, 0.1), "write": (0.5, 0.1), "sums": (0.6, 0.1),  # gather: one load in flight for each thread
-}  # fmt: skip
-
-
-def seconds(stages: Iterable[Stage], device: Device, precision: str = "fp32") -> float:
-    """Predict the time of stages: each takes the longest of its bytes, its operations and its chains, and its launches.
-
-    Where the host needs longer for all launches than the device for its work, it is the host's time.
-    """
-    busy, launches = 0.0, 0
-    for stage in stages:
-        of_bandwidth, of_peak = SHARES[stage.kernel]
-        peak = device.fp32 * of_peak
-        if stage.kernel == "mm":
-            peak = getattr(device, precision) * PRODUCT_SHARE[precision]
-        moving = stage.bytes / (device.bandwidth * of_bandwidth)
-        busy += max(moving, stage.flop / peak, stage.latency / device.clock) + stage.launches * LAUNCH
-        launches += stage.launches
-    return max(busy, launches * ISSUE)
-
-
-def floor(count: Count, device: Device) -> float:
-    """Return the time below which no kernel in fp32 can be: memory and arithmetic at their peaks, nothing launched."""
-    return max(count.least_bytes / device.bandwidth, count.least_flop / device.fp32)
-
-
-def duration(call: Call, device: Device, precision: str = "kfac2") -> float:
-    """Predict a call: kfac2's, or the library's with one precision, where there is another way at all."""
-    if precision == "kfac2" or call.library is None:
-        return seconds(call.own.stages, device)
-    return seconds(call.library(PRECISIONS[precision]), device, precision)
-
-
-def in_step(op: Op, device: Device, precision: str = "kfac2") -> float:
-    """Predict the calls of a step; of the faster way for each with `faster`: kfac2, or the library in TF32."""
-    if precision == "faster":
-        return min(in_step(op, device), in_step(op, device, "tf32"))
-    return sum(duration(call, device, precision) for call in op.in_step)
 
 
 # -- what is predicted --------------------------------------------------------------------------------------------
@@ -155,7 +79,24 @@ def step_rows(net: Net, device: Device) -> list[Row]:
     ]
 
 
+def largest(net: Net, device: Device, count: int = 5) -> list[Row]:
+    """Return the ops that cost most in a mean step of `KFAC(model)` at 10/100, in milliseconds, beside torch."""
+    often = {"every": 1.0, "statistics": 0.1, "inverses": 0.01}
+    rows = []
+    for op in calls.ops_of(net):
+        if op.default:
+            mean = 1e3 * often[op.when] * in_step(op, device)
+            over = {p: in_step(op, device) / in_step(op, device, p) for p in PRECISIONS if op.alone.library}
+            rows.append({"net": net.title, "device": device.name, "op": op.name, "mean": mean, "over": over})
+    return sorted(rows, key=lambda row: -row["mean"])[:count]
+
+
 # -- what was measured --------------------------------------------------------------------------------------------
+
+
+def median(spread: Any) -> float:
+    """Read a `timing.Spread`: in a record a list, in older ones a mapping."""
+    return float(spread["median"] if isinstance(spread, dict) else spread[0])
 
 
 def net_of(title: str, nets: Sequence[Net]) -> Net | None:
@@ -180,13 +121,13 @@ def case_rows(record: Row, device: Device, nets: list[Net]) -> list[Row]:
             call = next((op.alone for op in calls.ops_of(net) if op.name == name), None)
         row: Row = {
             "case": title,
-            "measured": 1e3 * milliseconds["kfac2"]["median"],
+            "measured": 1e3 * median(milliseconds["kfac2"]),
             "predicted": None,
             "verdict": "unknown",
         }
         if call is not None:
             row["predicted"] = 1e6 * duration(call, device)
-            row["library_measured"] = 1e3 * milliseconds["torch"]["median"]
+            row["library_measured"] = 1e3 * median(milliseconds["torch"])
             row["library_predicted"] = 1e6 * duration(call, device, "fp32")
             row["verdict"] = verdict(row["predicted"], row["measured"])
         rows.append(row)
@@ -207,7 +148,7 @@ def whole_rows(record: Row, device: Device, nets: list[Net]) -> list[Row]:
         predicted["kfac2-2", "b"] = predicted["kfac2-2", "a"] + added["inverses"]
         for (name, kind), value in predicted.items():
             if kind in (kinds := result["optimizers"].get(name, {}).get("kinds", {})):
-                measured = result["sgd_milliseconds"]["median"] * kinds[kind]["whole"]["median"]
+                measured = median(result["sgd_milliseconds"]) * median(kinds[kind]["whole"])
                 rows.append({"case": f"step, {name}, {kind}, {net.title}", "predicted": 1e3 * value,
                              "measured": 1e3 * measured, "verdict": verdict(value, measured)})  # fmt: skip
     return rows
@@ -244,6 +185,15 @@ def ops_table(rows: Sequence[Row]) -> str:
         times = [row["floor"], row["kfac2"], *library.values(), ratio, row["in_step"], row["measured"]]
         work = [str(row["launches"]), number(row["bytes"] / 1e6), number(row["flop"] / 1e9)]
         lines.append([row["op"], row["when"], *work, *map(number, times), row["verdict"]])
+    return table(header, lines)
+
+
+def largest_table(rows: Sequence[Row]) -> str:
+    header = ["network", "device", "op", "ms of a mean step", "times the library's fp32", "TF32", "bf16"]
+    lines = []
+    for row in rows:
+        over = [number(row["over"].get(p)) for p in PRECISIONS]
+        lines.append([row["net"], row["device"], row["op"], number(row["mean"]), *over])
     return table(header, lines)
 
 
@@ -285,6 +235,8 @@ def markdown(found: Row) -> str:
                      f"{device['clock'] / 1e9} GHz")  # fmt: skip
     reached = ", ".join(f"{p} {share}" for p, share in PRODUCT_SHARE.items())
     lines.append(f"- Reached by large products: {reached} of the peak; by copies 0.9 of the bandwidth. {SOURCES}")
+    lines += ["", "## What costs most", "", "`KFAC(model)`, statistics every 10 steps and inverses every 100.", ""]
+    lines.append(largest_table([row for net in found["nets"] for row in net["largest"]]))
     for net in found["nets"]:
         lines += ["", f"## {net['title']}", "", f"{net['layers']} layers, {net['handled']:,} of {net['parameters']:,} "
                   "parameters handled."]  # fmt: skip
@@ -303,7 +255,7 @@ def predicted(record: tuple[Row, Device] | None) -> Row:
     measured: dict[str, dict[str, float]] = {device.name: {} for device in DEVICES}
     if record is not None:
         content, device = record
-        measured[device.name] = {r["case"]: r["milliseconds"]["kfac2"]["median"] for r in content["kernels"]}
+        measured[device.name] = {r["case"]: median(r["milliseconds"]["kfac2"]) for r in content["kernels"]}
         rows = case_rows(content, device, list(nets)) + whole_rows(content, device, list(nets))
         found["record"] = {"device": content["machine"]["device"], "rows": rows}
     entries = []
@@ -311,8 +263,9 @@ def predicted(record: tuple[Row, Device] | None) -> Row:
         ops = calls.ops_of(net)
         by_device = {d.name: [op_row(op, net, d, measured[d.name]) for op in ops] for d in DEVICES}
         steps = {d.name: step_rows(net, d) for d in DEVICES}
+        costs = [row for device in DEVICES for row in largest(net, device)]
         entries.append({"title": net.title, "layers": len(net.shapes), "handled": net.weights,
-                        "parameters": net.parameters, "ops": by_device, "steps": steps})  # fmt: skip
+                        "parameters": net.parameters, "largest": costs, "ops": by_device, "steps": steps})  # fmt: skip
     return {**found, "nets": entries}
 
 

@@ -95,12 +95,11 @@ def factored_tikhonov_inverse(pairs: Sequence[tuple[int, int]]) -> list[Stage]:
 
 def eigendecompose(stacks: Sequence[tuple[int, int]]) -> list[Stage]:
     """Reduce to tridiagonal form, some 25 us for each column, and 9 n³ in all, matrix by matrix."""
-    return [
-        stage
-        for count, size in stacks
-        for _ in range(count)
-        for stage in (Stage("small", 1, 0.0, 0.0, 44_000 * size), Stage("eigh", 1, 0.0, 9.0 * size**3))
-    ]
+    stages = []
+    for size in (size for count, size in stacks for _ in range(count)):
+        stages.append(Stage("small", 1, 0.0, 0.0, 44_000 * size))
+        stages.append(Stage("eigh", 1, 3.0 * FLOAT * size**2, 9.0 * size**3))
+    return stages
 
 
 def precondition(shapes: Sequence[LayerShape], element: int) -> list[Stage]:

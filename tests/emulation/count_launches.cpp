@@ -1,5 +1,5 @@
-// Counts what an op would launch, and running none of it: for networks of any size. Reads ops with their shapes from the
-// standard input, see tests/test_roofline.py; prints launches and bytes of workspace of each.
+// Counts what an op would launch, and running none of it: for networks of any size. Reads ops with their shapes from
+// the standard input, see tests/test_roofline.py; prints launches and bytes of workspace of each.
 #include <cstdio>
 #include <iostream>
 #include <limits>
@@ -36,7 +36,8 @@ RowSource next_source() {
   Window& window = source.window;
   for (int64_t* axes : {source.extent, window.kernel, window.stride, window.pad_low})
     for (int axis = 0; axis < kSpatialRank; ++axis) axes[axis] = next();
-  for (int axis = 0; axis < kSpatialRank; ++axis) window.pad_high[axis] = window.pad_low[axis], window.dilation[axis] = 1;
+  for (int axis = 0; axis < kSpatialRank; ++axis)
+    window.pad_high[axis] = window.pad_low[axis], window.dilation[axis] = 1;
   window.groups = 1;
   window.bias = next();
   return source;
@@ -53,7 +54,8 @@ void count(const cuda::Launch& launch) {
 void count_parts(const std::string& op, int64_t entries) {
   std::vector<GradientPart> parts(entries);
   for (GradientPart& part : parts) part.rows = next(), part.columns = next();
-  if (op == "gather_gradients") return count(*cuda::gather_gradients({parts.data(), nullptr, nullptr, entries, 0, false}));
+  if (op == "gather_gradients")
+    return count(*cuda::gather_gradients({parts.data(), nullptr, nullptr, entries, 0, false}));
   count(*cuda::write_gradients({parts.data(), nullptr, nullptr, nullptr, nullptr, nullptr, entries, false}));
 }
 
