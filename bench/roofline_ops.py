@@ -169,7 +169,9 @@ def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source]) -
         chunks += math.ceil(rows.rows / 32) * columns * math.ceil(rows.length / 16)
         least += (rows.numbers + grad.numbers + rows.length * grad.channels) * FLOAT
     table, held = tables(DIRECTION_ENTRY * len(inputs))
-    latency = max(longest, chunks / (3 * PROCESSORS)) * (12 * LOAD + 700)  # 12 loads in series for 16 numbers of rows
+    # For 16 numbers of the rows a thread loads 12 numbers one after the other; each of the 8 directions waits for fields
+    # of the table and a 64-bit division before (read off the compiled code).
+    latency = max(longest, chunks / (3 * PROCESSORS)) * (20 * LOAD + 700)
     products = Stage("directional_derivatives", 1, least + partial, flop, latency)
     stages = [table, products, Stage("shares", 1, partial)]
     exact = sum(2.0 * rows.rows * rows.length * grad.channels for rows, grad in zip(inputs, grads, strict=True))
