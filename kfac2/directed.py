@@ -44,8 +44,9 @@ class _Settings(NamedTuple):
     @staticmethod
     def of(groups: Sequence[Mapping[str, Any]], device: torch.device) -> _Settings:
         """Read them from the group of each layer's weight."""
-        columns = ([torch.as_tensor(group[name]) for group in groups] for name in ("lr", "momentum"))
-        return _Settings(*(torch.stack([c.double().to(device).reshape(()) for c in column]) for column in columns))
+        names, dtype = ("lr", "momentum"), torch.float64
+        columns = ([torch.as_tensor(group[name], dtype=dtype, device=device) for group in groups] for name in names)
+        return _Settings(*(torch.stack([c.reshape(()) for c in column]) for column in columns))
 
 
 class Directed:
@@ -100,10 +101,10 @@ class Directed:
         gradients = [gradient(layer) for layer in layers]
         if not passes:
             _, slopes = _inner_products(as_matrices(layers, (last, last)), gradients)
-            self._measure(tuple(layer.name for layer in layers), slopes[:, 1], settings.rates)
+            self._measure(tuple(layer.name for layer in layers), slopes[:, 1], settings.rates, found)
             return set()
         fine = {key: p.grad for key, p in parts.items()}
-        self.latest = self._solved(passes, layers, fine, last, gradients, settings, tau, kl_clip)
+        self.latest = self._solved(passes, layers, fine, last, gradients, settings, tau, kl_clip, found)
         pairs = zip(layers, self.latest.fine.unbind(), self.latest.last.unbind(), strict=True)
         of_part = {id(p): (alpha, beta) for layer, alpha, beta in pairs for p in (layer.weight, layer.bias)}
         for group in groups:
@@ -123,33 +124,35 @@ class Directed:
         settings: _Settings,
         tau: float | None,
         kl_clip: float | None,
+        found: Tensor | None,
     ) -> Coefficients:
         """Return the coefficients of a step; where the solve fails, those of one level, v + μ d."""
         matrices = as_matrices(layers, (fine, last))
         s, cases = derivatives(passes, layers, matrices)
         grams, slopes = _inner_products(matrices, gradients)
         names = tuple(layer.name for layer in layers)
-        self._measure(names, slopes[:, 1], settings.rates)
+        self._measure(names, slopes[:, 1], settings.rates, found)
         known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
         model, correlations = with_correlations(quadratic(s, cases, grams, slopes, _squares(layers)), known)
-        c = self._held(model, coefficients(model, TAU if tau is None else tau), settings.rates.repeat(2), kl_clip)
+        c = coefficients(model, TAU if tau is None else tau)
+        c = self._held(model, c, settings.rates.repeat(2), kl_clip, found)
         is_solved = c.isfinite().all()
         self._correlations = names, torch.where(is_solved, correlations, 0.0 if known is None else known)
         momentum = settings.momentum
         c = torch.where(is_solved, c, torch.cat([torch.ones_like(momentum), momentum]))
         return Coefficients(names, *c.chunk(2))
 
-    def _held(self, model: Quadratic, c: Tensor, rates: Tensor, kl_clip: float | None) -> Tensor:
+    def _held(self, model: Quadratic, c: Tensor, rates: Tensor, kl_clip: float | None, found: Tensor | None) -> Tensor:
         """Hold a step to κ, and note what it was like."""
         if kl_clip is not None:
             divergence = divergence_of(model, c, rates)
             c = c * torch.where(divergence > kl_clip, (kl_clip / divergence).sqrt(), 1.0)
-        self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates))
+        self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates), found)
         return c
 
-    def _measure(self, names: tuple[str, ...], slopes: Tensor, rates: Tensor) -> None:
+    def _measure(self, names: tuple[str, ...], slopes: Tensor, rates: Tensor, found: Tensor | None) -> None:
         is_same = self.latest is not None and self.latest.names == names
-        self.signal.measured((slopes.double() * rates).sum() if is_same else None)
+        self.signal.measured((slopes.double() * rates).sum() if is_same else None, found)
 
     # -- state ----------------------------------------------------------------------------------------------
 
@@ -163,10 +166,10 @@ class Directed:
 
     def load(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
         """Go on from what `state` returned; None: from the start."""
-        self.__init__()  # type: ignore[misc]
+        self.latest = self._correlations = None
+        self.signal.load(**(SignalShare().state() if state is None else state["signal"]))
         if state is None:
             return
-        self.signal.load(**state["signal"])
         self.signal.to(device)
         if state["correlations"] is not None:
             names, correlations = tuple(state["names"]), state["correlations"].to(device)

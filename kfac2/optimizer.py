@@ -182,6 +182,7 @@ class KFAC(Readings, Optimizer):
             self.preconditioner.wants_rows = self._directed.signal.wants_step
             self.preconditioner.part = self._part
             self.preconditioner.took_statistics = self._directed.signal.decide
+            self.preconditioner.measures = lambda: self._directed.signal.waits
             self.preconditioner.iteration = 0
         self._follow_signal()
         self._handled = handled_by(self.curvature.found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,8 @@ class SignalShare:
     def __init__(self) -> None:
         self.share = 1.0
         self.is_on = True
-        self._last: Tensor | None = None  # s₀ and DᵀFD of the last step in the space
+        self._last: Tensor | None = None  # s₀ and DᵀFD of the last step in the space; ∞ if only skipped ones are known
+        self._before: Tensor | None = None  # the same, once it is measured
         self._measured: list[Tensor] = []
 
     def wants_step(self, iteration: int) -> bool:
@@ -43,27 +45,43 @@ class SignalShare:
         """Whether the last step was one in the space, so that the slope along it is wanted."""
         return self._last is not None
 
-    def took(self, slope: Tensor, divergence: Tensor) -> None:
+    def took(self, slope: Tensor, divergence: Tensor, found: Tensor | None = None) -> None:
         """Note a step in the space.
 
         Args:
             slope: s₀, of its own batch.
             divergence: DᵀFD.
+            found: on the device, 1 where the step is to be skipped: the one before is still the last; None where it is
+                not.
         """
-        self._last = torch.stack([slope, divergence])
+        new = torch.stack([slope, divergence])
+        if found is not None:
+            before = torch.full_like(new, torch.inf) if self._before is None else self._before
+            new = torch.where(found.reshape(()) > 0, before, new)
+        self._last = new
 
-    def measured(self, slope: Tensor | None) -> None:
-        """Take the slope along the last step on the next batch, s₁; None where it is not known."""
+    def measured(self, slope: Tensor | None, found: Tensor | None = None) -> None:
+        """Take the slope along the last step on the next batch, s₁; None where it is not known.
+
+        Args:
+            slope: s₁.
+            found: on the device, 1 where this batch is not finite, and says nothing; None where the host has looked.
+        """
         if slope is not None and self._last is not None:
-            self._measured.append(((slope + self._last[1]) / self._last[0]).nan_to_num(0.0).clamp(-1, 2))
-        self._last = None
+            share = ((slope + self._last[1]) / self._last[0]).nan_to_num(0.0).clamp(-1, 2)
+            if found is not None:
+                share = torch.where((found.reshape(()) > 0) | self._last[0].isinf(), torch.nan, share)
+            self._measured.append(share)
+        self._before, self._last = self._last, None
 
     def decide(self) -> None:
         """Read what was measured, and say whether the space is taken from now on."""
         if not self._measured:
             return
-        latest = float(torch.stack(self._measured).mean())
+        latest = float(torch.stack(self._measured).nanmean())
         self._measured = []
+        if math.isnan(latest):  # all of them were of batches that were skipped
+            return
         self.share = KEPT * self.share + (1 - KEPT) * latest
         self.is_on = self.share > (OFF if self.is_on else ON)
 
@@ -76,6 +94,7 @@ class SignalShare:
         """Go on from what `state` returned."""
         self.share, self.is_on = share, is_on
         self._last = None if last is None else torch.tensor(last, dtype=torch.float64)
+        self._before = None
         self._measured = [torch.tensor(m, dtype=torch.float64) for m in measured]
 
     def to(self, device: torch.device) -> None:
