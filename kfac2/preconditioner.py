@@ -46,8 +46,8 @@ class Preconditioner(Readings):
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
-        **settings: `damping`, `kl_clip`, `levels`, `inverse`, `fisher`, `stat_decay`, `cov_every`, `inv_every`,
-            `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups`,
+        **settings: `damping`, `kl_clip`, `levels`, `coarse`, `inverse`, `fisher`, `stat_decay`, `cov_every`,
+            `inv_every`, `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups`,
             `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`; `max_change` as well, here
             by default None.
 

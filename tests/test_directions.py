@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from inside import curvature_of
 from test_bounds import sampled_pass, scores
 from test_state import flatten, through_a_file
+from test_unread import Calls
 from torch.distributions import Categorical, Normal
 
 import kfac2
@@ -504,6 +505,72 @@ def test_a_gradient_of_nan_that_the_host_does_not_see_changes_nothing(at):
     iterate(model, opt, x, y)
     iterate(twin, other, x, y)  # which has skipped nothing
     assert signal.state()["measured"][-1] == pytest.approx(other._directed.signal.state()["measured"][-1], rel=1e-6)
+
+
+# -- as on a device, by other ways, and after the end --------------------------------------------------------
+
+
+def test_it_reads_nothing_back_where_it_may_not_and_is_the_same():
+    ends, solved = [], []
+    for depth, at_once in ((2, True), (2, False), (12, False)):
+        model, x, y = mlp(depth)
+        opt = kfac2.KFAC(model, coarse="directions", kl_clip=0.01, weight_decay=1e-3, cov_every=7)
+        curvature_of(opt).health.at_once = at_once
+        torch.manual_seed(1)
+        for _ in range(9):
+            iterate(model, opt, x, y)
+        ends.append(flat(model.parameters()))
+        if not at_once:
+            assert opt.needs_fisher
+            opt.zero_grad()
+            out = model(x)
+            opt.accumulate_fisher(Categorical(logits=out))
+            F.cross_entropy(out, y).backward()
+            with Calls() as calls:
+                opt.step()
+            assert calls.names and not [n for n in calls.names if "_local_scalar_dense" in n or "nonzero" in n]
+            solved.append(opt._directed.latest.fine.isfinite().all())
+    assert_equal(ends[1], ends[0], 1e-9)
+    assert all(solved)
+
+
+@pytest.mark.parametrize("options", [{"lr": torch.tensor(0.7, dtype=torch.float64)}, {"rest": "sgd"}])
+def test_a_rate_that_is_a_tensor_and_what_trains_the_rest_change_nothing(options):
+    ends = []
+    for other in ({}, options):
+        model, x, y = mlp()
+        opt = kfac2.KFAC(model, **{"lr": 0.7, "coarse": "directions", **other})
+        for _ in range(6):
+            iterate(model, opt, x, y)
+        ends.append(flat(model.parameters()))
+    assert_equal(ends[1], ends[0], 1e-12)
+
+
+@pytest.mark.parametrize("options", [{"inverse": "eigh"}, {"inverse": "ekfac"}, {"samples": 2}, {"fisher": "exact"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_options_and_dtypes_train(dtype, options):
+    model, x, y = mlp(dtype=dtype)
+    opt = kfac2.KFAC(model, coarse="directions", **options)
+    losses = []
+    for _ in range(12):
+        opt.zero_grad()
+        out = model(x).float()
+        opt.accumulate_fisher(Categorical(logits=out))
+        losses.append(F.cross_entropy(out, y))
+        losses[-1].backward()
+        opt.step()
+    assert losses[-1] < 0.9 * losses[0] and opt._directed.latest.last.abs().sum() > 0
+
+
+def test_steps_after_close_are_those_of_one_level():
+    model, x, y = mlp()
+    opt = kfac2.KFAC(model, lr=0.8, momentum=0.6, coarse="directions", kl_bound=None)
+    for _ in range(3):
+        iterate(model, opt, x, y)
+    opt.close()
+    assert not opt.needs_fisher
+    for _ in range(3):
+        assert_next_step_is_that_of_one_level(model, opt, lambda: iterate(model, opt, x, y))
 
 
 # -- states -------------------------------------------------------------------------------------------------
