@@ -40,12 +40,12 @@ class KFAC(Readings, Optimizer):
     that it would bring, measured with the Fisher of the rows at hand, is above K: η² dᵀFd ≤ K. Parameters that K-FAC
     does not handle are trained by AdamW, at a rate of their own.
 
-    With `coarse="directions"` layer i moves by d_i ← α_i v_i + β_i d_i in place of momentum, W_i ← W_i - η d_i, its last
-    update being d_i. The coefficients minimise the quadratic model of the loss, all layers coupled through the Fisher of
-    the rows at hand (`kfac2.coarse.directions`); κ then bounds η² dᵀFd as well, K nothing, and an automatic damping is at
-    most 0.03. So `accumulate_fisher` is wanted in each iteration, as long as the next batches confirm such steps; where
-    they do not, as with small noisy batches, steps are one level's, but for a trial every 20th. That costs no more than
-    it has to if it gets a function, a forward pass of some samples.
+    With `coarse="directions"` layer i moves by d_i ← α_i v_i + β_i d_i in place of momentum, W_i ← W_i - η d_i, its
+    last update being d_i. The coefficients minimise the quadratic model of the loss, all layers coupled through the
+    Fisher of the rows at hand (`kfac2.coarse.directions`); κ then bounds η² dᵀFd as well, K nothing, and an automatic
+    damping is at most 0.03. `accumulate_fisher` is wanted in each iteration then, as long as the next batches confirm
+    such steps; where they do not, as with small noisy batches, steps are one level's, but for a trial every 20th. It
+    costs least with a function, which makes a forward pass of some of the samples.
 
     ```python
     opt = kfac2.KFAC(model)

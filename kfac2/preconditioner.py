@@ -47,9 +47,9 @@ class Preconditioner(Readings):
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
         **settings: `damping`, `kl_clip`, `levels`, `coarse`, `inverse`, `fisher`, `stat_decay`, `cov_every`,
-            `inv_every`, `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups`,
-            `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`; `max_change` as well, here
-            by default None.
+            `inv_every`, `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`,
+            `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`;
+            `max_change` as well, here by default None.
 
     Attributes:
         options: the options; those that state does not depend on may be set during training.
