@@ -122,10 +122,10 @@ def main() -> None:
         parts.append(measure(name, options.rounds))
         print(parts[-1], end="\n\n", flush=True)
     what = (
-        "# What the space of directions costs\n\nWritten by `python bench/directions_cost.py`: steps that are neither of "
-        "statistics nor of inverses, as a share\nof one level's, medians [quartiles] of ratios within a round. "
-        "*Statistics* is the forward pass of its own with its sampled\nbackward pass; where there is none, the sampled "
-        "backward pass of the whole batch is part of *step*, with the derivatives,\nthe solve and the move.\n\n"
+        "# What the space of directions costs\n\nWritten by `python bench/directions_cost.py`: steps that are neither "
+        "of statistics nor of inverses, as a share of one\nlevel's, medians [quartiles] of ratios within a round. "
+        "*Statistics* is the forward pass of its own with its sampled backward\npass; where there is none, the sampled "
+        "backward pass of the whole batch is part of *step*, with the derivatives, the solve and\nthe move.\n\n"
         f"{machine('cpu', 1)}"
     )
     write(options.out, "\n\n".join([what, *parts]) + "\n")

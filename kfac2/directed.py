@@ -138,11 +138,11 @@ class Directed:
         gradients = [gradient(layer) for layer in layers]
         if not passes:
             _, slopes = _inner_products(self._layers.matrices.of((last, last)), gradients)
-            self._measure(self._layers.names, slopes[:, 1], settings.rates)
+            self._measure(self._layers.names, slopes[:, 1], settings.rates, found)
             return set()
         fine = {key: p.grad for key, p in parts.items()}
-        self.latest = self._solved(passes, self._layers, fine, last, gradients, settings, tau, kl_clip)
-        on_host = self.latest.fine.device.type == "cpu"
+        self.latest = self._solved(passes, self._layers, fine, last, gradients, settings, tau, kl_clip, found)
+        on_host = found is None and self.latest.fine.device.type == "cpu"
         fine_and_last = (list(c.tolist() if on_host else c.unbind()) for c in (self.latest.fine, self.latest.last))
         pairs = zip(layers, *fine_and_last, strict=True)
         of_part = {id(p): (alpha, beta) for layer, alpha, beta in pairs for p in (layer.weight, layer.bias)}
@@ -163,34 +163,36 @@ class Directed:
         settings: _Settings,
         tau: float | None,
         kl_clip: float | None,
+        found: Tensor | None,
     ) -> Coefficients:
         """Return the coefficients of a step; where the solve fails, those of one level, v + μ d."""
         matrices, names = of.matrices.of((fine, last)), of.names
         s, cases = derivatives(passes, of.layers, matrices)
         grams, slopes = _inner_products(matrices, gradients)
-        self._measure(names, slopes[:, 1], settings.rates)
+        self._measure(names, slopes[:, 1], settings.rates, found)
         known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
         model, correlations = with_correlations(quadratic(s, cases, grams, slopes, of.squares()), known)
-        c = self._held(model, coefficients(model, TAU if tau is None else tau), settings.rates.repeat(2), kl_clip)
+        c = coefficients(model, TAU if tau is None else tau)
+        c = self._held(model, c, settings.rates.repeat(2), kl_clip, found)
         is_solved = c.isfinite().all()
         self._correlations = names, torch.where(is_solved, correlations, 0.0 if known is None else known)
         momentum = settings.momentum
         c = torch.where(is_solved, c, torch.cat([torch.ones_like(momentum), momentum]))
         return Coefficients(names, *c.chunk(2))
 
-    def _held(self, model: Quadratic, c: Tensor, rates: Tensor, kl_clip: float | None) -> Tensor:
+    def _held(self, model: Quadratic, c: Tensor, rates: Tensor, kl_clip: float | None, found: Tensor | None) -> Tensor:
         """Hold a step to κ, and note what it was like."""
         c = self.signal.length * c
         if kl_clip is not None:
             kl_clip *= self.signal.length**2
             divergence = divergence_of(model, c, rates)
             c = c * torch.where(divergence > kl_clip, (kl_clip / divergence).sqrt(), 1.0)
-        self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates))
+        self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates), found)
         return c
 
-    def _measure(self, names: tuple[str, ...], slopes: Tensor, rates: Tensor) -> None:
+    def _measure(self, names: tuple[str, ...], slopes: Tensor, rates: Tensor, found: Tensor | None) -> None:
         is_same = self.latest is not None and self.latest.names == names
-        self.signal.measured((slopes.double() * rates).sum() if is_same else None)
+        self.signal.measured((slopes.double() * rates).sum() if is_same else None, found)
 
     # -- state ----------------------------------------------------------------------------------------------
 
@@ -204,10 +206,10 @@ class Directed:
 
     def load(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
         """Go on from what `state` returned; None: from the start."""
-        self.__init__()  # type: ignore[misc]
+        self.latest = self._correlations = None
+        self.signal.load(**(SignalShare().state() if state is None else state["signal"]))
         if state is None:
             return
-        self.signal.load(**state["signal"])
         self.signal.to(device)
         if state["correlations"] is not None:
             names, correlations = tuple(state["names"]), state["correlations"].to(device)

@@ -40,6 +40,13 @@ class KFAC(Readings, Optimizer):
     that it would bring, measured with the Fisher of the rows at hand, is above K: η² dᵀFd ≤ K. Parameters that K-FAC
     does not handle are trained by AdamW, at a rate of their own.
 
+    With `coarse="directions"` layer i moves by d_i ← α_i v_i + β_i d_i in place of momentum, W_i ← W_i - η d_i, its
+    last update being d_i. The coefficients minimise the quadratic model of the loss, all layers coupled through the
+    Fisher of the rows at hand (`kfac2.coarse.directions`); κ then bounds η² dᵀFd as well, K nothing, and an automatic
+    damping is at most 0.03. `accumulate_fisher` is wanted in each iteration then, as long as the next batches confirm
+    such steps; where they do not, as with small noisy batches, steps are one level's, but for a trial every 20th. It
+    costs least with a function, which makes a forward pass of some of the samples.
+
     ```python
     opt = kfac2.KFAC(model)
     for x, y in loader:
@@ -92,7 +99,7 @@ class KFAC(Readings, Optimizer):
         betas, eps: of AdamW; default (0.9, 0.999) and 1e-8.
         levels: 1 for plain K-FAC, the default; 2 for two-level K-FAC with the paper's space.
         coarse: the space of the second level: `'ones'` is the paper's, `'directions'` that of v_i and the last update
-            d_i of all layers (see below); by default what `levels` says.
+            d_i of all layers (see above); by default what `levels` says.
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
             of A ⊗ G + λI, `'ekfac'` for EKFAC (George et al. 2018): the same eigenbasis, with the diagonal that the
             Fisher has in it, estimated anew at each statistics update.
@@ -194,6 +201,7 @@ class KFAC(Readings, Optimizer):
             self.preconditioner.wants_rows = self._directed.signal.wants_step
             self.preconditioner.part = self._part
             self.preconditioner.took_statistics = self._directed.signal.decide
+            self.preconditioner.measures = lambda: self._directed.signal.waits
             self.preconditioner.iteration = 0
         self._follow_signal()
         self._handled = handled_by(self.curvature.found)

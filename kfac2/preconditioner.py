@@ -46,10 +46,10 @@ class Preconditioner(Readings):
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
-        **settings: `damping`, `kl_clip`, `levels`, `inverse`, `fisher`, `stat_decay`, `cov_every`, `inv_every`,
-            `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`, `coarse_max_groups`,
-            `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`; `max_change` as well, here
-            by default None.
+        **settings: `damping`, `kl_clip`, `levels`, `coarse`, `inverse`, `fisher`, `stat_decay`, `cov_every`,
+            `inv_every`, `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`,
+            `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`;
+            `max_change` as well, here by default None.
 
     Attributes:
         options: the options; those that state does not depend on may be set during training.
@@ -58,7 +58,8 @@ class Preconditioner(Readings):
         change_limit: of each layer's direction.
         schedule: when what is due.
         wants_rows: tells whether rows are wanted of an iteration whose statistics are not.
-        took_statistics: called when statistics were taken, which waits for the device.
+        measures: tells whether an iteration whose step is ordinary is looked at all the same.
+        took_statistics: called when statistics were taken, which waits for the device, and the step was not skipped.
         part: how many of so many samples a forward pass of statistics has, if it is one of its own.
 
     Raises:
@@ -84,6 +85,7 @@ class Preconditioner(Readings):
         self.change_limit = ChangeLimit()
         self.schedule = Schedule(self.options)
         self.wants_rows: Callable[[int], bool] = lambda iteration: False
+        self.measures: Callable[[], bool] = lambda: False
         self.part: Callable[[int], int] = lambda samples: samples
         self.took_statistics: Callable[[], None] = lambda: None
         self._has_own_passes = False
@@ -160,7 +162,8 @@ class Preconditioner(Readings):
             opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))
 
         Batch norm then takes the statistics of these samples, and leaves its running ones as they are. How many there
-        are is up to `coarse_samples` with `coarse="directions"`; else it is all of them, and costs a forward pass.
+        are is up to `coarse_samples` with `coarse="directions"`; else it is all of them, and costs a forward pass. No
+        other forward pass is looked at from then on, and what the function has brought counts in any case.
 
         Args:
             distribution: any `torch.distributions.Distribution` whose parameters carry the graph; a list of them, one
@@ -168,6 +171,7 @@ class Preconditioner(Readings):
                 labels that you drew from the model. `Normal(log ψ, 1)` gives quantum Monte Carlo's ⟨∂ log ψ ∂ log ψ⟩,
                 λ then being in its units.
             mask: bool, (N, S): which tokens are data, where positions mix. By default those that the loss can reach.
+                With a function: of all N samples.
             samples: N, how many samples there are; needed, and only taken, with a function.
 
         Raises:
@@ -181,25 +185,40 @@ class Preconditioner(Readings):
         self.curvature.iteration.sums_factors = self._wants_statistics()
         if callable(distribution):
             check_option("samples", samples, int, lambda v: v >= 1, "an int of at least 1 with a function")
-            prediction = self._of_its_own(distribution, samples)  # type: ignore[arg-type]
-            self.curvature.collect(prediction, mask, has_loss=False)
+            self._collect_of_its_own(distribution, mask, samples)  # type: ignore[arg-type]
         else:
-            self._has_own_passes = False
-            self.curvature.collect(distribution, mask)
+            self._collect(distribution, mask)
 
-    def _of_its_own(self, predict: Predict, samples: int) -> Prediction:
-        """Make a forward pass of evenly spaced samples: those of a batch may be sorted."""
+    def _collect(self, distribution: Prediction, mask: Tensor | None) -> None:
+        had_own_passes, self._has_own_passes = self._has_own_passes, False
+        if had_own_passes:
+            self.curvature.collector.captures.turn(True)
+        try:
+            self.curvature.collect(distribution, mask)
+        except ValueError as error:
+            if not had_own_passes:
+                raise
+            raise ValueError(
+                f"{error}. The last call was given a function, so that the forward passes since then were not looked "
+                "at; those from now on are"
+            ) from error
+
+    def _collect_of_its_own(self, predict: Predict, mask: Tensor | None, samples: int) -> None:
+        """Make a forward pass of evenly spaced samples, since those of a batch may be sorted, and sum it up."""
         count = min(samples, self.part(samples))
         stride = samples // count
+        part = slice(0, count * stride, stride)
         captures = self.curvature.collector.captures
         captures.turn(True)
         captures.has_loss = False
-        try:
-            with torch.enable_grad(), without_running_statistics(self.curvature.model):
-                return predict(slice(0, count * stride, stride))
-        finally:  # no other forward pass is looked at from now on
-            self._has_own_passes = captures.has_loss = True
-            captures.turn(False)
+        with without_running_statistics(self.curvature.model):  # checkpoints run again as the pass is differentiated
+            try:
+                with torch.enable_grad():
+                    prediction = predict(part)
+            finally:  # no other forward pass is looked at from now on
+                self._has_own_passes = captures.has_loss = True
+                captures.turn(False)
+            self.curvature.collect(prediction, None if mask is None else mask[part], has_loss=False)
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
         """Precondition the gradients in place: statistics, inverses, both levels, KL clip, limits.
@@ -259,9 +278,9 @@ class Preconditioner(Readings):
                 f"only an ordinary step can be captured in a CUDA graph, got iteration {self.iteration}, which wants "
                 "statistics or inverses: capture where `ordinary` is True"
             )
-        if self._wants_statistics():
+        took = self._wants_statistics()
+        if took:
             self._take_statistics()
-            self.took_statistics()
         elif self._wants_rows() and curvature.iteration.settle() is not None:
             curvature.iteration.kept = []  # a step without them is one level's
         if curvature.has_unseen_gradient():
@@ -275,6 +294,8 @@ class Preconditioner(Readings):
             curvature.health.skip(self.iteration, bad)
         elif curvature.health.found is None:  # and the host has looked
             curvature.health.went_on()
+        if bad is None and took:
+            self.took_statistics()
         curvature.iteration.discard()
         curvature.health.bad = None
         self.iteration += not capturing
@@ -354,7 +375,7 @@ class Preconditioner(Readings):
         return not self.curvature.health.is_stale(held) and self._is_ordinary()
 
     def _is_ordinary(self) -> bool:
-        return not (self._wants_statistics() or self._wants_rows() or self._wants_inverses())
+        return not (self._wants_statistics() or self._wants_rows() or self._wants_inverses() or self.measures())
 
     def replayed(self) -> None:
         """Count an iteration whose step was the replay of a CUDA graph.

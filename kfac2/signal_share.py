@@ -37,7 +37,8 @@ class SignalShare:
     def __init__(self) -> None:
         self.share = self.length = 1.0
         self.is_on = True
-        self._last: Tensor | None = None  # s₀ and DᵀFD of the last step in the space
+        self._last: Tensor | None = None  # s₀ and DᵀFD of the last step in the space; ∞ if only skipped ones are known
+        self._before: Tensor | None = None  # the same, once it is measured
         self._measured: list[Tensor] = []
 
     def wants_step(self, iteration: int) -> bool:
@@ -49,30 +50,47 @@ class SignalShare:
         """Whether the last step was one in the space, so that the slope along it is wanted."""
         return self._last is not None
 
-    def took(self, slope: Tensor, divergence: Tensor) -> None:
+    def took(self, slope: Tensor, divergence: Tensor, found: Tensor | None = None) -> None:
         """Note a step in the space.
 
         Args:
             slope: s₀, of its own batch.
             divergence: DᵀFD.
+            found: on the device, 1 where the step is to be skipped: the one before is still the last; None where it is
+                not.
         """
-        self._last = torch.stack([slope, divergence])
+        new = torch.stack([slope, divergence])
+        if found is not None:
+            before = torch.full_like(new, torch.inf) if self._before is None else self._before
+            new = torch.where(found.reshape(()) > 0, before, new)
+        self._last = new
 
-    def measured(self, slope: Tensor | None) -> None:
-        """Take the slope along the last step on the next batch, s₁; None where it is not known."""
+    def measured(self, slope: Tensor | None, found: Tensor | None = None) -> None:
+        """Take the slope along the last step on the next batch, s₁; None where it is not known.
+
+        Args:
+            slope: s₁.
+            found: on the device, 1 where this batch is not finite, and says nothing; None where the host has looked.
+        """
         if slope is not None and self._last is not None:
             before, divergence = self._last.unbind()
-            numbers = torch.stack([(slope + divergence) / before, slope / divergence])
-            self._measured.append(numbers.nan_to_num(0.0).clamp(-2, 2))
-        self._last = None
+            numbers = torch.stack([(slope + divergence) / before, slope / divergence]).clamp(-2, 2)
+            if found is not None:
+                numbers = torch.where((found.reshape(()) > 0) | before.isinf(), torch.nan, numbers)
+            self._measured.append(numbers)
+        self._before, self._last = self._last, None
 
     def decide(self) -> None:
         """Read what was measured, and say whether the space is taken from now on."""
         if not self._measured:
             return
-        kept = (KEPT if self.is_on else KEPT_OFF) ** len(self._measured)
-        share, slope = torch.stack(self._measured).mean(0).tolist()
+        numbers = torch.stack(self._measured)
         self._measured = []
+        numbers = numbers[numbers.isfinite().all(1)]  # of steps that were neither skipped nor failed
+        if not len(numbers):
+            return
+        kept = (KEPT if self.is_on else KEPT_OFF) ** len(numbers)
+        share, slope = numbers.mean(0).tolist()
         if slope < STALL and self.length > LEAST:
             self.length *= SHORTER
             return
@@ -106,6 +124,7 @@ class SignalShare:
         """Go on from what `state` returned."""
         self.share, self.is_on, self.length = share, is_on, length
         self._last = None if last is None else torch.tensor(last, dtype=torch.float64)
+        self._before = None
         self._measured = [torch.tensor(m, dtype=torch.float64) for m in measured]
 
     def to(self, device: torch.device) -> None:

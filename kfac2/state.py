@@ -143,7 +143,7 @@ def check(
         if missing:
             raise ValueError(f"state_dict must be one of this version of kfac2, got {part} without {missing}")
     for name in STRUCTURAL:
-        mine, theirs = getattr(options, name), state["options"][name]
+        mine, theirs = getattr(options, name), state["options"].get(name)  # `coarse` came later
         if theirs != mine:
             raise ValueError(f"state_dict must have been saved with {name}={mine!r}, got {theirs!r}")
     options.with_saved(state["options"])

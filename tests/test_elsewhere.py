@@ -102,7 +102,10 @@ def test_sharded_parameters_are_refused(alone):
 # -- checkpoints ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"inverse": "ekfac"}, {"levels": 2, "rest": "sgd"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"momentum": 0.0}, {"inverse": "ekfac"}, {"levels": 2, "rest": "sgd"}, {"coarse": "directions"}],
+)
 @pytest.mark.parametrize("offload", [False, True])
 def test_distributed_checkpoints_resume_bit_for_bit(settings, offload):
     options = StateDictOptions(cpu_offload=offload)
@@ -265,7 +268,7 @@ def test_a_group_that_is_removed(fisher, when, steps_before):
 
 
 @pytest.mark.parametrize("steps_after", [0, 2])
-@pytest.mark.parametrize("settings", [{}, {"levels": 2}, {"inverse": "ekfac"}])
+@pytest.mark.parametrize("settings", [{}, {"levels": 2}, {"inverse": "ekfac"}, {"coarse": "directions"}])
 def test_the_state_without_a_group_is_that_of_an_optimizer_without_it(steps_after, settings):
     m = net()
     opt = grouped(m, **settings)

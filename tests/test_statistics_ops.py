@@ -1,5 +1,8 @@
 """The statistics ops against kfac2.reference, which forms patches and every A_ij, over drawn shapes."""
 
+import sys
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfac2 import ops, reference
+from kfac2.ops import gram_matrices
 from kfac2.window import Window
+
+covariances_module = sys.modules["kfac2.ops.covariances"]
 
 
 @given(cases())
@@ -28,6 +34,42 @@ def test_input_covariance(case):
     assert got.dtype == (torch.float64 if case.x.dtype == torch.float64 else torch.float32)
     assert_equal(got, reference.input_covariance(case.x.double(), *case.geometry), TOLERANCE[case.x.dtype])
     assert torch.equal(got, got.T)
+
+
+@given(cases(ranks=(0, 1, 2, 3)), st.sampled_from([1, 300, 2**26]))
+def test_the_librarys_product_gives_the_same_covariances(case, chunk):
+    """The route of wide rows on a CUDA device, taken on the CPU; few samples at a time as well."""
+    window = Window.of(case.x.dim() - 2, *case.geometry[:4], bias=int(case.bias))
+    with mock.patch.object(gram_matrices, "CHUNK", chunk):
+        got = gram_matrices.gram_matrix(case.x, window)
+    (native,) = ops.covariances([case.x], [window])
+    assert got.dtype == native.dtype and got.shape == native.shape
+    assert_equal(got[0], reference.input_covariance(case.x.double(), *case.geometry), TOLERANCE[case.x.dtype])
+    assert torch.equal(got, got.mT)
+
+
+@pytest.mark.parametrize("chosen", [(), (1,), (0, 2), (0, 1, 2)])
+def test_wide_rows_among_others(monkeypatch, chosen):
+    """Each layer goes its own way, and the results keep their order."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, c, 4, 4) for c in (2, 5, 3)]
+    windows = [Window.of(2, k, padding=k // 2, bias=1) for k in (1, 3, 2)]
+    native = ops.covariances(tensors, windows)
+    pointers = {tensors[i].data_ptr() for i in chosen}
+    monkeypatch.setattr(covariances_module, "is_faster", lambda x, window: x.data_ptr() in pointers)
+    for a, b in zip(ops.covariances(tensors, windows), native, strict=True):
+        assert_equal(a, b, 1e-5)
+
+
+def test_a_gram_matrix_of_rows_rounded_to_tf32_is_semi_definite():
+    """11 bits of each factor, both rounded alike, sums exact: what a tensor core does."""
+    torch.manual_seed(0)
+    rows = torch.randn(20, 64)
+    bits = rows.view(torch.int32)
+    rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+    (gram,) = gram_matrices.gram_matrix(rounded.double(), Window.places(0))
+    assert (rounded - rows).abs().max() > 1e-4
+    assert torch.linalg.eigvalsh(gram).min() > -1e-12 * gram.diagonal().max()
 
 
 @given(cases())

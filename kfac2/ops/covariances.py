@@ -1,4 +1,7 @@
-"""Uncentred covariances of rows, Σ row rowᵀ: the Kronecker factors, for all layers in one native call."""
+"""Uncentred covariances of rows, Σ row rowᵀ: the Kronecker factors, for all layers in one native call.
+
+Wide rows on a CUDA device go to the library's product, see `gram_matrices`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac2.ops._checks import check_same_length, check_tensors, detached
+from kfac2.ops.gram_matrices import gram_matrix, is_faster
 from kfac2.ops.layer_maps import decode_windows, spatial_rank, sum_dtype
 from kfac2.window import IntOrInts, Padding, Window
 
@@ -31,8 +35,17 @@ def covariances(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Te
     """
     check_tensors("tensors", tensors)
     check_same_length("windows", windows, "tensors", tensors)
-    numbers = [number for window in windows for number in window.encode()]
-    return torch.ops.kfac2.covariances(detached(tensors), numbers)
+    tensors, by_library = detached(tensors), [is_faster(*pair) for pair in zip(tensors, windows, strict=True)]
+    if not any(by_library):
+        return _native(tensors, windows)
+    native = [pair for pair, other in zip(zip(tensors, windows, strict=True), by_library, strict=True) if not other]
+    rest = iter(_native(*zip(*native, strict=True)) if native else [])
+    pairs = zip(tensors, windows, by_library, strict=True)
+    return [gram_matrix(x, window) if other else next(rest) for x, window, other in pairs]
+
+
+def _native(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Tensor]:
+    return torch.ops.kfac2.covariances(list(tensors), [number for window in windows for number in window.encode()])
 
 
 def input_covariance(

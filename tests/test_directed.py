@@ -1,0 +1,554 @@
+"""Steps in the space of directions over a run: what is not finite, states, when it pays, layers that come and go."""
+
+import copy
+import math
+
+import models
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from compare import assert_equal
+from inside import curvature_of
+from test_bounds import sampled_pass, scores
+from test_directions import as_columns, flat, iterate, mlp, parts_of, task_of
+from test_state import flatten, through_a_file
+from test_unread import Calls
+from torch.distributions import Categorical, Normal
+
+import kfac2
+from kfac2.coarse.directions import RIDGE, _solved
+from kfac2.divergence import Matrices, derivatives, kept_of
+from kfac2.signal_share import SignalShare
+
+# -- what is not finite -------------------------------------------------------------------------------------
+
+
+def assert_next_step_is_that_of_one_level(model, opt, step):
+    """W ← W - η(v + μd), with v as it stands in `.grad` then."""
+    before = [(p.detach().clone(), opt.state[p]["momentum_buffer"].clone()) for p in model.parameters()]
+    step()
+    for (old, d), p in zip(before, model.parameters(), strict=True):
+        assert_equal(opt.state[p]["momentum_buffer"], p.grad + 0.6 * d, 1e-12)
+        assert_equal(p, old - 0.8 * (p.grad + 0.6 * d), 1e-12)
+        assert p.grad.any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_that_are_not_finite_leave_a_step_of_one_level(bad):
+    model, x, y = mlp()
+    opt = kfac2.KFAC(model, lr=0.8, momentum=0.6, coarse="directions")
+    for _ in range(3):
+        iterate(model, opt, x, y)
+    assert opt.needs_fisher and opt.preconditioner.iteration % 5  # rows and no statistics
+    assert_next_step_is_that_of_one_level(model, opt, lambda: iterate(model, opt, x, y, at_rows=lambda g: g * bad))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert_differs_from_one_level(model, opt, lambda: iterate(model, opt, x, y))
+
+
+def test_logits_of_nan_in_an_iteration_of_rows_leave_a_step_of_one_level():
+    model, x, y = mlp()
+    opt = kfac2.KFAC(model, lr=0.8, momentum=0.6, coarse="directions")
+    for _ in range(3):
+        iterate(model, opt, x, y)
+
+    def step():
+        opt.zero_grad()
+        out = model(x)
+        opt.accumulate_fisher(Categorical(logits=out * math.nan, validate_args=False))
+        F.cross_entropy(out, y).backward()
+        opt.step()
+
+    assert_next_step_is_that_of_one_level(model, opt, step)
+    assert not opt.curvature.iteration.kept
+    assert_differs_from_one_level(model, opt, lambda: iterate(model, opt, x, y))
+
+
+def assert_differs_from_one_level(model, opt, step):
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_next_step_is_that_of_one_level(model, opt, step)
+
+
+def test_a_factorisation_that_fails_leaves_a_step_of_one_level(monkeypatch):
+    indefinite = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
+    assert _solved(indefinite, torch.ones(2, dtype=torch.float64), RIDGE).isnan().all()
+    model, x, y = mlp()
+    opt = kfac2.KFAC(model, lr=0.8, momentum=0.6, coarse="directions")
+    for _ in range(3):
+        iterate(model, opt, x, y)
+    correlations = opt._directed.state()["correlations"]
+    cholesky = torch.linalg.cholesky_ex
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "cholesky_ex", lambda Q: (cholesky(Q)[0], torch.ones((), dtype=torch.int32)))
+        assert_next_step_is_that_of_one_level(model, opt, lambda: iterate(model, opt, x, y))
+    assert torch.equal(opt._directed.state()["correlations"], correlations)
+    assert_differs_from_one_level(model, opt, lambda: iterate(model, opt, x, y))
+
+
+def is_same(value, other):
+    if isinstance(value, torch.Tensor):
+        return torch.equal(value.isnan(), other.isnan()) and torch.equal(value.nan_to_num(), other.nan_to_num())
+    return value == other
+
+
+def spoil(model):
+    model[2].weight.grad[1, 1] = math.nan
+
+
+@pytest.mark.parametrize("at", [3, 5])  # rows only, and statistics
+def test_a_gradient_of_nan_skips_the_step_and_changes_nothing(at):
+    model, x, y = mlp()
+    opt = kfac2.KFAC(model, coarse="directions")
+    for _ in range(at):
+        iterate(model, opt, x, y)
+    before, weights = copy.deepcopy(opt.state_dict()), flat(model.parameters())
+    with pytest.warns(RuntimeWarning, match="a NaN or an infinity in the gradient of 2.weight"):
+        iterate(model, opt, x, y, at_gradients=spoil)
+    assert torch.equal(flat(model.parameters()), weights)
+    assert opt.preconditioner.iteration == at + 1
+    after = flatten(opt.state_dict())
+    for key, value in flatten(before).items():
+        if key[-1] != "iteration":
+            assert is_same(value, after[key]), key
+    assert before["kfac"]["directed"]["signal"]["last"] is not None and not opt.curvature.iteration.kept
+    iterate(model, opt, x, y)
+    assert not torch.equal(flat(model.parameters()), weights)
+
+
+@pytest.mark.filterwarnings("ignore:kfac2")
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_gradient_of_nan_that_the_host_does_not_see_changes_nothing(at):
+    """As on a device: the step is skipped there, and its slopes say nothing of the signal."""
+    (model, x, y), (twin, _, _) = mlp(), mlp()
+    opt, other = (kfac2.KFAC(one, coarse="directions") for one in (model, twin))
+    curvature_of(opt).health.at_once = curvature_of(other).health.at_once = False
+    for one, its in ((twin, other), (model, opt)):
+        torch.manual_seed(1)
+        for _ in range(at):
+            iterate(one, its, x, y)
+    signal, weights = opt._directed.signal, flat(model.parameters())
+    buffers = flat([opt.state[p]["momentum_buffer"] for p in model.parameters()])
+    before, correlations = signal.state(), opt._directed.state()["correlations"]
+    iterate(model, opt, x, y, at_gradients=spoil)
+    assert torch.equal(flat(model.parameters()), weights)
+    assert torch.equal(flat([opt.state[p]["momentum_buffer"] for p in model.parameters()]), buffers)
+    assert torch.equal(opt._directed.state()["correlations"], correlations)
+    after = signal.state()
+    assert after["last"] == before["last"] and all(map(math.isnan, after["measured"][-1]))
+    assert after["measured"][:-1] == before["measured"]
+    share = signal.share
+    signal._measured = signal._measured[-1:]
+    signal.decide()  # of skipped steps alone nothing follows
+    assert (signal.share, signal.is_on, signal._measured) == (share, True, [])
+    iterate(model, opt, x, y)
+    iterate(twin, other, x, y)  # which has skipped nothing
+    assert signal.state()["measured"][-1] == pytest.approx(other._directed.signal.state()["measured"][-1], rel=1e-6)
+
+
+# -- as on a device, by other ways, and after the end --------------------------------------------------------
+
+
+def test_it_reads_nothing_back_where_it_may_not_and_is_the_same():
+    ends, solved = [], []
+    for depth, at_once in ((2, True), (2, False), (12, False)):
+        model, x, y = mlp(depth)
+        opt = kfac2.KFAC(model, coarse="directions", kl_clip=0.01, weight_decay=1e-3, cov_every=7)
+        curvature_of(opt).health.at_once = at_once
+        torch.manual_seed(1)
+        for _ in range(9):
+            iterate(model, opt, x, y)
+        ends.append(flat(model.parameters()))
+        if not at_once:
+            assert opt.needs_fisher
+            opt.zero_grad()
+            out = model(x)
+            opt.accumulate_fisher(Categorical(logits=out))
+            F.cross_entropy(out, y).backward()
+            with Calls() as calls:
+                opt.step()
+            assert calls.names and not [n for n in calls.names if "_local_scalar_dense" in n or "nonzero" in n]
+            solved.append(opt._directed.latest.fine.isfinite().all())
+    assert_equal(ends[1], ends[0], 1e-9)
+    assert all(solved)
+
+
+@pytest.mark.parametrize("options", [{"lr": torch.tensor(0.7, dtype=torch.float64)}, {"rest": "sgd"}])
+def test_a_rate_that_is_a_tensor_and_what_trains_the_rest_change_nothing(options):
+    ends = []
+    for other in ({}, options):
+        model, x, y = mlp()
+        opt = kfac2.KFAC(model, **{"lr": 0.7, "coarse": "directions", **other})
+        for _ in range(6):
+            iterate(model, opt, x, y)
+        ends.append(flat(model.parameters()))
+    assert_equal(ends[1], ends[0], 1e-12)
+
+
+@pytest.mark.parametrize("options", [{"inverse": "eigh"}, {"inverse": "ekfac"}, {"samples": 2}, {"fisher": "exact"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_options_and_dtypes_train(dtype, options):
+    model, x, y = mlp(dtype=dtype)
+    opt = kfac2.KFAC(model, coarse="directions", **options)
+    losses = []
+    for _ in range(12):
+        opt.zero_grad()
+        out = model(x).float()
+        opt.accumulate_fisher(Categorical(logits=out))
+        losses.append(F.cross_entropy(out, y))
+        losses[-1].backward()
+        opt.step()
+    assert losses[-1] < 0.9 * losses[0] and opt._directed.latest.last.abs().sum() > 0
+
+
+def test_steps_after_close_are_those_of_one_level():
+    model, x, y = mlp()
+    opt = kfac2.KFAC(model, lr=0.8, momentum=0.6, coarse="directions", kl_bound=None)
+    for _ in range(3):
+        iterate(model, opt, x, y)
+    opt.close()
+    assert not opt.needs_fisher
+    for _ in range(3):
+        assert_next_step_is_that_of_one_level(model, opt, lambda: iterate(model, opt, x, y))
+
+
+# -- states -------------------------------------------------------------------------------------------------
+
+
+def build(**options):
+    torch.manual_seed(3)
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)]
+    model = nn.Sequential(*layers).double()
+    opt = kfac2.KFAC(model, **{"coarse": "directions", "cov_every": 3, "weight_decay": 1e-3, **options})
+    return model, opt
+
+
+def noisy(model, opt, own_passes):
+    """An iteration of few samples with labels of pure noise."""
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 4, (8,))
+    opt.zero_grad()
+    out = model(x)
+    if own_passes:
+        opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=8)
+    else:
+        opt.accumulate_fisher(Categorical(logits=out))
+    F.cross_entropy(out, y).backward()
+    opt.step()
+
+
+@pytest.mark.parametrize("own_passes", [False, True])
+def test_resumed_training_equals_uninterrupted_training(own_passes, monkeypatch):
+    monkeypatch.setattr("kfac2.signal_share.PROBE", 7)
+    model, opt = build()
+    saved, is_on = [], []
+    for _ in range(40):
+        saved.append(through_a_file([model.state_dict(), opt.state_dict(), torch.get_rng_state()]))
+        is_on.append(opt._directed.signal.is_on)
+        noisy(model, opt, own_passes)
+    off = is_on.index(False)
+    assert off > 2  # the first that is off
+    trial = next(k for k in range(off + 1, 40) if k % 7 == 0 and not is_on[k])
+    assert saved[trial + 1][1]["kfac"]["directed"]["signal"]["last"] is not None
+    for at in (off // 2, off, trial, trial + 1):
+        resumed, other = build()
+        resumed.load_state_dict(saved[at][0])
+        other.load_state_dict(saved[at][1])
+        torch.set_rng_state(saved[at][2])
+        for k in range(at, 40):
+            assert other._directed.signal.is_on == is_on[k]
+            noisy(resumed, other, own_passes)
+        assert torch.equal(flat(model.state_dict().values()), flat(resumed.state_dict().values()))
+        ours, theirs = flatten(opt.state_dict()), flatten(other.state_dict())
+        assert ours.keys() == theirs.keys() and len(ours) > 30
+        for key, value in ours.items():
+            assert is_same(value, theirs[key]), key
+
+
+def test_states_of_before_there_was_a_signal_load():
+    model, opt = build(coarse=None)
+    noisy(model, opt, False)
+    state = copy.deepcopy(opt.state_dict())
+    del state["kfac"]["directed"], state["kfac"]["options"]["coarse"], state["kfac"]["options"]["coarse_samples"]
+    _, other = build(coarse=None)
+    other.load_state_dict(state)
+    assert other.preconditioner.iteration == 1
+    model, opt = build()
+    for _ in range(3):
+        noisy(model, opt, False)
+    state = copy.deepcopy(opt.state_dict())
+    del state["kfac"]["directed"]
+    opt._directed.signal.is_on = False
+    opt.load_state_dict(state)
+    assert opt._directed.state() == kfac2.KFAC(model, coarse="directions")._directed.state()
+    noisy(model, opt, False)
+
+
+@pytest.mark.parametrize("mine, theirs", [("directions", None), (None, "directions"), ("ones", "directions")])
+def test_a_state_of_another_space_is_refused_by_name(mine, theirs):
+    model, opt = build(coarse=theirs)
+    noisy(model, opt, False)
+    _, other = build(coarse=mine)
+    before = flatten(other.state_dict())
+    with pytest.raises(ValueError, match=f"saved with coarse={mine!r}, got {theirs!r}"):
+        other.load_state_dict(opt.state_dict())
+    assert flatten(other.state_dict()) == before
+
+
+# -- when it pays -------------------------------------------------------------------------------------------
+
+
+def shares(opt):
+    """Collect φ of each step, as they are measured."""
+    seen, signal = [], opt._directed.signal
+    measured = signal.measured
+
+    def keeping(*arguments):
+        count = len(signal._measured)
+        measured(*arguments)
+        seen.extend(float(numbers[0]) for numbers in signal._measured[count:])
+
+    signal.measured = keeping
+    return seen
+
+
+@pytest.mark.parametrize("is_averaged", [False, True])
+def test_without_noise_all_of_a_slope_is_there_on_the_next_batch(is_averaged, monkeypatch):
+    """A quadratic loss with its exact Fisher; with correlations of steps before the model is not quite exact."""
+    if not is_averaged:
+        monkeypatch.setattr("kfac2.coarse.directions.KEPT", 0.0)
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3).double()
+    x = torch.randn(30, 6, dtype=torch.float64)
+    y = x @ torch.randn(6, 3, dtype=torch.float64) + torch.randn(30, 3, dtype=torch.float64)
+    opt = kfac2.KFAC(model, coarse="directions", fisher="exact", lr=0.2, damping=1.0, coarse_samples=30)
+    seen = shares(opt)
+    for _ in range(12):
+        opt.zero_grad()
+        out = Normal(model(x), 1.0)
+        opt.accumulate_fisher(out)
+        (-out.log_prob(y)).mean().backward()
+        opt.step()
+        assert opt._directed.signal.is_on
+    assert len(seen) == 11
+    assert seen == pytest.approx([1.0] * 11, abs=0.3 if is_averaged else 1e-6)
+    assert opt._directed.signal.share == pytest.approx(1.0, abs=0.2 if is_averaged else 1e-6)
+
+
+def test_noise_switches_the_space_off_and_trials_go_on():
+    model, opt = build(weight_decay=0.0)
+    signal, wanted = opt._directed.signal, []
+    for k in range(130):
+        is_on, is_due = signal.is_on, k % 3 == 0
+        assert opt.needs_fisher == (is_on or is_due or k % 20 == 0)
+        waits = signal.waits
+        if opt.ordinary:
+            assert not is_on and not is_due and k % 20 and not waits
+        wanted.append(signal.wants_step(k))
+        latest = opt._directed.latest
+        noisy(model, opt, False)
+        took = opt._directed.latest is not latest
+        # what statistics have shown counts at once, but for an iteration that has looked at too few rows
+        assert took == signal.wants_step(k) or (took, is_due) == (False, True)
+        assert opt.curvature.iteration.kept == []
+    off = wanted.index(False)
+    assert 5 < off < 80
+    assert not all(wanted[off:]) and any(not w for w in wanted[-20:])
+    assert all(wanted[k] for k in range(0, 130, 20))
+    assert opt.preconditioner.schedule.most_damping == math.inf or signal.is_on
+
+
+def test_an_iteration_that_measures_a_trial_is_not_ordinary():
+    model, opt = build(weight_decay=0.0, cov_every=1000, inv_every=1000, burn_in=1)
+    noisy(model, opt, False)
+    opt._directed.signal.is_on = False
+    opt._directed.signal.share = 0.1
+    noisy(model, opt, False)  # measures the last of the steps in the space
+    kinds = []
+    for _ in range(2, 24):
+        kinds.append((opt.preconditioner.iteration, opt.needs_fisher, opt.ordinary))
+        if opt.preconditioner.iteration == 21:
+            with pytest.raises(RuntimeError, match="counts an ordinary iteration, got iteration 21"):
+                opt.replayed()
+        noisy(model, opt, False)
+    assert kinds == [(k, k == 20, k not in (20, 21)) for k in range(2, 24)]
+    assert len(opt._directed.signal._measured) == 2
+    opt.replayed()
+    assert opt.preconditioner.iteration == 25
+
+
+def decided(signal, *shares, divergence=0.05):
+    """Let steps have these shares of their slopes, and decide."""
+    for share in shares:
+        signal.took(torch.tensor(2.0, dtype=torch.float64), torch.tensor(divergence, dtype=torch.float64))
+        assert signal.waits
+        signal.measured(torch.tensor(2.0 * share - divergence, dtype=torch.float64))
+        assert not signal.waits
+    signal.decide()
+    return signal.share, signal.is_on
+
+
+def test_the_space_is_left_below_one_bound_and_taken_again_above_another():
+    signal, mean = SignalShare(), 1.0
+    is_on = True
+    left = 0
+    for shares in [(1.0, 0.8), (0.1, 0.3), *[(0.1,) * 5] * 4, (0.6,), (float("nan"),), *[(0.9, 0.7)] * 3, (7.0,)]:
+        known = [min(2.0, share) for share in shares if share == share]
+        if known:
+            kept = (0.93 if is_on else 0.8) ** len(known)
+            mean = kept * mean + (1 - kept) * sum(known) / len(known)
+            is_on = mean > (0.45 if is_on else 0.5)
+        left += not is_on
+        assert decided(signal, *shares) == (pytest.approx(mean), is_on)
+    assert left and is_on
+
+
+def test_steps_that_come_to_nothing_become_shorter_and_then_it_is_the_space_that_is_left():
+    signal = SignalShare()
+    for k in range(1, 8):
+        assert decided(signal, 0.0, divergence=1.0) == (1.0, True)
+        assert signal.length == pytest.approx(0.7**k)
+    while signal.is_on:
+        assert signal.length < 0.1
+        decided(signal, 0.0, divergence=1.0)
+    assert signal.length == 1.0
+    signal = SignalShare()
+    signal.length = 0.5
+    decided(signal, 0.9, divergence=1.0)
+    assert signal.length == pytest.approx(0.575) and signal.share < 1
+    for _ in range(9):
+        decided(signal, 0.9, divergence=1.0)
+    assert signal.length == 1.0
+
+
+def test_the_space_at_its_bounds():
+    signal = SignalShare()
+    signal.share, signal.is_on = 0.47, True
+    assert decided(signal, 0.47) == (pytest.approx(0.47), True)
+    signal.is_on = False
+    assert decided(signal, 0.47) == (pytest.approx(0.47), False)  # in between it stays as it is
+    assert decided(signal) == (pytest.approx(0.47), False)  # nothing was measured
+    signal.measured(torch.ones(()))  # along nothing
+    signal.took(torch.ones(()), torch.ones(()))
+    signal.measured(None)  # other layers
+    assert decided(signal) == (pytest.approx(0.47), False)
+    assert [signal.wants_step(k) for k in (0, 1, 19, 20, 21, 40)] == [True, False, False, True, False, True]
+
+
+# -- layers that come and go --------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x, both=True):
+        h = torch.tanh(self.a(x))
+        return self.head(h + torch.tanh(self.b(x)) if both else h)
+
+
+def branched(opt, model, x, y, both):
+    opt.zero_grad()
+    out = model(x, both)
+    opt.accumulate_fisher(Categorical(logits=out))
+    F.cross_entropy(out, y).backward()
+    opt.step()
+
+
+def test_a_layer_that_is_not_used_stays_as_it_is():
+    torch.manual_seed(0)
+    model, x, y = Branches(), torch.randn(16, 5).double(), torch.arange(16) % 3
+    opt = kfac2.KFAC(model, coarse="directions")
+    for _ in range(3):
+        branched(opt, model, x, y, True)
+    own = [*model.b.parameters()]
+    before = [(p.detach().clone(), opt.state[p]["momentum_buffer"].clone()) for p in own]
+    head = model.head.weight.detach().clone()
+    for _ in range(4):
+        branched(opt, model, x, y, False)
+        assert opt._directed.latest.names == ("a", "head")
+    for (old, d), p in zip(before, own, strict=True):
+        assert torch.equal(p, old) and torch.equal(opt.state[p]["momentum_buffer"], d)
+    assert not torch.equal(model.head.weight, head)
+    branched(opt, model, x, y, True)
+    assert opt._directed.latest.names == ("a", "b", "head")
+    assert all(not torch.equal(p, old) for (old, _), p in zip(before, own, strict=True))
+
+
+def test_a_layer_that_leaves_and_one_that_is_frozen():
+    torch.manual_seed(0)
+    model, x, y = Branches(), torch.randn(16, 5).double(), torch.arange(16) % 3
+    opt = kfac2.KFAC(model, coarse="directions")
+    for _ in range(3):
+        branched(opt, model, x, y, True)
+    curvature = opt.curvature
+    with pytest.warns(RuntimeWarning, match="b leaves K-FAC"):
+        curvature.drop(curvature.layout.layers[1], "it is dropped by a test")
+    for _ in range(3):
+        before = model.b.weight.detach().clone()
+        branched(opt, model, x, y, True)
+        assert opt._directed.latest.names == ("a", "head") and opt._part(1000) == 64
+        assert not torch.equal(model.b.weight, before)  # by AdamW
+    with pytest.warns(RuntimeWarning, match="a leaves K-FAC"):
+        for p in model.a.parameters():
+            p.requires_grad_(False)
+        before = model.a.weight.detach().clone()
+        for _ in range(3):
+            branched(opt, model, x, y, True)
+    assert opt._directed.latest.names == ("head",) and torch.equal(model.a.weight, before)
+
+
+def test_a_bias_that_is_frozen_is_left_alone():
+    model, x, y = mlp()
+    model[0].bias.requires_grad_(False)
+    opt = kfac2.KFAC(model, coarse="directions")
+    before = model[0].bias.detach().clone()
+    losses = [iterate(model, opt, x, y) for _ in range(8)]
+    assert torch.equal(model[0].bias, before) and losses[-1] < losses[0]
+
+
+def test_a_shared_layer_trains():
+    task = task_of("shared")
+    opt = kfac2.KFAC(task.model, coarse="directions")
+    losses = []
+    for _ in range(12):
+        opt.zero_grad()
+        out = task.model(task.x)
+        opt.accumulate_fisher(Categorical(logits=out))
+        loss = F.cross_entropy(out, task.target)
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert opt._directed.latest.names == ("inner", "head", "conv") and losses[-1] < 0.9 * losses[0]
+
+
+class Experts(nn.Module):
+    """The second layer sees some of the samples only, in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.expert, self.head = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        h = torch.tanh(self.inner(x))
+        chosen = torch.arange(len(x) - 1, 4, -1)
+        return self.head(h.index_add(0, chosen, torch.tanh(self.expert(h[chosen]))))
+
+
+@pytest.mark.filterwarnings("ignore:kfac2.*do not belong")
+def test_rows_that_fit_no_samples_count_for_themselves():
+    torch.manual_seed(0)
+    task = models.Task(Experts(), torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3)
+    layers, passed = sampled_pass(task)
+    v = {id(p): torch.randn_like(p) for p in task.model.parameters()}
+    s, cases = derivatives([kept_of(passed, 12)], layers, Matrices(layers, 1).of((v,)))
+    assert s.shape == (12 + 7, 1, 3) and cases == 12
+    J, _ = scores(task, [p for layer in layers for p in parts_of(layer)], 12)
+    dense = J @ as_columns(layers, v)
+    wanted = dense.T @ dense / 12
+    wanted[1, [0, 2]] = wanted[[0, 2], 1] = 0.0  # nobody knows
+    assert_equal((s[:, 0].T @ s[:, 0]) / cases, wanted, 1e-12)
+    opt = kfac2.KFAC(task.model, coarse="directions")
+    losses = [iterate(task.model, opt, task.x, task.target) for _ in range(12)]
+    assert losses[-1] < 0.9 * losses[0] and opt._directed.latest.names == ("inner", "expert", "head")
