@@ -21,27 +21,31 @@ from networks import NETWORKS
 from output import table, write
 from roofline_calls import Op
 from roofline_nets import Net, known, published
-from roofline_time import DEVICES, PRECISIONS, PRODUCT_SHARE, SHARES, SOURCES, Device, duration, floor, in_step, seconds
+from roofline_ops import ELEMENT
+from roofline_time import DEVICES, PRODUCT_SHARE, SHARES, SOURCES, Device, duration, floor, in_step, seconds
 
 Row = dict[str, Any]
+PRECISIONS = tuple(ELEMENT)
 
 
 # -- what is predicted --------------------------------------------------------------------------------------------
 
 
 def op_row(op: Op, net: Net, device: Device, measured: dict[str, float]) -> Row:
-    """Predict one op, in microseconds; `measured` has milliseconds by the titles of cases."""
+    """Predict one op, in microseconds; `measured` has milliseconds by the titles of cases, which are in fp32."""
     own, found = op.alone.own, measured.get(f"{op.name}, {net.title}")
     row: Row = {
         "op": op.name, "when": op.when,
         "launches": own.launches, "launches_in_step": sum(call.own.launches for call in op.in_step),
         "bytes": own.least_bytes, "flop": own.least_flop,
         "moved": sum(stage.bytes for stage in own.stages), "computed": sum(stage.flop for stage in own.stages),
-        "floor": 1e6 * floor(own, device), "kfac2": 1e6 * duration(op.alone, device),
-        "library": {p: 1e6 * duration(op.alone, device, p) for p in PRECISIONS} if op.alone.library else None,
-        "in_step": 1e6 * in_step(op, device), "measured": None if found is None else 1e3 * found,
+        "floor": 1e6 * floor(own, device),
+        "kfac2": {p: 1e6 * duration(op.alone, device, p) for p in PRECISIONS},
+        "library": {p: 1e6 * duration(op.alone, device, p, True) for p in PRECISIONS} if op.alone.library else None,
+        "in_step": {p: 1e6 * in_step(op, device, p) for p in PRECISIONS},
+        "measured": None if found is None else 1e3 * found,
     }  # fmt: skip
-    return row | {"verdict": verdict(row["kfac2"], row["measured"])}
+    return row | {"verdict": verdict(row["kfac2"]["fp32"], row["measured"])}
 
 
 def verdict(predicted: float, measured: float | None) -> str:
@@ -52,43 +56,42 @@ def verdict(predicted: float, measured: float | None) -> str:
     return f"{over:.1f} times the prediction" if over > 1 else f"{1 / over:.1f} times faster than predicted"
 
 
-def parts_of_step(net: Net, found: Sequence[Op], device: Device, how: str, paper: bool) -> dict[str, float]:
+def parts_of_step(net: Net, found: Sequence[Op], device: Device, way: str, precision: str, paper: bool) -> Row:
     """Sum up what K-FAC adds to a step, in milliseconds: to every one, at statistics, at inverses; mean at 10/100."""
-    precision = {"kfac2": "tf32", "faster": "tf32"}.get(how, how)
     added = {"every": 0.0, "statistics": 0.0, "inverses": 0.0}
     for op in found:
         if op.paper if paper else op.default:
-            added[op.when] += 1e3 * in_step(op, device, how)
-    backward = calls.sampled_backward(net, PRECISIONS[precision])
-    added["statistics"] += 1e3 * seconds(backward, device, precision)
+            added[op.when] += 1e3 * in_step(op, device, precision, way)
+    element = ELEMENT[precision]
+    added["statistics"] += 1e3 * seconds(calls.sampled_backward(net, element), device, precision)
     mean = added["every"] + added["statistics"] / 10 + added["inverses"] / 100
-    model = 1e3 * seconds(calls.forward_backward(net, PRECISIONS[precision]), device, precision)
+    model = 1e3 * seconds(calls.forward_backward(net, element), device, precision)
     adamw, sgd = (1e3 * seconds(stages, device) for stages in (calls.adamw(net), calls.sgd(net)))
     return {"model": model, "adamw": adamw, **added, "mean": mean, "over_adamw": (model + sgd + mean) / (model + adamw)}
 
 
 def step_rows(net: Net, device: Device) -> list[Row]:
     """Predict the kinds of steps, by kfac2 and by the library."""
-    found = calls.ops_of(net)
-    ways = [("kfac2", "kfac2 as it is"), ("faster", "the faster of kfac2 and the library in TF32, op by op")]
-    ways += [(precision, f"library, {precision}") for precision in PRECISIONS]
+    found, ways = calls.ops_of(net), {"kfac2": "kfac2 as it is", "library": "library", "faster": "the faster, op by op"}
     return [
-        {"method": method, "way": name, **parts_of_step(net, found, device, how, method != "KFAC(model)")}
+        {"method": method, "way": f"{name}, {p}", **parts_of_step(net, found, device, way, p, method != "KFAC(model)")}
         for method in ("KFAC(model)", "the paper's two levels")
-        for how, name in ways
+        for way, name in ways.items()
+        for p in PRECISIONS
     ]
 
 
 def largest(net: Net, device: Device, count: int = 5) -> list[Row]:
-    """Return the ops that cost most in a mean step of `KFAC(model)` at 10/100, in milliseconds, beside torch."""
+    """Return the ops that cost most in a mean step of `KFAC(model)` at 10/100 in TF32, in milliseconds."""
     often = {"every": 1.0, "statistics": 0.1, "inverses": 0.01}
-    rows = []
+    rows: list[Row] = []
     for op in calls.ops_of(net):
         if op.default:
-            mean = 1e3 * often[op.when] * in_step(op, device)
-            over = {p: in_step(op, device) / in_step(op, device, p) for p in PRECISIONS if op.alone.library}
+            own = {p: in_step(op, device, p) for p in PRECISIONS}
+            over = {p: own[p] / in_step(op, device, p, "library") for p in PRECISIONS if op.alone.library}
+            mean = {p: 1e3 * often[op.when] * own[p] for p in PRECISIONS}
             rows.append({"net": net.title, "device": device.name, "op": op.name, "mean": mean, "over": over})
-    return sorted(rows, key=lambda row: -row["mean"])[:count]
+    return sorted(rows, key=lambda row: -row["mean"]["tf32"])[:count]
 
 
 # -- what was measured --------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ def case_rows(record: Row, device: Device, nets: list[Net]) -> list[Row]:
         if call is not None:
             row["predicted"] = 1e6 * duration(call, device)
             row["library_measured"] = 1e3 * median(milliseconds["torch"])
-            row["library_predicted"] = 1e6 * duration(call, device, "fp32")
+            row["library_predicted"] = 1e6 * duration(call, device, by_library=True)
             row["verdict"] = verdict(row["predicted"], row["measured"])
         rows.append(row)
     return rows
@@ -142,7 +145,7 @@ def whole_rows(record: Row, device: Device, nets: list[Net]) -> list[Row]:
         assert net is not None
         found, model = calls.ops_of(net), calls.forward_backward(net, 4)
         sgd, fused = seconds([*model, *calls.sgd(net, fused=False)], device), seconds([*model, *calls.sgd(net)], device)
-        added = parts_of_step(net, found, device, "kfac2", paper=True)
+        added = parts_of_step(net, found, device, "kfac2", "fp32", paper=True)
         predicted = {("sgd", "c"): 1e3 * sgd, ("kfac2-2", "c"): 1e3 * fused + added["every"]}
         predicted["kfac2-2", "a"] = predicted["kfac2-2", "c"] + added["statistics"]
         predicted["kfac2-2", "b"] = predicted["kfac2-2", "a"] + added["inverses"]
@@ -176,24 +179,23 @@ def number(value: float | None) -> str:
 
 
 def ops_table(rows: Sequence[Row]) -> str:
-    header = ["op", "when", "launches", "MB", "GFLOP", "floor", "kfac2", "library fp32", "TF32", "bf16", "kfac2 / fp32",
-              "calls of a step", "measured", "note"]  # fmt: skip
+    header = ["op", "when", "launches", "MB", "GFLOP", "floor", "kfac2 fp32", "TF32", "bf16", "library fp32", "TF32",
+              "bf16", "in a step, TF32", "measured, fp32", "note"]  # fmt: skip
     lines = []
     for row in rows:
         library = row["library"] or dict.fromkeys(PRECISIONS)
-        ratio = row["kfac2"] / library["fp32"] if row["library"] else None
-        times = [row["floor"], row["kfac2"], *library.values(), ratio, row["in_step"], row["measured"]]
+        times = [row["floor"], *row["kfac2"].values(), *library.values(), row["in_step"]["tf32"], row["measured"]]
         work = [str(row["launches"]), number(row["bytes"] / 1e6), number(row["flop"] / 1e9)]
         lines.append([row["op"], row["when"], *work, *map(number, times), row["verdict"]])
     return table(header, lines)
 
 
 def largest_table(rows: Sequence[Row]) -> str:
-    header = ["network", "device", "op", "ms of a mean step", "times the library's fp32", "TF32", "bf16"]
+    header = ["network", "device", "op", "ms fp32", "TF32", "bf16", "over the library fp32", "TF32", "bf16"]
     lines = []
     for row in rows:
-        over = [number(row["over"].get(p)) for p in PRECISIONS]
-        lines.append([row["net"], row["device"], row["op"], number(row["mean"]), *over])
+        times = [*row["mean"].values(), *(row["over"].get(p) for p in PRECISIONS)]
+        lines.append([row["net"], row["device"], row["op"], *map(number, times)])
     return table(header, lines)
 
 
@@ -217,14 +219,20 @@ is given: `make roofline ARGS="--record FILE"`. Ops in microseconds, steps in mi
 - *MB*, *GFLOP*: what the equation of the op asks for, each number moved once, nothing computed twice. *floor*: these at
   the peaks of memory and fp32. *launches*: of kfac2, tables included; a test holds them against the emulated kernels.
 - *kfac2*: its kernels as they are, each at a share of the peaks that was estimated from its compiled code, or as slow
-  as its chains of loads. *library*: torch's way (shifted planes and one product, Cholesky by size, batched products)
-  with products in fp32, TF32 and bf16 (activations of two bytes then). *kfac2 / fp32* above 1: the library is ahead.
-- An op is one call as `bench/cases.py` makes it; *calls of a step* are those that a step makes: both kinds of maps a
+  as its chains of loads; its products by the library (wide covariances, `precondition`) in strict fp32, with TF32
+  allowed, or with bf16 activations and TF32. *library*: all of it by torch (shifted planes and one product, Cholesky by
+  size, batched products) in fp32, TF32 and bf16.
+- An op is one call as `bench/cases.py` makes it; *in a step* are the calls that a step makes: both kinds of maps a
   few samples at a time, a quarter of the samples, but at least 32, for `directional_derivatives`, no stacking for
   `precondition`.
 - Steps: what K-FAC adds to *every step*, *at statistics* (the backward pass of sampled labels included), *at inverses*;
-  AdamW is torch's own (foreach). With kfac2 and "the faster" the model runs in TF32, else in the library's precision.
+  the model runs in the precision that is named; AdamW is torch's own (foreach).
 - Where the host takes longer to launch (5 us for each launch of an eager call) than the device to work, that counts."""
+
+
+COSTS = """\
+Milliseconds of a mean step of `KFAC(model)` with statistics every 10 steps and inverses every 100; *over the library*:
+times as long as torch's way in the same precision."""
 
 
 def markdown(found: Row) -> str:
@@ -235,7 +243,7 @@ def markdown(found: Row) -> str:
                      f"{device['clock'] / 1e9} GHz")  # fmt: skip
     reached = ", ".join(f"{p} {share}" for p, share in PRODUCT_SHARE.items())
     lines.append(f"- Reached by large products: {reached} of the peak; by copies 0.9 of the bandwidth. {SOURCES}")
-    lines += ["", "## What costs most", "", "`KFAC(model)`, statistics every 10 steps and inverses every 100.", ""]
+    lines += ["", "## What costs most", "", COSTS, ""]
     lines.append(largest_table([row for net in found["nets"] for row in net["largest"]]))
     for net in found["nets"]:
         lines += ["", f"## {net['title']}", "", f"{net['layers']} layers, {net['handled']:,} of {net['parameters']:,} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,15 +18,23 @@ from roofline_ops import Count, Stage
 from kfac2.coarse.ones import MAP_NUMBERS
 from kfac2.divergence import quarter
 from kfac2.ops import Window
+from kfac2.ops.gram_matrices import CROSSOVER, CROSSOVER_FLOAT32
 
 Pairs = Sequence[tuple[int, int]]
 
 
 class Call(NamedTuple):
-    """A call of an op: what kfac2 does, and torch in its place, given the bytes of an activation; None: the same."""
+    """A call of an op.
+
+    Attributes:
+        own: what kfac2 does in strict fp32.
+        library: torch in its place, given the bytes of an activation; None: the same.
+        own_at: what kfac2 does in fp32, TF32 or bf16, and the precision of its products; None: always the same.
+    """
 
     own: Count
     library: Callable[[int], Sequence[Stage]] | None = None
+    own_at: Callable[[str], tuple[Sequence[Stage], str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,23 @@ def maps_of(sources: Sequence[Source]) -> Call:
     return Call(ops.layer_maps(sources), partial(library.layer_maps, sources))
 
 
+def is_wide(rows: Source, precision: str) -> bool:
+    """Tell whether kfac2 gives the rows to the library's product: kfac2/ops/gram_matrices.py."""
+    if precision == "fp32":
+        return rows.channels >= CROSSOVER_FLOAT32 and math.prod(rows.window.kernel_size) == 1
+    return rows.channels >= CROSSOVER
+
+
 def covariances_of(sources: Sequence[Source]) -> Call:
-    return Call(ops.covariances(sources), partial(library.covariances, sources))
+    """Multiply wide rows by the library, all others in one native call."""
+
+    def own_at(precision: str) -> tuple[Sequence[Stage], str]:
+        wide, others = ([s for s in sources if is_wide(s, precision) == here] for here in (True, False))
+        native = ops.covariances(others).stages if others else []
+        return [*native, *library.gram_matrices(wide, ops.ELEMENT[precision])], precision
+
+    whole = ops.covariances(sources)
+    return Call(replace(whole, stages=own_at("fp32")[0]), partial(library.covariances, sources), own_at)
 
 
 def sums_of(grids: Sequence[tuple[int, ...]], batch: int) -> Call:
@@ -119,11 +142,15 @@ def every_step(net: Net) -> list[Op]:
     shapes, parts = net.shapes, parts_of(net)
     sizes = [shape.d_in * shape.d_out for shape in shapes]
     by_mm = partial(library.precondition, shapes)
-    stacked = ops.precondition(shapes, stacked=True)
+    stacked, plain = ops.precondition(shapes, stacked=True), ops.precondition(shapes)
+
+    def follows(count: Count) -> Callable[[str], tuple[Sequence[Stage], str]]:  # torch's switch for products of fp32
+        return lambda precision: (count.stages, "fp32" if precision == "fp32" else "tf32")
+
+    alone = Call(stacked, lambda element: [stacked.stages[0], *by_mm(element)], follows(stacked))
     return [
         Op("gather_gradients", "every", Call(ops.gather_gradients(parts), lambda _: library.gather_gradients(parts))),
-        Op("precondition", "every", Call(stacked, lambda element: [stacked.stages[0], *by_mm(element)]),
-           [Call(ops.precondition(shapes), by_mm)]),
+        Op("precondition", "every", alone, [Call(plain, by_mm, follows(plain))]),
         Op("shift_and_scale", "every", Call(ops.shift_and_scale(sizes), lambda _: library.shift_and_scale(sizes))),
         Op("write_gradients", "every", Call(ops.write_gradients(parts), lambda _: library.write_gradients(parts))),
     ]  # fmt: skip

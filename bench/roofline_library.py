@@ -13,6 +13,8 @@ from layer_sets import LayerShape
 from roofline_nets import Source
 from roofline_ops import FLOAT, Count, Part, Stage, by_size, meeting, up
 
+from kfac2.ops.gram_matrices import CHUNK as CHUNK_OF_ROWS
+
 # Tensors that one launch of a `_foreach` op takes, by the number of its lists; blocks, and numbers of a block
 # (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
 TENSORS_OF_LAUNCH, BLOCKS_OF_LAUNCH, CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
@@ -53,6 +55,24 @@ def covariances(sources: Sequence[Source], element: int) -> list[Stage]:
             stages.append(Stage("reduce", 2, float(element * s.rows * s.length)))
         moved = element * s.rows * s.length + FLOAT * s.length**2  # both operands are the same
         stages.append(Stage("mm", 1, moved, product(s.length, s.length, s.rows, element).flop))
+    return stages
+
+
+def gram_matrices(sources: Sequence[Source], element: int) -> list[Stage]:
+    """What kfac2 itself does by the library's product: kfac2/ops/gram_matrices.py, few samples at a time."""
+    stages = []
+    for s in sources:
+        numbers = s.rows * s.length
+        parts = math.ceil(s.batch / max(1, CHUNK_OF_ROWS * s.batch // numbers))
+        if math.prod(s.window.kernel_size) > 1:  # padded, stacked, brought to rows
+            stages.append(Stage("copy", 3 * parts, 2.0 * element * (s.numbers + 2 * numbers)))
+        elif len(s.extent) > 1:
+            stages.append(Stage("copy", parts, 2.0 * element * numbers))
+        if s.window.bias:
+            stages.append(Stage("reduce", 2 * parts, float(element * numbers)))
+        moved = element * numbers + FLOAT * parts * s.length**2
+        stages.append(Stage("mm", parts, moved, product(s.length, s.length, s.rows, element).flop))
+        stages.append(Stage("copy", parts + 4, (3.0 * parts + 8) * FLOAT * s.length**2))  # added up; made symmetric
     return stages
 
 

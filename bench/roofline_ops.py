@@ -18,6 +18,7 @@ from roofline_nets import Source
 from kfac2.ops import Window
 
 FLOAT, DOUBLE = 4, 8
+ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2}  # bytes of an activation, by the precision of the library's products
 TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables.cu
 # sizeof of the tables' entries, csrc/kernels
 MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 296, 128, 528
@@ -169,8 +170,8 @@ def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source]) -
         chunks += math.ceil(rows.rows / 32) * columns * math.ceil(rows.length / 16)
         least += (rows.numbers + grad.numbers + rows.length * grad.channels) * FLOAT
     table, held = tables(DIRECTION_ENTRY * len(inputs))
-    # For 16 numbers of the rows a thread loads 12 numbers one after the other; each of the 8 directions waits for fields
-    # of the table and a 64-bit division before (read off the compiled code).
+    # For 16 numbers of the rows a thread loads 12 numbers one after the other; each of the 8 directions waits for
+    # fields of the table and a 64-bit division before (read off the compiled code).
     latency = max(longest, chunks / (3 * PROCESSORS)) * (20 * LOAD + 700)
     products = Stage("directional_derivatives", 1, least + partial, flop, latency)
     stages = [table, products, Stage("shares", 1, partial)]

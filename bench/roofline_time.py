@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from roofline_calls import Call, Op
-from roofline_ops import Count, Stage
+from roofline_ops import ELEMENT, Count, Stage
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Device:
 
 
 DEVICES = [Device("H100 SXM", 3.35e12), Device("H200", 4.8e12)]
-PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2}  # of matrix products of the library; bytes of an activation
 # What large matrix products reach: fp32 and TF32 are usual figures of cuBLAS; bf16 was measured at 0.8 for 8192³ on
 # random data on both devices, and long, flat products reach less.
 PRODUCT_SHARE = {"fp32": 0.75, "tf32": 0.7, "bf16": 0.65}
@@ -53,6 +52,9 @@ SHARES = {
 }  # fmt: skip
 
 
+READ_ACTIVATIONS = {"layer_maps", "covariances", "directional_derivatives"}
+
+
 def seconds(stages: Iterable[Stage], device: Device, precision: str = "fp32") -> float:
     """Predict the time of stages: each takes the longest of its bytes, its operations and its chains, and its launches.
 
@@ -75,15 +77,18 @@ def floor(count: Count, device: Device) -> float:
     return max(count.least_bytes / device.bandwidth, count.least_flop / device.fp32)
 
 
-def duration(call: Call, device: Device, precision: str = "kfac2") -> float:
-    """Predict a call: kfac2's, or the library's with one precision, where there is another way at all."""
-    if precision == "kfac2" or call.library is None:
-        return seconds(call.own.stages, device)
-    return seconds(call.library(PRECISIONS[precision]), device, precision)
+def duration(call: Call, device: Device, precision: str = "fp32", by_library: bool = False) -> float:
+    """Predict a call by kfac2, or by the library, where that is another way; precision is that of the whole step."""
+    element = ELEMENT[precision]
+    if by_library and call.library is not None:
+        return seconds(call.library(element), device, precision)
+    stages, of_products = call.own_at(precision) if call.own_at else (call.own.stages, precision)
+    halved = (s._replace(bytes=s.bytes * element / 4) if s.kernel in READ_ACTIVATIONS else s for s in stages)
+    return seconds(halved, device, of_products)
 
 
-def in_step(op: Op, device: Device, precision: str = "kfac2") -> float:
-    """Predict the calls of a step; of the faster way for each with `faster`: kfac2, or the library in TF32."""
-    if precision == "faster":
-        return min(in_step(op, device), in_step(op, device, "tf32"))
-    return sum(duration(call, device, precision) for call in op.in_step)
+def in_step(op: Op, device: Device, precision: str = "fp32", way: str = "kfac2") -> float:
+    """Predict the calls of a step by `kfac2`, by the `library`, or by the `faster` of both."""
+    if way == "faster":
+        return min(in_step(op, device, precision, other) for other in ("kfac2", "library"))
+    return sum(duration(call, device, precision, way == "library") for call in op.in_step)

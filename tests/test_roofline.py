@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import contenders
@@ -26,6 +27,7 @@ from roofline_nets import Source, grads_of, inputs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfac2.ops import Window, precondition
+from kfac2.ops.gram_matrices import gram_matrix, is_faster
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["deep-linear", "resnet-8", "transformer"]
@@ -309,9 +311,9 @@ def test_no_prediction_is_below_its_floor(found):
         h100, h200 = net["ops"].values()
         for rows in (h100, h200):
             for row in rows:
-                assert row["kfac2"] > row["floor"] >= 0 and row["launches"] > 0, row["op"]
-                assert row["moved"] > 0 and row["in_step"] > 0 and row["measured"] is None
-        assert all(b["kfac2"] <= a["kfac2"] for a, b in zip(h100, h200, strict=True))
+                assert row["kfac2"]["fp32"] > row["floor"] >= 0 and row["launches"] > 0, row["op"]
+                assert row["moved"] > 0 and row["in_step"]["fp32"] > 0 and row["measured"] is None
+        assert all(b["kfac2"][p] <= a["kfac2"][p] for a, b in zip(h100, h200, strict=True) for p in roofline.PRECISIONS)
         for row in (*net["steps"]["H100 SXM"], *net["steps"]["H200"]):
             assert row["mean"] == pytest.approx(row["every"] + row["statistics"] / 10 + row["inverses"] / 100)
             assert row["over_adamw"] > 0.9
@@ -320,6 +322,30 @@ def test_no_prediction_is_below_its_floor(found):
 def test_every_kernel_has_shares_that_are_possible():
     assert all(0 < share <= 1 for shares in time.SHARES.values() for share in shares)
     assert all(0 < share <= 1 for share in time.PRODUCT_SHARE.values())
+
+
+@pytest.fixture
+def product_switch():
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_wide_rows_go_where_kfac2_sends_them(product_switch):
+    for precision, is_half, allowed in (("fp32", False, False), ("tf32", False, True), ("bf16", True, False)):
+        product_switch.allow_tf32 = allowed
+        for channels, kernel in itertools.product((127, 128, 255, 256), (1, 3)):
+            rows = Source(2, channels, (9, 9), Window.of(2, kernel))
+            shape = (2, channels, 9, 9)
+            x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16 if is_half else torch.float32, shape=shape)
+            assert calls.is_wide(rows, precision) == is_faster(x, rows.window), (precision, channels, kernel)
+
+
+def test_own_products_of_wide_rows_are_those_that_torch_counts():
+    rows = Source(3, 128, (6, 6), Window.of(2, 3, padding=1, bias=1))
+    x = torch.randn(3, 128, 6, 6)
+    modelled = sum(stage.flop for stage in library.gram_matrices([rows._replace(window=Window.of(2, 3, padding=1))], 4))
+    assert modelled == counted(lambda: gram_matrix(x, rows.window))  # the bias is no product
 
 
 def test_a_stage_takes_the_longest_of_its_bounds():
