@@ -11,16 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import roofline_calls as calls
+import roofline_library as library
+import roofline_ops as ops
 from networks import NETWORKS
 from output import table, write
 from roofline_calls import Op
-from roofline_nets import Net, known, published
+from roofline_nets import Net, grads_of, inputs_of, known, published
 from roofline_ops import ELEMENT
 from roofline_time import DEVICES, PRODUCT_SHARE, SHARES, SOURCES, Device, duration, floor, in_step, seconds
 
@@ -92,6 +95,25 @@ def largest(net: Net, device: Device, count: int = 5) -> list[Row]:
             mean = {p: 1e3 * often[op.when] * own[p] for p in PRECISIONS}
             rows.append({"net": net.title, "device": device.name, "op": op.name, "mean": mean, "over": over})
     return sorted(rows, key=lambda row: -row["mean"]["tf32"])[:count]
+
+
+def route_rows(net: Net, device: Device) -> list[Row]:
+    """Predict both ways that kfac2 has for covariances, for each kind of rows: in a call of at least 8 alike."""
+    kinds = Counter([*inputs_of(net.shapes), *grads_of(net.shapes)])
+    rows: list[Row] = []
+    for source, count in kinds.items():
+        alike = max(count, 8)
+        native = 1e6 * seconds(ops.covariances([source] * alike).stages, device) / alike
+        products = {p: library.gram_matrices([source] * count, ELEMENT[p]) for p in PRECISIONS}
+        by_library = {p: 1e6 * seconds(stages, device, p) / count for p, stages in products.items()}
+        shape = "x".join(map(str, (source.batch, source.channels, *source.extent)))
+        window = source.window
+        name = shape + (f", {'x'.join(map(str, window.kernel_size))}" if max(window.kernel_size, default=1) > 1 else "")
+        name += f", stride {max(window.stride)}" if max(window.stride, default=1) > 1 else ""
+        name += ", bias" if window.bias else ""
+        taken = ", ".join(p for p in PRECISIONS if calls.is_wide(source, p))
+        rows.append({"rows": name, "count": count, "native": native, "library": by_library, "taken": taken})
+    return sorted(rows, key=lambda row: -row["count"] * row["native"])[:8]
 
 
 # -- what was measured --------------------------------------------------------------------------------------------
@@ -183,8 +205,8 @@ def ops_table(rows: Sequence[Row]) -> str:
               "bf16", "in a step, TF32", "measured, fp32", "note"]  # fmt: skip
     lines = []
     for row in rows:
-        library = row["library"] or dict.fromkeys(PRECISIONS)
-        times = [row["floor"], *row["kfac2"].values(), *library.values(), row["in_step"]["tf32"], row["measured"]]
+        others = row["library"] or dict.fromkeys(PRECISIONS)
+        times = [row["floor"], *row["kfac2"].values(), *others.values(), row["in_step"]["tf32"], row["measured"]]
         work = [str(row["launches"]), number(row["bytes"] / 1e6), number(row["flop"] / 1e9)]
         lines.append([row["op"], row["when"], *work, *map(number, times), row["verdict"]])
     return table(header, lines)
@@ -196,6 +218,13 @@ def largest_table(rows: Sequence[Row]) -> str:
     for row in rows:
         times = [*row["mean"].values(), *(row["over"].get(p) for p in PRECISIONS)]
         lines.append([row["net"], row["device"], row["op"], *map(number, times)])
+    return table(header, lines)
+
+
+def routes_table(rows: Sequence[Row]) -> str:
+    header = ["rows", "tensors", "native", "library fp32", "TF32", "bf16", "library is taken in"]
+    times = [[row["native"], *row["library"].values()] for row in rows]
+    lines = [[r["rows"], str(r["count"]), *map(number, t), r["taken"]] for r, t in zip(rows, times, strict=True)]
     return table(header, lines)
 
 
@@ -248,6 +277,8 @@ def markdown(found: Row) -> str:
     for net in found["nets"]:
         lines += ["", f"## {net['title']}", "", f"{net['layers']} layers, {net['handled']:,} of {net['parameters']:,} "
                   "parameters handled."]  # fmt: skip
+        lines += ["", f"{DEVICES[0].name}, covariances of one tensor, us: the costliest kinds of rows", ""]
+        lines.append(routes_table(net["routes"]))
         for device, rows in net["ops"].items():
             lines += ["", f"{device}, ops, us", "", ops_table(rows), "", f"{device}, steps, ms", ""]
             lines.append(steps_table(net["steps"][device]))
@@ -268,12 +299,13 @@ def predicted(record: tuple[Row, Device] | None) -> Row:
         found["record"] = {"device": content["machine"]["device"], "rows": rows}
     entries = []
     for net in nets:
-        ops = calls.ops_of(net)
-        by_device = {d.name: [op_row(op, net, d, measured[d.name]) for op in ops] for d in DEVICES}
+        known_ops = calls.ops_of(net)
+        by_device = {d.name: [op_row(op, net, d, measured[d.name]) for op in known_ops] for d in DEVICES}
         steps = {d.name: step_rows(net, d) for d in DEVICES}
         costs = [row for device in DEVICES for row in largest(net, device)]
         entries.append({"title": net.title, "layers": len(net.shapes), "handled": net.weights,
-                        "parameters": net.parameters, "largest": costs, "ops": by_device, "steps": steps})  # fmt: skip
+                        "parameters": net.parameters, "largest": costs,
+                        "routes": route_rows(net, DEVICES[0]), "ops": by_device, "steps": steps})  # fmt: skip
     return {**found, "nets": entries}
 
 

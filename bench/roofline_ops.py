@@ -122,7 +122,7 @@ def pieces(rows: Source) -> list[tuple[bool, int]]:
 
 def covariances(sources: Sequence[Source]) -> Count:
     """Multiply pieces by tiles of channels, then gather: csrc/kernels/covariances.cu."""
-    flop, longest, chunks, moved = (dict.fromkeys((16, 32), 0.0) for _ in range(4))
+    flop, longest, cycles, moved = (dict.fromkeys((16, 32), 0.0) for _ in range(4))
     scratch, entries, gathered = 0, 0, 0
     cut: dict[tuple[object, ...], list[tuple[bool, int]]] = {}
     for rows in sources:
@@ -130,6 +130,8 @@ def covariances(sources: Sequence[Source]) -> Count:
         tile = 16 if rows.channels <= 16 else 32
         tiles = math.ceil(rows.channels / tile)
         side, bias = tile * tiles, int(rows.window.bias != 0)
+        # For 32 positions a thread loads a fourth of the channels of both sides, one after the other.
+        chunk = 2 * math.ceil(min(tile, rows.channels) / 4) * LOAD + 700
         if key not in cut:
             cut[key] = pieces(rows)
             entries += len(cut[key])
@@ -140,17 +142,17 @@ def covariances(sources: Sequence[Source]) -> Count:
             numbers += shares * side * (side + bias)
             pairs = tiles * (tiles + 1) // 2 if symmetric else tiles**2
             flop[tile] += 2.0 * positions * pairs * tile**2
-            longest[tile] = max(longest[tile], math.ceil(positions / shares / 32))
-            chunks[tile] += math.ceil(positions / shares / 32) * shares * pairs
+            chain = math.ceil(positions / shares / 32) * chunk
+            longest[tile] = max(longest[tile], chain)
+            cycles[tile] += chain * shares * pairs
         moved[tile] += rows.numbers * FLOAT + numbers * FLOAT
         scratch += up(numbers * FLOAT, 16)
         gathered += numbers * FLOAT + rows.length**2 * FLOAT
     table, held = tables(COVARIANCE_ENTRY * len(sources), PIECE_ENTRY * entries)
-    # One launch for both sizes of tiles: what they take adds up. A thread loads half a tile's side of numbers for each
-    # chunk of 32 positions, one after the other; three blocks share a multiprocessor.
+    # One launch for both sizes of tiles: what they take adds up. Three blocks share a multiprocessor.
     products = [
         Stage("covariances", int(size == max(s for s in flop if flop[s])), moved[size], flop[size],
-              max(longest[size], chunks[size] / (3 * PROCESSORS)) * (size // 2 * LOAD + 700))
+              max(longest[size], cycles[size] / (3 * PROCESSORS)))
         for size in flop if flop[size]
     ]  # fmt: skip
     least = sum(s.numbers + s.length**2 for s in sources) * FLOAT
