@@ -44,8 +44,8 @@ class KFAC(Readings, Optimizer):
     coefficients minimise the quadratic model of the loss, all layers coupled through the Fisher of the rows at hand
     (`kfac2.coarse.directions`), held to η² dᵀFd ≤ K/5; blocks are then damped by c = 0.01 at most. `accumulate_fisher`
     is wanted in each iteration, as long as the next batches confirm such steps; where they do not, as with small noisy
-    batches, steps are one level's, but for a trial every 20th. It costs least with a function, which makes a forward
-    pass of some of the samples: `opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))`.
+    batches, steps are one level's, but for a trial every 20th. It costs least with a function that makes a forward pass
+    of some samples, `opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))`.
 
     ```python
     opt = kfac2.KFAC(model)
