@@ -76,9 +76,9 @@ def with_correlations(model: Quadratic, last: Tensor | None) -> tuple[Quadratic,
     spread = model.fisher.diagonal().sqrt()
     inverse = torch.where(spread > 0, 1 / spread, 0.0)
     new = inverse[:, None] * model.fisher * inverse
-    if last is not None:  # where a direction is new, d at the second step, there are none
-        known = (last.diagonal() > 0)[:, None] & (last.diagonal() > 0)
-        new = torch.where(known, torch.lerp(new, last, KEPT), new)
+    if last is not None:  # where a direction is new, d at the second step: a mean of some entries might be indefinite
+        is_same = ((last.diagonal() > 0) == (new.diagonal() > 0)).all()
+        new = torch.where(is_same, torch.lerp(new, last, KEPT), new)
     return model._replace(fisher=spread[:, None] * new * spread), new
 
 
