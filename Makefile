@@ -10,7 +10,7 @@ FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/native/*.cpp t
 	tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality figures cuda-build-check gpu-check lint format clean
+.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality figures cuda-build-check device-tests gpu-check lint format clean
 
 help:  ## show what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -75,7 +75,10 @@ cuda-build-check:  ## prove the CUDA build without a device: a venv with a CUDA 
 	@cd tests && ../.venv-cuda/bin/python -c 'import kfac2; i = kfac2.build_info(); print(i); assert i["cuda"]'
 	@.venv-cuda/bin/pytest -n 2 -p no:benchmark -m 'not slow'
 
-gpu-check:  ## on a machine with a CUDA device: build, test and measure there; write the record to OUT=bench/results
+device-tests:  ## build the emulated tests for a CUDA device, without torch: build/device-tests/device_tests runs them
+	@$(PYTHON) tests/emulation/build_device_tests.py
+
+gpu-check:  ## on a machine with a CUDA device: build, test and measure there, 8 minutes; write the record to OUT
 	@$(PYTHON) bench/gpu_check.py --out $(OUT)
 
 lint: $(VENV)/installed  ## check formats, names, docstrings and types

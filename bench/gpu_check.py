@@ -38,7 +38,8 @@ from stages import FAILED, NO_DEVICE, NONE, PASSED, Record, Stage, by_status, ru
 
 ROOT = Path(__file__).parent.parent
 INSTALLED, LOGS, FOUND = (ROOT / "build" / name for name in ("gpu-check", "gpu-check-logs", "gpu-check-found"))
-DEVICE_TESTS = ROOT / "build/device-tests/device_tests"
+DEVICE_TESTS = str(ROOT / "build/device-tests/device_tests")
+LOOK = (DEVICE_TESTS, "--device")  # looks for a device
 SECONDS = 480  # for everything
 FILE_LIMITS = {"test_cuda_eigendecompose": 25, "test_cuda_ops": 40, "test_cuda_solves": 25, "test_cuda_training": 75}
 SANITIZER_LIMITS = {"racecheck": 30, "initcheck": 20, "synccheck": 20}
@@ -115,11 +116,6 @@ def by_report(status: int, output: str) -> str:
     return NONE if status == 2 and "no CUDA device" in output else by_status(status, output)
 
 
-def by_sanitizer(status: int, output: str) -> str:
-    """Judge a program under compute-sanitizer, which may have a status of its own where there is no device."""
-    return NONE if status != 0 and re.search(r"^no device$", output, re.MULTILINE) else by_status(status, output)
-
-
 def builds(architecture: str) -> list[Stage]:
     """Build the torch-free tests, and install kfac2 beside the checkout with what this Python already has."""
     environment = {"TORCH_CUDA_ARCH_LIST": architecture, "KFAC2_CUDA": "1"}
@@ -150,9 +146,10 @@ def in_sight() -> dict[str, str]:
 def sanitized(tool: str, limit: float) -> Stage:
     """Run the device tests under a tool of compute-sanitizer. To initcheck, what is poisoned would be written."""
     options = (f"--tool={tool}", "--error-exitcode=99", "--target-processes=all")
+    padding = ("--padding=256",) if tool == "memcheck" else ()  # an array's end is no other's start
     poison = ("--no-poison",) if tool == "initcheck" else ()
-    command = (sanitizer(), *options, str(DEVICE_TESTS), *poison)
-    return Stage(f"{tool}: device tests", command, limit, needs=[BUILD_TESTS], judge=by_sanitizer)
+    command = (sanitizer(), *options, *padding, DEVICE_TESTS, *poison)
+    return Stage(f"{tool}: device tests", command, limit, needs=[BUILD_TESTS], probe=LOOK)
 
 
 def pytest(*arguments: str) -> tuple[str, ...]:
@@ -178,7 +175,7 @@ def proofs() -> list[Stage]:
     uncached = {**in_sight(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = (sanitizer(), "--tool=memcheck", "--error-exitcode=99", *pytest(*map(str, torch_tests), "-k", SANITIZED))
     return [
-        Stage("device tests", (str(DEVICE_TESTS),), 30, needs=[BUILD_TESTS]),
+        Stage("device tests", (DEVICE_TESTS,), 30, needs=[BUILD_TESTS]),
         sanitized("memcheck", 45),
         *files,
         *(sanitized(tool, limit) for tool, limit in SANITIZER_LIMITS.items()),

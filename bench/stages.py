@@ -41,6 +41,7 @@ class Stage:
         limit: Seconds, after which the command and all that it started are killed.
         environment: Variables on top of those of this process.
         needs: Names of stages that must have passed.
+        probe: A program that looks for the device first, with its arguments: if it ends with 77, the command does not run.
         found: A folder to which the command writes `*.json` and `*.md`: they go into the record, whatever the status.
         judge: From exit status and output to "passed", "failed" or "no device".
     """
@@ -50,6 +51,7 @@ class Stage:
     limit: float
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: Sequence[str] = ()
+    probe: Sequence[str] = ()
     found: Path | None = None
     judge: Callable[[int, str], str] = by_status
 
@@ -171,7 +173,7 @@ class Running:
     def __init__(self, stage: Stage, done: Sequence[Result], logs: Path, deadline: float) -> None:
         self.stage, self.limit = stage, min(stage.limit, deadline - time.monotonic())
         self.log = logs / f"{stage.name.replace(' ', '-').replace(':', '')}.log"
-        self.begun, self.process = time.monotonic(), None
+        self.begun, self.process, self.status = time.monotonic(), None, SKIPPED
         self.why = self.why_not(done)
         if not self.why:
             clear(stage.found)
@@ -180,11 +182,14 @@ class Running:
                 self.process = self.start(output)
 
     def why_not(self, done: Sequence[Result]) -> str:
-        """Say why the stage is skipped, if it is."""
+        """Say why the stage does not run, if it does not."""
         passed = {result.stage for result in done if result.status == PASSED}
         for need in self.stage.needs:
             if need not in passed:
                 return f"needs '{need}', which did not pass"
+        if self.stage.probe and finds_no_device(self.stage.probe):
+            self.status = NONE
+            return f"as {Path(self.stage.probe[0]).name} says"
         if shutil.which(self.stage.command[0]) is None:
             return f"{Path(self.stage.command[0]).name} is not installed"
         return "" if self.limit >= LEAST else "no time was left"
@@ -205,7 +210,7 @@ class Running:
         """Wait for the end, or end it; return what became of it, and its output."""
         command = " ".join(self.stage.command)
         if self.process is None:
-            return Result(self.stage.name, command, SKIPPED, self.stage.limit, why=self.why), ""
+            return Result(self.stage.name, command, self.status, self.stage.limit, why=self.why), ""
         why = ""
         try:
             exit_status = self.process.wait(timeout=max(0.0, self.begun + self.limit - time.monotonic()))
@@ -220,6 +225,14 @@ class Running:
         found, text = read(self.stage.found)
         last = output.splitlines()[-12:]
         return Result(self.stage.name, command, status, self.stage.limit, seconds, why, last, found, text), output
+
+
+def finds_no_device(probe: Sequence[str]) -> bool:
+    """Ask a program whether there is a device. Whatever else is wrong, the stage itself will say."""
+    try:
+        return subprocess.run(probe, capture_output=True, timeout=20).returncode == NO_DEVICE
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def end_all_of(process: subprocess.Popen[bytes]) -> None:

@@ -87,8 +87,14 @@ def test_what_cannot_run_is_skipped_by_name(check):
 
 
 def test_a_program_without_a_device_says_so(check):
-    record = check(stage("nothing to run on", "print('no device'); exit(77)"), GOOD)
-    assert record.statuses() == ["no device", "passed"]
+    record = check(
+        stage("nothing to run on", "print('no device'); exit(77)"),
+        stage("asks first", "exit(1)", probe=python("exit(77)")),
+        stage("asks and runs", "print(1)", probe=python("exit(0)")),
+        stage("asks nobody", "print(1)", probe=["no-such-program"]),
+        GOOD,
+    )
+    assert record.statuses() == ["no device", "no device", "passed", "passed", "passed"]
 
 
 def test_the_record_is_written_as_it_goes(check, tmp_path):

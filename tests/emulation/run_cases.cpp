@@ -1,6 +1,7 @@
 // Runs the test files that are linked with it, or those that are named, on the emulator or on a CUDA device:
 //
 //   device_tests [--no-poison] [seeds] [names]
+//   device_tests --device          only looks for a device
 //
 // A line for each file. The exit status is 0 if all passed, 1 if not, 77 without a device. An illegal access takes the
 // whole process's context with it: then what is left runs in a new one.
@@ -36,7 +37,7 @@ std::vector<TestFile>& files() {
 }
 
 struct Options {
-  bool poison = true, failed = false;  // failed: in the process before this one
+  bool poison = true, look = false, failed = false;  // failed: in the process before this one
   int seeds = 0;
   std::vector<std::string> names;
 };
@@ -88,6 +89,8 @@ Options read(int count, char** arguments) {
     const std::string argument = arguments[i];
     if (argument == "--no-poison") {
       read.poison = false;
+    } else if (argument == "--device") {
+      read.look = true;
     } else if (argument == "--failed") {
       read.failed = true;
     } else if (argument.find_first_not_of("0123456789") == std::string::npos) {
@@ -179,5 +182,6 @@ int main(int count, char** arguments) {
   using namespace kfac2::tests;
   options = read(count, arguments);
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  return find_device() ? run_files() : kNoDevice;
+  if (!find_device()) return kNoDevice;
+  return options.look ? 0 : run_files();
 }
