@@ -158,40 +158,37 @@ def pytest(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "pytest", *options, *arguments)
 
 
+def torch_tests(
+    name: str, command: Sequence[str], limit: float, probe: Sequence[str] = (), **environment: str
+) -> Stage:
+    """Run tests of the build, from a folder where Python does not see the checkout in its place."""
+    variables = {**in_sight(), **environment}
+    cwd = ROOT / "tests"
+    return Stage(name, command, limit, variables, needs=[BUILD_PACKAGE], probe=probe, cwd=cwd, judge=by_pytest)
+
+
 def proofs() -> list[Stage]:
     """List what shows that the kernels are right."""
-    torch_tests = sorted((ROOT / "tests/gpu").glob("test_*.py"))
-    files = [
-        Stage(
-            f"tests/gpu/{file.name}",
-            pytest(str(file)),
-            FILE_LIMITS.get(file.stem, 40),
-            in_sight(),
-            [BUILD_PACKAGE],
-            judge=by_pytest,
-        )
-        for file in torch_tests
-    ]
-    uncached = {**in_sight(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = (sanitizer(), "--tool=memcheck", "--error-exitcode=99", *pytest(*map(str, torch_tests), "-k", SANITIZED))
+    files = sorted((ROOT / "tests/gpu").glob("test_*.py"))
+    memcheck = (sanitizer(), "--tool=memcheck", "--error-exitcode=99", *pytest(*map(str, files), "-k", SANITIZED))
     return [
         Stage("device tests", (DEVICE_TESTS,), 30, needs=[BUILD_TESTS]),
         sanitized("memcheck", 45),
-        *files,
+        *(torch_tests(f"tests/gpu/{file.name}", pytest(str(file)), FILE_LIMITS.get(file.stem, 40)) for file in files),
         *(sanitized(tool, limit) for tool, limit in SANITIZER_LIMITS.items()),
-        Stage("memcheck: tests/gpu", command, 40, uncached, [BUILD_PACKAGE], judge=by_pytest),
+        torch_tests("memcheck: tests/gpu", memcheck, 40, LOOK, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
     ]
 
 
 def measurements(device: str) -> list[Stage]:
     """List what is measured; on the CPU, in one process and at tiny sizes, to see that it runs."""
     wanted = MEASUREMENTS if device != "cpu" else {"everything": (("--tiny",), 300)}
+    needs, variables = ([], {}) if device == "cpu" else ([BUILD_PACKAGE], in_sight())
     stages = []
     for name, (options, limit) in wanted.items():
-        folder = FOUND / slug(name)
-        command = (sys.executable, str(ROOT / "bench/report.py"), "--device", device, "--out", str(folder), *options)
-        needs, environment = ([], {}) if device == "cpu" else ([BUILD_PACKAGE], in_sight())
-        stages.append(Stage(f"measure: {name}", command, limit, environment, needs, folder, by_report))
+        out = FOUND / slug(name)
+        command = (sys.executable, str(ROOT / "bench/report.py"), "--device", device, "--out", str(out), *options)
+        stages.append(Stage(f"measure: {name}", command, limit, variables, needs=needs, found=out, judge=by_report))
     return stages
 
 

@@ -41,7 +41,8 @@ class Stage:
         limit: Seconds, after which the command and all that it started are killed.
         environment: Variables on top of those of this process.
         needs: Names of stages that must have passed.
-        probe: A program that looks for the device first, with its arguments: if it ends with 77, the command does not run.
+        probe: A program that looks for the device, with its arguments: if it ends with 77, the command does not run.
+        cwd: Where it runs.
         found: A folder to which the command writes `*.json` and `*.md`: they go into the record, whatever the status.
         judge: From exit status and output to "passed", "failed" or "no device".
     """
@@ -52,6 +53,7 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: Sequence[str] = ()
     probe: Sequence[str] = ()
+    cwd: Path | None = None
     found: Path | None = None
     judge: Callable[[int, str], str] = by_status
 
@@ -199,7 +201,7 @@ class Running:
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", **self.stage.environment}
         try:
             return subprocess.Popen(
-                list(self.stage.command), env=variables, stdin=subprocess.DEVNULL, stdout=output,
+                list(self.stage.command), cwd=self.stage.cwd, env=variables, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
