@@ -79,7 +79,7 @@ device-tests:  ## build the emulated tests for a CUDA device, without torch: bui
 	@$(PYTHON) tests/emulation/build_device_tests.py
 
 gpu-check:  ## on a machine with a CUDA device: build, test and measure there, 8 minutes; write the record to OUT
-	@$(PYTHON) bench/gpu_check.py --out $(OUT)
+	@$(PYTHON) bench/gpu_check.py --out $(OUT) $(ARGS)
 
 lint: $(VENV)/installed  ## check formats, names, docstrings and types
 	@$(BIN)/ruff check -q .

@@ -15,7 +15,8 @@ The stages, each a process (or more) of its own, in this order:
 | everything together | 480 |
 
 The time for everything is a bound: a stage gets its own limit or what is left, and is skipped where nothing is left.
-Usually most stages need less than half of theirs, which leaves the measurements what they need.
+Usually most stages need less than half of theirs, which leaves the measurements what they need. They are meant for a
+machine of 16 cores: elsewhere --times multiplies them.
 
 Nothing depends on a stage but what a build makes. No network is used. In the folder given by --out, written after
 each stage: <device>.md to read, <device>.jsonl with a line for each stage, <device>.log with all output. The exit
@@ -31,6 +32,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from output import slug
@@ -204,17 +206,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the record")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to see that the measurements run")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default: {SECONDS})")
+    parser.add_argument("--times", type=float, default=1, help="multiplies all limits, for a slow machine (default: 1)")
     arguments = parser.parse_args()
     about = describe()
     stem = "cpu" if arguments.small else "no-device" if about["device"] == "none" else slug(about["device"])
-    hidden = {f"{ROOT}/": "", sys.executable: "python3", f"{Path(sys.executable).parent}/": "", f"{Path.home()}/": "~/"}
+    hidden = {
+        f"{ROOT}/": "",
+        str(ROOT): ".",
+        sys.executable: "python3",
+        f"{Path(sys.executable).parent}/": "",
+        f"{Path.home()}/": "~/",
+    }
     record = Record(arguments.out, stem, "kfac2 checked on a CUDA device", about, hidden)
     if arguments.small:
         groups = [[stage] for stage in measurements("cpu")]
     else:
         groups = [builds(about["built for"]), *([stage] for stage in (*proofs(), *measurements("cuda")))]
-    run_all(groups, record, LOGS, arguments.seconds)
+    groups = [[replace(stage, limit=arguments.times * stage.limit) for stage in group] for group in groups]
+    run_all(groups, record, LOGS, arguments.times * SECONDS)
     print(record.path("md").read_text())
     print(f"{record.verdict()}; written to {record.path('md')}")
     sys.exit(ending(record.statuses()))
