@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from output import table, write
+from output import slug, table, write
 
 NO_DEVICE = 77  # the exit status of a program that found no CUDA device
 LEAST = 5.0  # seconds: with less left of the time for all, a stage is not started
@@ -174,7 +174,7 @@ class Running:
 
     def __init__(self, stage: Stage, done: Sequence[Result], logs: Path, deadline: float) -> None:
         self.stage, self.limit = stage, min(stage.limit, deadline - time.monotonic())
-        self.log = logs / f"{stage.name.replace(' ', '-').replace(':', '')}.log"
+        self.log = logs / f"{slug(stage.name)}.log"
         self.begun, self.process, self.status = time.monotonic(), None, SKIPPED
         self.why = self.why_not(done)
         if not self.why:

@@ -20,7 +20,7 @@ def stage(name, code, *arguments, limit=60, **options):
     return Stage(name, python(code, *arguments), limit, **options)
 
 
-GOOD = stage("good", "print('one'); print('two')")
+GOOD = stage("good: tests/gpu, all", "print('one'); print('two')")
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def test_a_crash_costs_one_stage(check, tmp_path):
     assert record.statuses() == ["failed", "passed", "failed"]
     assert [result.why for result in record.results] == ["SIGABRT", "", "exit status 3"]
     about, crash, good, _ = lines(tmp_path)
+    assert good["stage"] == "good: tests/gpu, all"
     assert about == {"about": {"device": "A card"}}
     assert crash["last_lines"][0] == "before" and good["last_lines"] == ["one", "two"]
     text = (tmp_path / "card.md").read_text()
