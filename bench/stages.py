@@ -24,6 +24,7 @@ NO_DEVICE = 77  # the exit status of a program that found no CUDA device
 LEAST = 5.0  # seconds: with less left of the time for all, a stage is not started
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 NONE, SKIPPED, RUNNING = "no device", "skipped", "running"
+LINES = 20  # of a stage's output in its record, at its end
 
 
 def by_status(status: int, output: str) -> str:
@@ -146,7 +147,7 @@ class Record:
         lines.append(table(["stage", "status", "seconds", "limit"], rows))
         lines += [f"\n{result.text.strip()}" for result in self.results if result.text]
         for result in self.results:
-            shown = [line[:240] for line in result.last_lines[-12 if result.status != PASSED else -2 :]]
+            shown = [line[:240] for line in result.last_lines[-2 if result.status == PASSED else 0 :]]
             lines += ["", f"## {result.stage}: {result.status}", "", "```", f"$ {result.command}", *shown, "```"]
         write(self.path("md"), self.shown("\n".join(lines) + "\n"))
 
@@ -225,7 +226,7 @@ class Running:
         if status == FAILED and exit_status is not None:
             why = ended_by(exit_status)
         found, text = read(self.stage.found)
-        last = output.splitlines()[-12:]
+        last = output.splitlines()[-LINES:]
         return Result(self.stage.name, command, status, self.stage.limit, seconds, why, last, found, text), output
 
 
