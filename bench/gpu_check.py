@@ -29,6 +29,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to see that the measurements run")
     parser.add_argument("--times", type=float, default=1, help="multiplies all limits, for a slow machine (default: 1)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     about = describe()
     stem = "cpu" if arguments.small else "no-device" if about["device"] == "none" else slug(about["device"])
     hidden = {

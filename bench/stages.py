@@ -165,9 +165,15 @@ def run_all(groups: Sequence[Sequence[Stage]], record: Record, logs: Path, secon
     deadline = time.monotonic() + seconds
     for group in groups:
         record.running(group)
-        for running in [Running(stage, record.results, logs, deadline) for stage in group]:
-            result, output = running.finish()
-            record.add(result, output)
+        started: list[Running] = []
+        try:
+            for stage in group:
+                started.append(Running(stage, record.results, logs, deadline))
+            for running in started:
+                record.add(*running.finish())
+        finally:  # what ends this process must not leave others on the device
+            for running in started:
+                running.end()
 
 
 class Running:
@@ -228,6 +234,11 @@ class Running:
         found, text = read(self.stage.found)
         last = output.splitlines()[-LINES:]
         return Result(self.stage.name, command, status, self.stage.limit, seconds, why, last, found, text), output
+
+    def end(self) -> None:
+        """End the command and all that it started, if it runs."""
+        if self.process is not None and self.process.returncode is None:
+            end_all_of(self.process)
 
 
 def finds_no_device(probe: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -53,26 +54,49 @@ def test_a_crash_costs_one_stage(check, tmp_path):
     assert "=== crash: failed after" in log and "before" in log and "one\ntwo" in log
 
 
+def assert_ends(process):
+    for _ in range(200):  # until its new parent has noticed
+        try:
+            with open(f"/proc/{process}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
+    os.kill(process, signal.SIGKILL)
+    pytest.fail("what the stage started still runs")
+
+
+HANG = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+
+
 def test_a_hang_is_ended_with_all_that_it_started(check, tmp_path):
-    hang = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
     start = time.monotonic()
-    record = check(stage("hang", hang, limit=6), GOOD)
+    record = check(stage("hang", HANG, limit=6), GOOD)
     assert 6 <= time.monotonic() - start < 60
     assert record.statuses() == ["timed out", "passed"] and record.results[0].why == "killed after 6 s"
-    child = int(record.results[0].last_lines[0])
-    for _ in range(100):  # until its new parent has noticed
-        try:
-            os.kill(child, 0)
-            with open(f"/proc/{child}/stat") as file:
-                if file.read().split()[2] == "Z":
-                    break
-        except (ProcessLookupError, FileNotFoundError):
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(child, signal.SIGKILL)
-        pytest.fail("what the stage started still runs")
+    assert_ends(int(record.results[0].last_lines[0]))
     assert lines(tmp_path)[1]["status"] == "timed out"
+
+
+def test_what_ends_the_check_ends_the_stage(tmp_path):
+    """As gpu_check does, the program turns SIGTERM into an exit."""
+    code = (
+        "import pathlib, signal, sys; from stages import Record, Stage, run_all\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); here = pathlib.Path(sys.argv[1])\n"
+        "stage = Stage('hang', (sys.executable, '-c', sys.argv[2]), 60)\n"
+        "run_all([[stage]], Record(here, 'card', 'A check', {}), here, 60)"
+    )
+    check = subprocess.Popen(
+        python(code, tmp_path, HANG), env={**os.environ, "PYTHONPATH": str(gpu_check.ROOT / "bench")}
+    )
+    log = tmp_path / "hang.log"
+    while not (log.exists() and log.read_text().endswith("\n")):
+        time.sleep(0.05)
+        assert check.poll() is None
+    check.terminate()
+    assert check.wait() == 3
+    assert_ends(int(log.read_text()))
 
 
 def test_what_cannot_run_is_skipped_by_name(check):
