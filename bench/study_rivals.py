@@ -112,11 +112,7 @@ _LAYERWISE: dict[str, Axis] = {
     "momentum": Uniform(0.4, 0.9),
     "max_change": Choice((None, 0.02)),
 }
-_PAIR: dict[str, Axis] = {
-    "kl_clip": Log(0.03, 1.0, is_divergence=True),
-    "damping": Either("auto", Log(3e-3, 0.1)),
-    "momentum": Uniform(0.4, 0.9),
-}
+_PAIR: dict[str, Axis] = {**_LAYERWISE, "kl_bound": Log(0.1, 5.0, is_divergence=True)}
 _DIRECTIONS: dict[str, Axis] = {**_PAIR, "coarse_damping": Choice((1.0, 3.0))}
 RIVALS = {
     "one": Rival("K-FAC, one level", partial(_kfac, levels=1), _LAYERWISE),

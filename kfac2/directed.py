@@ -16,7 +16,8 @@ from kfac2.kinds import Layer
 from kfac2.signal_share import SignalShare
 
 PER_LAYER = 32  # samples for each layer, where nothing else is said: 16 for each unknown
-MOST_DAMPING = 0.03  # where the damping follows the spread: the coefficients, too, hold a step back
+MOST_DAMPING = 0.01  # c while steps are taken in the space: the coefficients, too, hold a step back
+SHARE_OF_BOUND = 0.2  # of K, which bounds one level's steps where they are measured, now and then; here each step is
 
 State = Mapping[Tensor, dict[str, Any]]
 
@@ -105,7 +106,7 @@ class Directed:
         groups: Sequence[Mapping[str, Any]],
         state: State,
         tau: float | None,
-        kl_clip: float | None,
+        bound: float | None,
         factor: Rate,
         found: Tensor | None,
     ) -> set[int]:
@@ -120,7 +121,7 @@ class Directed:
             groups: of the optimizer: `lr`, `momentum` and `weight_decay`.
             state: the optimizer's, whose `momentum_buffer` is d, the last update.
             tau: τ; None: 3.
-            kl_clip: κ bounds the divergence that the step brings; None: nothing does.
+            bound: K; the step's ηc holds to cᵀZᵀFZc ≤ K/5. None: to nothing.
             factor: of all rates.
             found: on the device, 1 where the step is to be skipped; None where it is not.
         """
@@ -141,7 +142,7 @@ class Directed:
             self._measure(self._layers.names, slopes[:, 1], settings.rates, found)
             return set()
         fine = {key: p.grad for key, p in parts.items()}
-        self.latest = self._solved(passes, self._layers, fine, last, gradients, settings, tau, kl_clip, found)
+        self.latest = self._solved(passes, self._layers, fine, last, gradients, settings, tau, bound, found)
         on_host = found is None and self.latest.fine.device.type == "cpu"
         fine_and_last = (list(c.tolist() if on_host else c.unbind()) for c in (self.latest.fine, self.latest.last))
         pairs = zip(layers, *fine_and_last, strict=True)
@@ -162,7 +163,7 @@ class Directed:
         gradients: Sequence[Tensor],
         settings: _Settings,
         tau: float | None,
-        kl_clip: float | None,
+        bound: float | None,
         found: Tensor | None,
     ) -> Coefficients:
         """Return the coefficients of a step; where the solve fails, those of one level, v + μ d."""
@@ -173,20 +174,20 @@ class Directed:
         known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
         model, correlations = with_correlations(quadratic(s, cases, grams, slopes, of.squares()), known)
         c = coefficients(model, TAU if tau is None else tau)
-        c = self._held(model, c, settings.rates.repeat(2), kl_clip, found)
+        c = self._held(model, c, settings.rates.repeat(2), bound, found)
         is_solved = c.isfinite().all()
         self._correlations = names, torch.where(is_solved, correlations, 0.0 if known is None else known)
         momentum = settings.momentum
         c = torch.where(is_solved, c, torch.cat([torch.ones_like(momentum), momentum]))
         return Coefficients(names, *c.chunk(2))
 
-    def _held(self, model: Quadratic, c: Tensor, rates: Tensor, kl_clip: float | None, found: Tensor | None) -> Tensor:
-        """Hold a step to κ, and note what it was like."""
+    def _held(self, model: Quadratic, c: Tensor, rates: Tensor, bound: float | None, found: Tensor | None) -> Tensor:
+        """Hold a step to its bound, and note what it was like."""
         c = self.signal.length * c
-        if kl_clip is not None:
-            kl_clip *= self.signal.length**2
+        if bound is not None:
+            most = SHARE_OF_BOUND * bound * self.signal.length**2
             divergence = divergence_of(model, c, rates)
-            c = c * torch.where(divergence > kl_clip, (kl_clip / divergence).sqrt(), 1.0)
+            c = c * torch.where(divergence > most, (most / divergence).sqrt(), 1.0)
         self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates), found)
         return c
 

@@ -40,12 +40,12 @@ class KFAC(Readings, Optimizer):
     that it would bring, measured with the Fisher of the rows at hand, is above K: η² dᵀFd ≤ K. Parameters that K-FAC
     does not handle are trained by AdamW, at a rate of their own.
 
-    With `coarse="directions"` layer i moves by d_i ← α_i v_i + β_i d_i in place of momentum, W_i ← W_i - η d_i, its
-    last update being d_i. The coefficients minimise the quadratic model of the loss, all layers coupled through the
-    Fisher of the rows at hand (`kfac2.coarse.directions`); κ then bounds η² dᵀFd as well, K nothing, and an automatic
-    damping is at most 0.03. `accumulate_fisher` is wanted in each iteration then, as long as the next batches confirm
-    such steps; where they do not, as with small noisy batches, steps are one level's, but for a trial every 20th. It
-    costs least with a function, which makes a forward pass of some of the samples.
+    With `coarse="directions"` layer i moves by d_i ← α_i v_i + β_i d_i in place of momentum, W_i ← W_i - η d_i. The
+    coefficients minimise the quadratic model of the loss, all layers coupled through the Fisher of the rows at hand
+    (`kfac2.coarse.directions`), held to η² dᵀFd ≤ K/5; blocks are then damped by c = 0.01 at most. `accumulate_fisher`
+    is wanted in each iteration, as long as the next batches confirm such steps; where they do not, as with small noisy
+    batches, steps are one level's, but for a trial every 20th. It costs least with a function that makes a forward pass
+    of some samples, `opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))`.
 
     ```python
     opt = kfac2.KFAC(model)
@@ -56,18 +56,6 @@ class KFAC(Readings, Optimizer):
         F.cross_entropy(out, y).backward()
         opt.step()
     ```
-
-    With `coarse="directions"` layer i moves along α_i v_i + β_i d_i, d_i its last update, in place of a constant length
-    and momentum. The 2L coefficients minimise the quadratic model of the loss, in which the sampled Fisher couples all
-    layers (`kfac2.coarse.directions`); the step is held to cᵀZᵀFZc ≤ κ. It wants rows in each iteration. Where the
-    batch is large, let it take them of some samples, in a forward pass of their own:
-
-    ```python
-        opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))
-    ```
-
-    Where the next batch does not confirm such steps, gradient noise being large, it takes one level's, and looks again
-    every 20th iteration (`kfac2.signal_share`). `opt.last_step` shows what it does.
 
     The mean of -log_prob of the distribution must be the training loss up to a constant: the damping λ is
     relative to the Fisher of that loss (see `accumulate_fisher`).
@@ -374,7 +362,7 @@ class KFAC(Readings, Optimizer):
             self.param_groups,
             self.state,
             self.options.coarse_damping,
-            self.options.at("kl_clip", iteration),
+            self.options.kl_bound,
             self._rise.factor(self.curvature.health.at_once),
             self.preconditioner.found,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from kfac2 import spread
 from kfac2.fine import Damping
 from kfac2.inverses import Inverses
@@ -23,7 +25,7 @@ class Schedule:
 
     Attributes:
         iteration: k, from 0.
-        most_damping: where it follows the spread of the factors, the damping is at most this.
+        most_damping: a relative damping is at most this.
     """
 
     def __init__(self, options: Options) -> None:
@@ -57,8 +59,8 @@ class Schedule:
 
     def damping(self, layout: Layout, averages: Averages) -> Damping:
         """Return the damping of inverses of these averages."""
-        value = self.now("damping")
-        if value == "auto":
+        value: float | str | Tensor = self._set_damping()
+        if isinstance(value, str):
             value = spread.damping(layout, averages.spread, kept_share(averages.updates, self._options.stat_decay))
             value = value.clamp(max=self.most_damping)
         return Damping(value, self._options.relative_damping)
@@ -69,4 +71,8 @@ class Schedule:
             return True
         if averages.updates < self._options.burn_in and with_statistics:
             return True
-        return not inverses.damping.is_as_set(self.now("damping"), self._options.relative_damping)
+        return not inverses.damping.is_as_set(self._set_damping(), self._options.relative_damping)
+
+    def _set_damping(self) -> float | str:
+        value = self.now("damping")
+        return min(value, self.most_damping) if value != "auto" and self._options.relative_damping else value

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 KEPT, KEPT_OFF = 0.93, 0.8  # of the share so far, at each measurement; while the space is left these are few
+START = 0.7  # of the share: with much noise a few steps are enough to tell
 OFF, ON = 0.45, 0.5  # below the one it is left, above the other it is taken again
 STALL, PROGRESS = -0.5, -0.3  # s₁ / DᵀFD: a step of the model's length has come to nothing; it has gone down
 SHORTER, LONGER, LEAST = 0.7, 1.15, 0.1  # what a decision makes of the length; no step is shorter for its sake
@@ -35,7 +36,7 @@ class SignalShare:
     """
 
     def __init__(self) -> None:
-        self.share = self.length = 1.0
+        self.share, self.length = START, 1.0
         self.is_on = True
         self._last: Tensor | None = None  # s₀ and DᵀFD of the last step in the space; ∞ if only skipped ones are known
         self._before: Tensor | None = None  # the same, once it is measured

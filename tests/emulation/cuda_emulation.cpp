@@ -475,13 +475,19 @@ int64_t launches_run = 0;
 
 int64_t launches() { return launches_run; }
 
+bool counting_only = false;
+
+void set_counting_only(bool only) { counting_only = only; }
+
 cudaError_t run(const Launch& launch) {
   if (launch.grid.x == 0 || launch.grid.y == 0 || launch.grid.z == 0) return cudaSuccess;
   Device& at = device();
   const cudaError_t error = check_limits(launch);
   if (error != cudaSuccess) return error;
-  const Running running(at, launch);
-  run_grid(at, launch);
+  if (!counting_only) {
+    const Running running(at, launch);
+    run_grid(at, launch);
+  }
   ++launches_run;
   return cudaSuccess;
 }

@@ -158,6 +158,9 @@ struct Launch {
 // Launches that ran, since the program began.
 int64_t launches();
 
+// Whether launches from now on are checked and counted, but do nothing.
+void set_counting_only(bool only);
+
 // Throws Error if the kernel is at fault; returns the error of a launch that a device would refuse.
 cudaError_t run(const Launch& launch);
 

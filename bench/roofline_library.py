@@ -1,0 +1,182 @@
+"""The same ops by torch and the vendor's libraries, as lists of stages; `element` is the bytes of an activation.
+
+The ways are those of `plain` in `cases`: shifted planes and one matrix product, Cholesky by size, a product for each
+pair of classes of maps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from layer_sets import LayerShape
+from roofline_nets import Source
+from roofline_ops import FLOAT, Count, Part, Stage, by_size, meeting, up
+
+from kfac2.ops.gram_matrices import CHUNK as CHUNK_OF_ROWS
+
+# Tensors that one launch of a `_foreach` op takes, by the number of its lists; blocks, and numbers of a block
+# (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
+TENSORS_OF_LAUNCH, BLOCKS_OF_LAUNCH, CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
+
+
+def foreach(sizes: Sequence[int], lists: int, passes: int, element: int = FLOAT) -> Stage:
+    """Describe a `_foreach` op over tensors of these sizes that reads or writes so many lists of them."""
+    chunks = sum(math.ceil(size / CHUNK) for size in sizes)
+    launches = max(math.ceil(len(sizes) / TENSORS_OF_LAUNCH[lists]), math.ceil(chunks / BLOCKS_OF_LAUNCH))
+    return Stage("copy", launches, float(passes * element * sum(sizes)))
+
+
+def product(rows: float, columns: float, inner: float, element: int, count: int = 1) -> Stage:
+    """Describe a matrix product, rows and columns filled up to tiles of 64."""
+    moved = count * (element * (rows + columns) * inner + FLOAT * rows * columns)
+    return Stage("mm", 1, moved, 2.0 * count * up(rows, 64) * up(columns, 64) * inner)
+
+
+def layer_maps(sources: Sequence[Source], element: int) -> list[Stage]:
+    """Sum the channels; then a pool, where there is a kernel."""
+    stages = []
+    for s in sources:
+        stages.append(Stage("reduce", 1, s.numbers * element + s.numbers / s.channels * FLOAT))
+        more = int(math.prod(s.window.kernel_size) > 1) + int(s.window.bias != 0)
+        stages.append(Stage("copy", more, more * 2.0 * s.rows * FLOAT))
+    return stages
+
+
+def covariances(sources: Sequence[Source], element: int) -> list[Stage]:
+    """Pad, stack the shifted planes, multiply; a map of single places is only brought to channels first."""
+    stages = []
+    for s in sources:
+        if math.prod(s.window.kernel_size) > 1:
+            stages.append(Stage("copy", 3, 2.0 * element * (s.numbers + s.rows * s.length)))
+        elif len(s.extent) == 2:
+            stages.append(Stage("copy", 1, 2.0 * element * s.rows * s.channels))
+        if s.window.bias:
+            stages.append(Stage("reduce", 2, float(element * s.rows * s.length)))
+        moved = element * s.rows * s.length + FLOAT * s.length**2  # both operands are the same
+        stages.append(Stage("mm", 1, moved, product(s.length, s.length, s.rows, element).flop))
+    return stages
+
+
+def gram_matrices(sources: Sequence[Source], element: int) -> list[Stage]:
+    """What kfac2 itself does by the library's product: kfac2/ops/gram_matrices.py, few samples at a time."""
+    stages = []
+    for s in sources:
+        numbers = s.rows * s.length
+        parts = math.ceil(s.batch / max(1, CHUNK_OF_ROWS * s.batch // numbers))
+        if math.prod(s.window.kernel_size) > 1:  # padded, stacked, brought to rows
+            stages.append(Stage("copy", 3 * parts, 2.0 * element * (s.numbers + 2 * numbers)))
+        elif len(s.extent) > 1:
+            stages.append(Stage("copy", parts, 2.0 * element * numbers))
+        if s.window.bias:
+            stages.append(Stage("reduce", 2 * parts, float(element * numbers)))
+        moved = element * numbers + FLOAT * parts * s.length**2
+        stages.append(Stage("mm", parts, moved, product(s.length, s.length, s.rows, element).flop))
+        stages.append(Stage("copy", parts + 4, (3.0 * parts + 8) * FLOAT * s.length**2))  # added up; made symmetric
+    return stages
+
+
+def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source], element: int) -> list[Stage]:
+    """Apply the layer with the direction as its weight, multiply with g, sum."""
+    stages = []
+    for s, g in zip(inputs, grads, strict=True):
+        moved = element * (s.numbers + g.numbers + s.length * g.channels)
+        stages.append(Stage("mm", 1, moved, product(s.length, g.channels, 1, element).flop * s.rows))
+        stages += [Stage("copy", 1, 3.0 * element * g.numbers), Stage("reduce", 2, float(element * g.numbers))]
+    return stages
+
+
+def cross_layer_sums(grids: Sequence[tuple[int, ...]], batch: int) -> list[Stage]:
+    """Stack the maps of each grid; for each pair of grids bring both onto the coarser one, multiply, write twice."""
+    classes = {grid: grids.count(grid) for grid in dict.fromkeys(grids)}
+    stages = [Stage("copy", 1, 2.0 * FLOAT * batch * math.prod(grid) * n) for grid, n in classes.items()]
+    for i, a in enumerate(classes):
+        for b in list(classes)[i:]:
+            places = batch * meeting(a, b)
+            stages.append(Stage("copy", 2, 2.0 * FLOAT * places * (classes[a] + classes[b])))
+            stages.append(product(classes[a], classes[b], places, FLOAT))
+            stages.append(Stage("copy", 2, 4.0 * FLOAT * classes[a] * classes[b]))
+    return stages
+
+
+def average_coarse_sums(layers: int) -> list[Stage]:
+    """Scale, average, multiply: eight small calls."""
+    return [Stage("copy", 8, 20.0 * FLOAT * layers**2)]
+
+
+def factored_tikhonov_inverse(pairs: Sequence[tuple[int, int]]) -> list[Stage]:
+    """Factorise by size, then solve for the identity matrix by matrix: 7/3 n³, some 80 us for each matrix at least."""
+    stages = []
+    for size in (size for pair in pairs for size in pair):
+        stages.append(Stage("copy", 3, 6.0 * FLOAT * size**2))
+        stages.append(Stage("cholesky", 2, 0.0, 7 / 3 * size**3, 140_000))
+    return stages
+
+
+def eigendecompose(stacks: Sequence[tuple[int, int]]) -> list[Stage]:
+    """Reduce to tridiagonal form, some 25 us for each column, and 9 n³ in all, matrix by matrix."""
+    stages = []
+    for size in (size for count, size in stacks for _ in range(count)):
+        stages.append(Stage("small", 1, 0.0, 0.0, 44_000 * size))
+        stages.append(Stage("eigh", 1, 3.0 * FLOAT * size**2, 9.0 * size**3))
+    return stages
+
+
+def precondition(shapes: Sequence[LayerShape], element: int) -> list[Stage]:
+    """Multiply by batched products from both sides, one for each shape, stacked already."""
+    stages = []
+    for (rows, columns), count in by_size(shapes).items():
+        stages.append(product(rows, columns, rows, element, count))
+        stages.append(product(rows, columns, columns, element, count))
+    return stages
+
+
+def gather_gradients(parts: Sequence[Part]) -> list[Stage]:
+    """Copy, and take norms to look for what is not finite."""
+    sizes = [rows * columns for rows, columns, _ in parts]
+    own = [rows * columns for rows, columns, belongs in parts if belongs]
+    return [foreach(own, 2, 2), foreach(sizes, 1, 1), Stage("copy", 4)]
+
+
+def write_gradients(parts: Sequence[Part]) -> list[Stage]:
+    """Add, scale and copy."""
+    own = [rows * columns for rows, columns, belongs in parts if belongs]
+    return [foreach(own, 1, 2), foreach(own, 1, 2), foreach(own, 2, 2)]
+
+
+def shift_and_scale(sizes: Sequence[int]) -> list[Stage]:
+    """Sum, and multiply as vectors, layer by layer; a dozen small calls after that."""
+    return [Stage("reduce", 2 * len(sizes) + 12, 3.0 * FLOAT * sum(sizes))]
+
+
+def sizes_of(shapes: Sequence[LayerShape]) -> list[int]:
+    """Return the numbers of each factor."""
+    return [d * d for shape in shapes for d in (shape.d_in, shape.d_out)]
+
+
+def by_stacks(shapes: Sequence[LayerShape], passes: int, launches: int) -> Count:
+    """Describe what torch does to the stacks of factors, shape by shape: reads and writes of each number."""
+    moved = float(passes * FLOAT * sum(sizes_of(shapes)))
+    return Count([Stage("copy", 2 * len(by_size(shapes)) * launches + 8, moved)], 0, moved, 0.0)
+
+
+def averages(shapes: Sequence[LayerShape]) -> Count:
+    """What kfac2 leaves to torch at a statistics update: copies factors, scales and mixes them, looks for NaNs."""
+    sizes = sizes_of(shapes)
+    stages = [foreach(sizes, 2, 2), foreach(sizes, 1, 2), foreach(sizes, 2, 3), foreach(sizes, 1, 1)]
+    return Count(stages, 0, 4.0 * FLOAT * sum(sizes), 3.0 * sum(sizes))
+
+
+def spread(shapes: Sequence[LayerShape]) -> Count:
+    """With `damping="auto"`: differences of factors (3) and their norms (1)."""
+    return by_stacks(shapes, 4, 6)
+
+
+def choice(shapes: Sequence[LayerShape]) -> Count:
+    """The last inverse where one failed: torch.where (3)."""
+    return by_stacks(shapes, 3, 2)
+
+
+def scales(shapes: Sequence[LayerShape]) -> Count:
+    """With `relative_damping`: divided by the mean diagonal (2), and the inverse likewise (2)."""
+    return by_stacks(shapes, 4, 5)

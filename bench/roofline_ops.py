@@ -1,0 +1,312 @@
+"""What each op reads, writes, computes and launches on a CUDA device, counted from the shapes of its layers.
+
+An op is a list of stages, one after the other; see `roofline` for what makes seconds of them. Launches, tables and
+workspaces are those of csrc/kernels, to the byte: tests/test_roofline.py holds them against the launches themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from layer_sets import LayerShape
+from roofline_nets import Source
+
+from kfac2.ops import Window
+
+FLOAT, DOUBLE = 4, 8
+ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2}  # bytes of an activation, by the precision of the library's products
+TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables.cu
+# sizeof of the tables' entries, csrc/kernels
+MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 296, 128, 528
+MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 160, 80, 80, 144, 48
+PROCESSORS = 132  # of H100 SXM and H200: the data sheets
+LOAD = 270  # cycles from a load to its number, from the L2 cache (an estimate; about 600 from memory)
+SWEEPS = 8  # of Jacobi's method: 6 to 10 are usual (csrc/include/eigendecompose.h)
+EIGEN_LARGEST = 128  # of kfac2/ops/eigendecompose.py: above, torch.linalg.eigh
+
+
+Part = tuple[int, int, bool]  # rows and columns of a gradient, and whether it belongs to a layer
+
+
+class Stage(NamedTuple):
+    """One kernel, or a few alike.
+
+    Attributes:
+        kernel: key of `roofline.SHARES`: what part of its peaks it reaches.
+        launches: how many.
+        bytes: read from and written to memory, each number once.
+        flop: multiplications and additions in floating point, those of padded tiles included.
+        latency: cycles that chains of dependent work take: those of the longest block, or of all blocks over as many
+            as run at once.
+    """
+
+    kernel: str
+    launches: int = 1
+    bytes: float = 0.0
+    flop: float = 0.0
+    latency: float = 0.0
+
+
+@dataclass(frozen=True)
+class Count:
+    """An op of kfac2: its stages, the bytes of its workspace, and the least work that its equation asks for."""
+
+    stages: Sequence[Stage]
+    workspace: int
+    least_bytes: float
+    least_flop: float
+
+    @property
+    def launches(self) -> int:
+        """Launches of all stages."""
+        return sum(stage.launches for stage in self.stages)
+
+
+def up(number: float, step: int) -> int:
+    """Round up to a multiple."""
+    return math.ceil(number / step) * step
+
+
+def tables(*sizes: int) -> tuple[Stage, int]:
+    """Return the launches that bring tables of so many bytes to the device, and the bytes that they take there."""
+    total = sum(up(size, 16) for size in sizes)
+    # One block reads them from constant memory: some 20 us for each launch.
+    return Stage("tables", math.ceil(total / TABLE_BYTES), total, 0.0, 35000 * total / TABLE_BYTES), total
+
+
+# -- statistics -----------------------------------------------------------------------------------------------
+
+
+def layer_maps(sources: Sequence[Source]) -> Count:
+    """Read everything once, write one number for each row."""
+    table, held = tables(MAPS_ENTRY * len(sources))
+    read, written = sum(s.numbers for s in sources) * FLOAT, sum(s.rows for s in sources) * FLOAT
+    flop = sum(s.numbers + s.rows * math.prod(s.window.kernel_size) for s in sources)
+    return Count([table, Stage("layer_maps", 1, read + written, flop)], held, read + written, flop)
+
+
+def axis_pieces(window: Window, axis: int, extent: int) -> Iterator[tuple[int, int]]:
+    """Yield difference and positions of the pieces along one axis: csrc/include/covariance_pieces.h."""
+    kernel, step, dilation = window.kernel_size[axis], window.stride[axis], window.dilation[axis]
+    low = window.padding[axis][0]
+    grid = window.grid((1,) * axis + (extent,) + (1,) * (len(window.kernel_size) - axis - 1))[axis]
+    for difference in range(1 - kernel, kernel):
+        for phase in range(step):
+            held = {}  # offset: positions u that it takes, with u and its partner inside of the map
+            for offset in range(max(0, -difference), min(kernel, kernel - difference)):
+                if offset * dilation % step != phase:
+                    continue
+                places = (t * step + offset * dilation - low for t in range(grid))
+                both = [u for u in places if 0 <= u < extent and 0 <= u + difference * dilation < extent]
+                if both:
+                    held[offset] = range(both[0], both[-1] + 1, step)
+            cuts = sorted({end for taken in held.values() for end in (taken[0], taken[-1] + step)})
+            for begin, end in pairwise(cuts):
+                if any(begin in taken for taken in held.values()):
+                    yield difference, (end - begin) // step
+
+
+def pieces(rows: Source) -> list[tuple[bool, int]]:
+    """Return for each piece whether it is symmetric, and its positions in one sample."""
+    found: list[tuple[tuple[int, ...], int]] = [((), 1)]
+    for axis, extent in enumerate(rows.extent):
+        along = list(axis_pieces(rows.window, axis, extent))
+        found = [((*before, difference), count * more) for before, count in found for difference, more in along]
+    leading = [(next((d for d in differences if d), 0), count) for differences, count in found]
+    return [(lead == 0, count) for lead, count in leading if lead >= 0]
+
+
+def covariances(sources: Sequence[Source]) -> Count:
+    """Multiply pieces by tiles of channels, then gather: csrc/kernels/covariances.cu."""
+    flop, longest, cycles, moved = (dict.fromkeys((16, 32), 0.0) for _ in range(4))
+    scratch, entries, gathered = 0, 0, 0
+    cut: dict[tuple[object, ...], list[tuple[bool, int]]] = {}
+    for rows in sources:
+        key = tuple(rows)
+        tile = 16 if rows.channels <= 16 else 32
+        tiles = math.ceil(rows.channels / tile)
+        side, bias = tile * tiles, int(rows.window.bias != 0)
+        # For 32 positions a thread loads a fourth of the channels of both sides, one after the other.
+        chunk = 2 * math.ceil(min(tile, rows.channels) / 4) * LOAD + 700
+        if key not in cut:
+            cut[key] = pieces(rows)
+            entries += len(cut[key])
+        numbers = 0
+        for symmetric, count in cut[key]:
+            positions = rows.batch * count
+            shares = max(1, min(positions // 8192, 16, math.ceil(4096 / tiles**2)))
+            numbers += shares * side * (side + bias)
+            pairs = tiles * (tiles + 1) // 2 if symmetric else tiles**2
+            flop[tile] += 2.0 * positions * pairs * tile**2
+            chain = math.ceil(positions / shares / 32) * chunk
+            longest[tile] = max(longest[tile], chain)
+            cycles[tile] += chain * shares * pairs
+        moved[tile] += rows.numbers * FLOAT + numbers * FLOAT
+        scratch += up(numbers * FLOAT, 16)
+        gathered += numbers * FLOAT + rows.length**2 * FLOAT
+    table, held = tables(COVARIANCE_ENTRY * len(sources), PIECE_ENTRY * entries)
+    # One launch for both sizes of tiles: what they take adds up. Three blocks share a multiprocessor.
+    products = [
+        Stage("covariances", int(size == max(s for s in flop if flop[s])), moved[size], flop[size],
+              max(longest[size], cycles[size] / (3 * PROCESSORS)))
+        for size in flop if flop[size]
+    ]  # fmt: skip
+    least = sum(s.numbers + s.length**2 for s in sources) * FLOAT
+    least_flop = sum(2.0 * s.batch * count * s.channels**2 for s in sources for _, count in cut[tuple(s)])
+    return Count([table, *products, Stage("covariances, gather", 1, gathered)], held + scratch, least, least_flop)
+
+
+def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source]) -> Count:
+    """Multiply rows with one direction of each layer and meet the products with g at once."""
+    flop, partial, scratch, least, longest, chunks = 0.0, 0, 0, 0, 0, 0
+    for rows, grad in zip(inputs, grads, strict=True):
+        columns = math.ceil(grad.channels / 64)
+        flop += 2.0 * up(rows.rows, 32) * columns * 64 * up(rows.length, 16)
+        partial += columns * rows.rows * DOUBLE
+        scratch += up(columns * rows.rows * DOUBLE, 16)
+        longest = max(longest, math.ceil(rows.length / 16))
+        chunks += math.ceil(rows.rows / 32) * columns * math.ceil(rows.length / 16)
+        least += (rows.numbers + grad.numbers + rows.length * grad.channels) * FLOAT
+    table, held = tables(DIRECTION_ENTRY * len(inputs))
+    # For 16 numbers of the rows a thread loads 12 numbers one after the other; each of the 8 directions waits for
+    # fields of the table and a 64-bit division before (read off the compiled code).
+    latency = max(longest, chunks / (3 * PROCESSORS)) * (20 * LOAD + 700)
+    products = Stage("directional_derivatives", 1, least + partial, flop, latency)
+    stages = [table, products, Stage("shares", 1, partial)]
+    exact = sum(2.0 * rows.rows * rows.length * grad.channels for rows, grad in zip(inputs, grads, strict=True))
+    return Count(stages, held + scratch, least, exact)
+
+
+def meeting(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the places of the grid on which two maps meet."""
+    return math.prod(map(min, a, b)) if len(a) == len(b) else 1
+
+
+def cross_layer_sums(grids: Sequence[tuple[int, ...]], batch: int) -> Count:
+    """Multiply tiles of 32 x 32 pairs of maps: csrc/kernels/cross_layer_sums.cu."""
+    parts = []  # of each class of maps: grid, and how many of the maps
+    for grid in dict.fromkeys(grids):
+        count = math.ceil(grids.count(grid) / 32)
+        parts += [(grid, math.ceil(grids.count(grid) / count))] * count
+    pairs = [(a, b) for i, a in enumerate(parts) for b in parts[i:]]
+    met = [batch * meeting(a[0], b[0]) for a, b in pairs]
+    shares = max(1, min(math.ceil(1024 / len(met)), max(met) // 512))
+    partial = shares * len(met) * 32 * 32 * FLOAT
+    table, held = tables(MAP_ENTRY * len(grids), CROSS_TILE * len(met))
+    maps, result = sum(batch * math.prod(grid) for grid in grids) * FLOAT, len(grids) ** 2 * FLOAT
+    # For 64 places a thread loads a fourth of the maps of both sides, one after the other; four blocks share a
+    # multiprocessor.
+    chains = [
+        math.ceil(n / shares / 64) * ((math.ceil(a[1] / 4) + math.ceil(b[1] / 4)) * 2 * LOAD + 700)
+        for n, (a, b) in zip(met, pairs, strict=True)
+    ]
+    chain = max(*chains, sum(chains) * shares / (4 * PROCESSORS))
+    products = Stage("cross_layer_sums", 1, maps + partial, sum(up(n, 64) for n in met) * 2.0 * 32 * 32, chain)
+    exact = sum(2.0 * batch * meeting(a, b) for i, a in enumerate(grids) for b in grids[i:])
+    return Count([table, products, Stage("shares", 1, partial + result)], held + partial, maps + result, exact)
+
+
+def average_coarse_sums(layers: int) -> Count:
+    """Average both matrices of sums and multiply them: csrc/kernels/coarse_fisher.cu."""
+    table, held = tables((layers + 1) * 4, layers * 4, layers * DOUBLE, layers * DOUBLE)
+    moved = (4 + 2 + 1) * layers**2 * FLOAT
+    return Count([table, Stage("small", 1, moved, 12.0 * layers**2)], held, moved, 12.0 * layers**2)
+
+
+# -- inverses -------------------------------------------------------------------------------------------------
+
+
+def factored_tikhonov_inverse(pairs: Sequence[tuple[int, int]]) -> Count:
+    """Sweep blocks of 64 rows, all matrices side by side: csrc/kernels/factored_tikhonov_inverse.cu."""
+    sizes = [size for pair in pairs for size in pair]
+    blocks = [math.ceil(size / 64) for size in sizes]
+    damped = 2.0 * sum(size**2 for size in sizes) * FLOAT
+    eliminated, updated = Stage("eliminate", 0), Stage("update", 0)
+    for k in range(max(blocks)):
+        taken = [(size, count) for size, count in zip(sizes, blocks, strict=True) if count > k]
+        items, tiles = sum(n for _, n in taken), sum(n * (n + 1) // 2 for _, n in taken)
+        z = items * 64 * 64 * FLOAT
+        halves = sum(size * (size + 1) / 2 for size, _ in taken) * FLOAT  # read once, both halves written
+        flop = items * 128 * 64 * 63.0  # 128 columns of a block, of which half a triangle each
+        cycles = eliminated.latency + 25000 * max(1.0, items / (4 * PROCESSORS))  # straight-line code of 175 KB
+        eliminated = Stage("eliminate", k + 1, eliminated.bytes + 2 * z, eliminated.flop + flop, cycles)
+        updated = Stage("update", k + 1, updated.bytes + z + 3 * halves, updated.flop + tiles * 2.0 * 64**3)
+    table, held = tables(MATRIX_ENTRY * len(sizes))
+    scratch = sum(blocks) * 64 * 64 * FLOAT
+    least, least_flop = damped, sum(float(size) ** 3 for size in sizes)
+    return Count([table, Stage("damp", 1, damped), eliminated, updated], held + scratch, least, least_flop)
+
+
+def eigendecompose(stacks: Sequence[tuple[int, int]], element: int = FLOAT) -> Count:
+    """Jacobi's method, one block for each matrix (count, size): csrc/kernels/eigendecompose.cu.
+
+    A round is two barriers and 3.5 n² numbers of shared memory, 32 in a cycle, or of the cache, 8 in a cycle.
+    """
+    fixed, scratch, blocks, flop = 2240 if element == FLOAT else 3328, 0, [], 0.0
+    for count, size in stacks:
+        n = size + size % 2
+        matrix, vectors = n * n * element, up(size * (size | 1) * element, 16)
+        matrix_shared, vectors_shared = fixed + matrix <= 98304, fixed + matrix + vectors <= 98304
+        scratch += count * ((0 if matrix_shared else matrix) + (0 if vectors_shared else vectors))
+        numbers = (1.5 / (32 if matrix_shared else 8) + 2 / (32 if vectors_shared else 8)) * n**2 * element / FLOAT
+        blocks += [SWEEPS * (n - 1) * (1000 + numbers)] * count
+        flop += count * SWEEPS * (n - 1) * 8.0 * n**2
+    table, held = tables(EIGEN_ENTRY * len(stacks))
+    moved = sum(count * (2 * size**2 + size) for count, size in stacks) * element
+    longest = max(*blocks, sum(blocks) / PROCESSORS)
+    return Count([table, Stage("eigendecompose", 1, moved, flop, longest)], held + scratch, moved, flop)
+
+
+# -- every step -----------------------------------------------------------------------------------------------
+
+
+def by_size(shapes: Sequence[LayerShape]) -> dict[tuple[int, int], int]:
+    """Count the layers of each shape of matrix, (d_out, d_in)."""
+    sizes = [(shape.d_out, shape.d_in) for shape in shapes]
+    return {size: sizes.count(size) for size in dict.fromkeys(sizes)}
+
+
+def precondition(shapes: Sequence[LayerShape], stacked: bool = False) -> Count:
+    """Multiply from both sides, two batched products for each shape; `stacked`: the lists are stacked before."""
+    stages, copied, launches, least = [], 0.0, 0, 0.0
+    for (rows, columns), count in by_size(shapes).items():
+        grad, left, right = rows * columns, rows**2, columns**2
+        for inner, factor in ((rows, left), (columns, right)):
+            flop = 2.0 * count * up(rows, 64) * up(columns, 64) * inner
+            stages.append(Stage("mm", 1, count * (2 * grad + factor) * FLOAT, flop))
+        copied += 2.0 * count * (grad + left + right) * FLOAT
+        launches += 3
+        least += count * (2 * grad + left + right) * FLOAT
+    exact = sum(2.0 * s.d_out * s.d_in * (s.d_out + s.d_in) for s in shapes)
+    copies = [Stage("copy", launches, copied)] if stacked else []
+    return Count([*copies, *stages], 0, least, exact)
+
+
+def gather_gradients(parts: Sequence[Part]) -> Count:
+    """Copy gradients (rows, columns, whether it belongs to a layer) to the matrices, and look at all."""
+    table, held = tables(PART_ENTRY * len(parts))
+    moved = sum(rows * columns * (2 if belongs else 1) for rows, columns, belongs in parts) * FLOAT
+    return Count([Stage("small", 1, 4), table, Stage("gather", 1, moved)], held, moved, 0.0)
+
+
+def write_gradients(parts: Sequence[Part]) -> Count:
+    """Write the directions over the gradients."""
+    table, held = tables(PART_ENTRY * len(parts))
+    moved = sum(2.0 * rows * columns for rows, columns, belongs in parts if belongs) * FLOAT
+    return Count([table, Stage("write", 1, moved)], held, moved, moved / FLOAT)
+
+
+def shift_and_scale(sizes: Sequence[int], coarse: bool = True) -> Count:
+    """Sum gradients and their products with directions; one block does the rest, a warp for each layer."""
+    table, held = tables(LAYER_ENTRY * len(sizes))
+    items, numbers = sum(math.ceil(size / 8192) for size in sizes), sum(sizes)
+    moved, sums = 2.0 * numbers * FLOAT, items * 48
+    rounds = math.ceil(len(sizes) / 16)  # of its warps; each waits for memory: 3 sums over items, and the row of c
+    waits = rounds * (3 + (math.ceil(len(sizes) / 32) if coarse else 0)) * 700
+    finish = Stage("small", 1, sums + (DOUBLE * len(sizes) ** 2 if coarse else 0), 0.0, waits)
+    stages = [table, Stage("sums", 1, moved + sums, 6.0 * numbers), finish]
+    return Count(stages, held + sums, moved, 6.0 * numbers)
