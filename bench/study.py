@@ -158,8 +158,13 @@ def train(job: Job) -> Record:
         "step_seconds": rounded(in_steps / len(losses)),  # batches are drawn outside it
         "test_loss": rounded(test_loss),
         "test_accuracy": rounded(accuracy),
-        "losses": [rounded(loss) for loss in losses],  # of each batch, before its step
+        "losses": kept([rounded(loss) for loss in losses], job.seed, job.steps),  # of each batch, before its step
     }
+
+
+def kept(losses: list[float | None], seed: int, steps: int) -> list[float | None]:
+    """Return the losses that are recorded: of a run of the search the last tenth, which is all that it is judged by."""
+    return losses if seed else losses[-max(1, round(steps / 10)) :]
 
 
 def attempt(job: Job) -> Record | None:

@@ -17,6 +17,7 @@ from kfac2.signal_share import SignalShare
 
 PER_LAYER = 32  # samples for each layer, where nothing else is said: 16 for each unknown
 MOST_DAMPING = 0.01  # c while steps are taken in the space: the coefficients, too, hold a step back
+MOST_CHANGE = 0.3  # of a layer's weights in a step: where a softmax saturates, the Fisher says nothing against any
 SHARE_OF_BOUND = 0.2  # of K, which bounds one level's steps where they are measured, now and then; here each step is
 
 State = Mapping[Tensor, dict[str, Any]]
@@ -172,8 +173,10 @@ class Directed:
         grams, slopes = _inner_products(matrices, gradients)
         self._measure(names, slopes[:, 1], settings.rates, found)
         known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
-        model, correlations = with_correlations(quadratic(s, cases, grams, slopes, of.squares()), known)
+        weights = of.squares()
+        model, correlations = with_correlations(quadratic(s, cases, grams, slopes, weights), known)
         c = coefficients(model, TAU if tau is None else tau)
+        c = c * _within(MOST_CHANGE, c, settings.rates, grams, weights)
         c = self._held(model, c, settings.rates.repeat(2), bound, found)
         is_solved = c.isfinite().all()
         self._correlations = names, torch.where(is_solved, correlations, 0.0 if known is None else known)
@@ -216,6 +219,13 @@ class Directed:
             names, correlations = tuple(state["names"]), state["correlations"].to(device)
             self._correlations = names, correlations
             self.latest = Coefficients(names, *torch.full_like(correlations[0], torch.nan).chunk(2))
+
+
+def _within(share: float, c: Tensor, rates: Tensor, grams: Tensor, weights: Tensor) -> Tensor:
+    """Return the factor, at most 1, that holds each layer's step to a share of its weights, η|d_i| ≤ share |W_i|."""
+    pairs = c.view(2, -1).T
+    squares = torch.einsum("lk,lkm,lm->l", pairs, grams.double(), pairs) * rates**2
+    return (share**2 * weights / squares).min().clamp(max=1.0).sqrt()
 
 
 def _inner_products(matrices: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
