@@ -10,7 +10,7 @@ FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/native/*.cpp t
 	tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality figures cuda-build-check gpu-check roofline lint format clean
+.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality figures cuda-build-check device-tests gpu-check roofline lint format clean
 
 help:  ## show what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -75,8 +75,11 @@ cuda-build-check:  ## prove the CUDA build without a device: a venv with a CUDA 
 	@cd tests && ../.venv-cuda/bin/python -c 'import kfac2; i = kfac2.build_info(); print(i); assert i["cuda"]'
 	@.venv-cuda/bin/pytest -n 2 -p no:benchmark -m 'not slow'
 
-gpu-check:  ## on a machine with a CUDA device: build, test and measure there; write the record to OUT=bench/results
-	@$(PYTHON) bench/gpu_check.py --out $(OUT)
+device-tests:  ## build the emulated tests for a CUDA device, without torch: build/device-tests/device_tests runs them
+	@$(PYTHON) tests/emulation/build_device_tests.py
+
+gpu-check:  ## on a machine with a CUDA device: build, test and measure there, 8 minutes; write the record to OUT
+	@$(PYTHON) bench/gpu_check.py --out $(OUT) $(ARGS)
 
 roofline: $(VENV)/installed  ## predict the time of each op on an H100 and an H200, beside a record: ARGS="--record FILE"
 	@$(BIN)/python bench/roofline.py $(ARGS)

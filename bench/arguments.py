@@ -24,7 +24,8 @@ def device_name(text: str) -> str:
     try:
         torch.zeros(1, device=text)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        missing = text.startswith("cuda") and not torch.cuda.is_available()
+        reason = "no CUDA device" if missing else str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"must be a device that torch can use here, got {text!r}: {reason}") from error
     return text
 

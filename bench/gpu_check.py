@@ -1,141 +1,234 @@
 """Build kfac2 on a machine with a CUDA device, test it there, measure it, and write down what was found.
 
-No network is used. In the folder given by --out: <device>.json and <device>.md; logs are in build/gpu-check-logs.
+The stages, each a process (or more) of its own, in this order:
+
+| stage | limit, seconds |
+|---|---|
+| build: device tests, beside build: package, both for the device's own architecture alone | 90 |
+| device tests: the kernels without torch, on the cases of tests/emulation | 30 |
+| memcheck: the same under compute-sanitizer | 45 |
+| each file of tests/gpu: eigendecompose, solves 25, ops 40, training 75 | 165 |
+| racecheck, initcheck, synccheck: the device tests again | 30, 20, 20 |
+| memcheck: some of tests/gpu, without torch's caching of memory | 40 |
+| all of the above at most | 440 |
+| each measurement: whole steps of each network, the kernels of each op, growth | 40 to 25 |
+| everything together | 480 |
+
+The time for everything is a bound: a stage gets its own limit or what is left, and is skipped where nothing is left.
+Usually most stages need less than half of theirs, which leaves the measurements what they need. They are meant for a
+machine of 16 cores: elsewhere --times multiplies them.
+
+Nothing depends on a stage but what a build makes. No network is used. In the folder given by --out, written after
+each stage: <device>.md to read, <device>.jsonl with a line for each stage, <device>.log with all output. The exit
+status is 0 if every stage passed, 77 if there is no device and nothing else was wrong, else 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from output import slug, write
+from output import slug
+from stages import FAILED, NO_DEVICE, NONE, PASSED, Record, Stage, by_status, run_all
 
 ROOT = Path(__file__).parent.parent
-INSTALLED, LOGS = ROOT / "build/gpu-check", ROOT / "build/gpu-check-logs"
-PYTEST = (sys.executable, "-m", "pytest", "-vv", "-p", "no:benchmark")
+INSTALLED, LOGS, FOUND = (ROOT / "build" / name for name in ("gpu-check", "gpu-check-logs", "gpu-check-found"))
+DEVICE_TESTS = str(ROOT / "build/device-tests/device_tests")
+LOOK = (DEVICE_TESTS, "--device")  # looks for a device
+SECONDS = 480  # for everything
+FILE_LIMITS = {"test_cuda_eigendecompose": 25, "test_cuda_ops": 40, "test_cuda_solves": 25, "test_cuda_training": 75}
+SANITIZER_LIMITS = {"racecheck": 30, "initcheck": 20, "synccheck": 20}
+BUILD_TESTS, BUILD_PACKAGE = "build: device tests", "build: package"
 SANITIZED = (
     "(maps_and_covariances and float32 and (seed01 or seed03 or seed05)) or cross_layer_sums_and_coarse_fisher "
     "or bad_factors or calls_of_a_step or special_matrices"
 )
+# What is measured, the most telling first: arguments of report.py, and seconds.
+MEASUREMENTS = {
+    "steps, resnet-110": (("--parts", "steps", "--nets", "resnet-110"), 40),
+    **{
+        f"kernels, {op}": (("--parts", "kernels", "--ops", op), 25)
+        for op in (
+            "covariances", "factored_tikhonov_inverse", "cross_layer_sums", "layer_maps", "directional_derivatives",
+            "precondition", "average_coarse_sums", "eigendecompose", "input_covariance", "channel_sums",
+        )
+    },
+    "steps, deep-linear": (("--parts", "steps", "--nets", "deep-linear"), 40),
+    "growth": (("--parts", "growth"), 25),
+}  # fmt: skip
 
 
-def run(name: str, *command: object, limit: int, **environment: str) -> tuple[int, str]:
-    """Run a command with the build in sight; return its exit status and output.
+def asked(*command: str) -> str:
+    """Return the first line that a program prints; nothing where it is not there, or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else ""
 
-    The log `name` is written while it runs: a hang still tells how far it came. After `limit` seconds the command and
-    all it started are killed, and the status is 124.
-    """
+
+def describe() -> dict[str, str]:
+    """Say what the results hold for."""
+    name, _, rest = asked(
+        "nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"
+    ).partition(", ")
+    architecture, _, driver = rest.partition(", ")
+    versions = "import sys, torch; print(f'torch {torch.__version__}, Python {sys.version.split()[0]}')"
+    return {
+        "device": name or "none",
+        "built for": architecture or "9.0",
+        "driver": driver or "none",
+        "with": asked(sys.executable, "-c", versions) or "no torch",
+        "commit": asked("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown",
+    }
+
+
+def toolkit() -> Path | None:
+    """Find the CUDA toolkit as setup.py does."""
+    code = "import setup; print(setup.find_toolkit() or '')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return Path(done.stdout.strip()) if done.stdout.strip() else None
+
+
+def sanitizer() -> str:
+    """Find compute-sanitizer: on PATH, or in the toolkit."""
+    home = toolkit()
+    places = [home / "bin", home / "compute-sanitizer"] if home else []
+    found = (shutil.which("compute-sanitizer", path=path) for path in (os.environ.get("PATH"), *map(str, places)))
+    return next(filter(None, found), "compute-sanitizer")
+
+
+def by_pytest(status: int, output: str) -> str:
+    """Judge a run of pytest: tests that were all skipped have not passed."""
+    last = re.findall(r"^=+ (.*) in [\d.]+s.*=+$", output, re.MULTILINE)
+    if status == 0 and last and " passed" in last[-1]:
+        return PASSED
+    return NONE if status in (0, 5) and "no CUDA device" in output else FAILED
+
+
+def by_report(status: int, output: str) -> str:
+    """Judge a measurement."""
+    return NONE if status == 2 and "no CUDA device" in output else by_status(status, output)
+
+
+def builds(architecture: str) -> list[Stage]:
+    """Build the torch-free tests, and install kfac2 beside the checkout with what this Python already has."""
+    environment = {"TORCH_CUDA_ARCH_LIST": architecture, "KFAC2_CUDA": "1"}
+    pip = (
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+        str(INSTALLED),
+        str(ROOT),
+    )
+    script = str(ROOT / "tests/emulation/build_device_tests.py")
+    return [
+        Stage(BUILD_TESTS, (sys.executable, script, "--arch", architecture), 90, environment),
+        Stage(BUILD_PACKAGE, (sys.executable, *pip), 90, environment),
+    ]
+
+
+def in_sight() -> dict[str, str]:
+    """Return the variables with which Python sees the build, and not the checkout."""
     paths = [str(INSTALLED), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **environment}
-    LOGS.mkdir(parents=True, exist_ok=True)
-    log = LOGS / f"{name}.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [str(part) for part in command], cwd=ROOT / "tests", env=variables, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            status = 124
-    return status, log.read_text(errors="replace")
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-def build() -> None:
-    """Install kfac2 beside the checkout, with what this Python already has."""
-    shutil.rmtree(INSTALLED, ignore_errors=True)
-    pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", INSTALLED, ROOT)
-    status, output = run("build", *pip, limit=150, KFAC2_CUDA="1")
-    if status != 0:
-        sys.exit(f"the build failed:\n{output[-6000:]}")
+def sanitized(tool: str, limit: float) -> Stage:
+    """Run the device tests under a tool of compute-sanitizer. To initcheck, what is poisoned would be written."""
+    options = (f"--tool={tool}", "--error-exitcode=99", "--target-processes=all")
+    padding = ("--padding=256",) if tool == "memcheck" else ()  # an array's end is no other's start
+    poison = ("--no-poison",) if tool == "initcheck" else ()
+    command = (sanitizer(), *options, *padding, DEVICE_TESTS, *poison)
+    return Stage(f"{tool}: device tests", command, limit, needs=[BUILD_TESTS], probe=LOOK)
 
 
-def measure(device: str) -> dict[str, Any]:
-    """Run `report.py` in a process of its own, which sees the build; what it wrote before it broke counts."""
-    tiny = ["--tiny"] if device == "cpu" else []
-    with tempfile.TemporaryDirectory() as folder:
-        command = (sys.executable, ROOT / "bench/report.py", "--device", device, "--out", folder, *tiny)
-        status, output = run("report", *command, limit=300)
-        written = [*Path(folder).glob("*.json")]
-        if not written:
-            return {"failed": [f"status {status}: {output[-4000:]}"]}
-        record = json.loads(written[0].read_text())
-        record["failed"] += [f"report.py: status {status}, after: {output[-200:]}"] if status not in (0, 1) else []
-        return {**record, "text": written[0].with_suffix(".md").read_text()}
+def pytest(*arguments: str) -> tuple[str, ...]:
+    """Run tests in a process: a fault of the device lasts as long as that."""
+    options = ("-vv", "-rs", "--durations=5", "-p", "no:benchmark", "-p", "no:cacheprovider", "--rootdir", str(ROOT))
+    return (sys.executable, "-m", "pytest", *options, *arguments)
 
 
-def test() -> dict[str, Any]:
-    """Run the GPU tests, each file in a process of its own: a fault of the device lasts as long as its process."""
-    result: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": [], "faults": []}
-    for file in sorted((ROOT / "tests/gpu").glob("test_*.py")):
-        status, output = run(file.stem, *PYTEST, f"gpu/{file.name}", limit=90)
-        result["passed"] += len(re.findall(r" PASSED +\[", output))
-        result["skipped"] += len(re.findall(r" SKIPPED .*\[", output))
-        if status not in (0, 5):  # 5: no test; 124: killed, and the log tells how far it came
-            result["failed"] += re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE) or [file.name]
-            result["faults"].append(f"status {status}: {output[-1500:]}")
-    return result
+def torch_tests(
+    name: str, command: Sequence[str], limit: float, probe: Sequence[str] = (), **environment: str
+) -> Stage:
+    """Run tests of the build, from a folder where Python does not see the checkout in its place."""
+    variables = {**in_sight(), **environment}
+    cwd = ROOT / "tests"
+    return Stage(name, command, limit, variables, needs=[BUILD_PACKAGE], probe=probe, cwd=cwd, judge=by_pytest)
 
 
-def sanitize() -> dict[str, str]:
-    """Run a few tests of every kernel under compute-sanitizer, where it is installed."""
-    if shutil.which("compute-sanitizer") is None:
-        return dict.fromkeys(("memcheck", "racecheck"), "compute-sanitizer is not installed")
-    results = {}
-    for tool in ("memcheck", "racecheck"):
-        command = ("compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", *PYTEST)
-        status, output = run(tool, *command, "gpu", "-k", SANITIZED, limit=60)
-        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY:.*", output)
-        results[tool] = {0: "no error", 124: "took longer than 60 s"}.get(status, f"status {status}")
-        results[tool] += f" ({found[-1]})" if found else ""
-    return results
+def proofs() -> list[Stage]:
+    """List what shows that the kernels are right."""
+    files = sorted((ROOT / "tests/gpu").glob("test_*.py"))
+    memcheck = (sanitizer(), "--tool=memcheck", "--error-exitcode=99", *pytest(*map(str, files), "-k", SANITIZED))
+    return [
+        Stage("device tests", (DEVICE_TESTS,), 30, needs=[BUILD_TESTS]),
+        sanitized("memcheck", 45),
+        *(torch_tests(f"tests/gpu/{file.name}", pytest(str(file)), FILE_LIMITS.get(file.stem, 40)) for file in files),
+        *(sanitized(tool, limit) for tool, limit in SANITIZER_LIMITS.items()),
+        torch_tests("memcheck: tests/gpu", memcheck, 40, LOOK, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+    ]
 
 
-def save(record: dict[str, Any], folder: Path) -> str:
-    """Write what was found so far, for programs and for people; return the text."""
-    found, tests = record["measurements"], record.get("tests", {})
-    counts = f"{tests.get('passed', 0)} passed, {len(tests.get('failed', []))} failed, {tests.get('skipped', 0)}"
-    sanitizer = "; ".join(f"{tool}: {result}" for tool, result in record.get("sanitizer", {}).items())
-    checked = f"Tests: {counts} skipped. compute-sanitizer: {sanitizer or 'not run'}. Build: {found.get('build')}."
-    stem = folder / slug(found.get("machine", {}).get("device", "unknown"))
-    text = found.get("text", "\n".join(found["failed"])) + f"\n## Checked\n\n{checked}\n"
-    write(stem.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    write(stem.with_suffix(".md"), text)
-    return text
+def measurements(device: str) -> list[Stage]:
+    """List what is measured; on the CPU, in one process and at tiny sizes, to see that it runs."""
+    wanted = MEASUREMENTS if device != "cpu" else {"everything": (("--tiny",), 300)}
+    needs, variables = ([], {}) if device == "cpu" else ([BUILD_PACKAGE], in_sight())
+    stages = []
+    for name, (options, limit) in wanted.items():
+        out = FOUND / slug(name)
+        command = (sys.executable, str(ROOT / "bench/report.py"), "--device", device, "--out", str(out), *options)
+        stages.append(Stage(f"measure: {name}", command, limit, variables, needs=needs, found=out, judge=by_report))
+    return stages
+
+
+def ending(statuses: Sequence[str]) -> int:
+    """Return the exit status of everything from those of the stages."""
+    if all(status == PASSED for status in statuses):
+        return 0
+    return NO_DEVICE if NONE in statuses and set(statuses) <= {PASSED, NONE} else 1
 
 
 def main() -> None:
-    """Run everything; the exit status is 0 only if the build and all tests passed and all was measured."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the record")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to see that the measurements run")
+    parser.add_argument("--times", type=float, default=1, help="multiplies all limits, for a slow machine (default: 1)")
     arguments = parser.parse_args()
-    if not arguments.small:
-        build()
-    # The record is written after each stage: what came later, and broke, does not take the rest with it.
-    record: dict[str, Any] = {"measurements": measure("cpu" if arguments.small else "cuda")}
-    text = save(record, arguments.out)
-    wrong = bool(record["measurements"]["failed"])
-    if not arguments.small:
-        record["tests"] = test()
-        save(record, arguments.out)
-        record["sanitizer"] = sanitize()
-        text = save(record, arguments.out)
-        wrong = wrong or bool(record["tests"]["failed"]) or record["tests"]["passed"] == 0
-    print(text)
-    if wrong:
-        sys.exit(f"not all passed: {json.dumps(record, indent=1)[-6000:]}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+    about = describe()
+    stem = "cpu" if arguments.small else "no-device" if about["device"] == "none" else slug(about["device"])
+    hidden = {
+        f"{ROOT}/": "",
+        str(ROOT): ".",
+        sys.executable: "python3",
+        f"{Path(sys.executable).parent}/": "",
+        f"{Path.home()}/": "~/",
+    }
+    record = Record(arguments.out, stem, "kfac2 checked on a CUDA device", about, hidden)
+    if arguments.small:
+        groups = [[stage] for stage in measurements("cpu")]
+    else:
+        groups = [builds(about["built for"]), *([stage] for stage in (*proofs(), *measurements("cuda")))]
+    groups = [[replace(stage, limit=arguments.times * stage.limit) for stage in group] for group in groups]
+    run_all(groups, record, LOGS, arguments.times * SECONDS)
+    print(record.path("md").read_text())
+    print(f"{record.verdict()}; written to {record.path('md')}")
+    sys.exit(ending(record.statuses()))
 
 
 if __name__ == "__main__":

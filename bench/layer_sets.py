@@ -59,10 +59,10 @@ class LayerSet:
         self.title = f"{NETWORKS[name].title}, batch {batch}"
         self.shapes = shapes_of(name, batch)
         self.windows = [shape.input_window for shape in self.shapes] + [shape.grad_window for shape in self.shapes]
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator(device).manual_seed(0)
 
     def _noise(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(self.device)
+        return torch.randn(shape, generator=self._generator, device=self.device)
 
     @cached_property
     def tensors(self) -> list[Tensor]:

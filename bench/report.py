@@ -55,14 +55,18 @@ PLANS = {
 }
 
 
-def jobs(plan: Plan, device: str, threads: int) -> Iterator[tuple[str, Callable[[], Found]]]:
-    """Yield each measurement with the part that it belongs to."""
-    where = (device, threads)
-    for build in kernels.all_cases(cases.OPS, plan.sets, plan.batch, device):
-        yield "kernels", partial(kernels.compare, build, 25, plan.seconds, *where)
-    for net, (batch, rounds, names) in plan.steps.items():
-        yield "steps", partial(steps.measure, net, batch, rounds, names, *where)
-    yield "growth", partial(growth.measure, plan.batch, plan.largest, 25, 4 * plan.seconds, *where)
+def jobs(plan: Plan, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """Yield each measurement that is asked for, with the part that it belongs to."""
+    where = (args.device, args.threads)
+    if "kernels" in args.parts:
+        for build in kernels.all_cases(args.ops, plan.sets, plan.batch, args.device):
+            yield "kernels", partial(kernels.compare, build, 25, plan.seconds, *where)
+    if "steps" in args.parts:
+        for net, (batch, rounds, names) in plan.steps.items():
+            if net in (args.nets or plan.steps):
+                yield "steps", partial(steps.measure, net, batch, rounds, names, *where)
+    if "growth" in args.parts:
+        yield "growth", partial(growth.measure, plan.batch, plan.largest, 25, 4 * plan.seconds, *where)
 
 
 def markdown(found: Found, how: str) -> str:
@@ -99,6 +103,10 @@ def main() -> None:
     size.add_argument("--full", action="store_true", help="all sets, all peers, more rounds: hours, not 20 minutes")
     size.add_argument("--tiny", action="store_true", help="one round of tiny sizes, to see that all runs")
     add_some(parser, "--parts", PARTS, PARTS)
+    add_some(parser, "--ops", cases.OPS, cases.OPS)
+    parser.add_argument(
+        "--nets", nargs="+", metavar="NAME", help="of whole steps, those of the run's plan (default: all)"
+    )
     default = Path(__file__).with_name("results")
     parser.add_argument("--out", type=Path, default=default, help="folder of the results (default: bench/results)")
     add_where(parser)
@@ -109,15 +117,14 @@ def main() -> None:
     found["machine"]["clock"] = found["machine"]["clock"] if args.device == "cpu" else "CUDA events"
     found |= {part: [] for part in PARTS}
     text = ""
-    for part, job in jobs(PLANS[how], args.device, args.threads):
-        if part in args.parts:
-            print(f"{part}, {len(found[part]) + 1} ...", file=sys.stderr, flush=True)
-            try:
-                found[part].append(job())
-            except Exception as error:  # one that fails must not lose the others
-                traceback.print_exc()
-                found["failed"].append(f"{part}: {type(error).__name__}: {error}"[:500])
-            text = save(found, how, args.out)
+    for part, job in jobs(PLANS[how], args):
+        print(f"{part}, {len(found[part]) + 1} ...", file=sys.stderr, flush=True)
+        try:
+            found[part].append(job())
+        except Exception as error:  # one that fails must not lose the others
+            traceback.print_exc()
+            found["failed"].append(f"{part}: {type(error).__name__}: {error}"[:500])
+        text = save(found, how, args.out)
     print(text)
     sys.exit(bool(found["failed"]))
 

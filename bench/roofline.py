@@ -181,8 +181,13 @@ def whole_rows(record: Row, device: Device, nets: list[Net]) -> list[Row]:
 
 def read_record(path: Path) -> tuple[Row, Device]:
     """Read what `report.py` or `gpu_check.py` wrote, and find the device that it was measured on."""
-    record = json.loads(path.read_text())
-    record = record.get("measurements", record)
+    lines = path.read_text()
+    if path.suffix == ".jsonl":  # of gpu_check.py: a stage in each line, with what its report found
+        found = [each for line in lines.splitlines() for each in json.loads(line).get("found", [])]
+        record: Row = {part: [result for each in found for result in each[part]] for part in ("kernels", "steps")}
+        record["machine"] = found[0]["machine"] if found else {}
+    else:
+        record = json.loads(lines)
     name = record.get("machine", {}).get("device", "none")
     for device in DEVICES:
         if device.name.split()[0] in name.replace("-", " ").split():
@@ -321,7 +326,7 @@ def rounded(value: Any) -> Any:
 def main() -> None:
     """Read the command line, predict, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", type=Path, help="JSON of report.py --device cuda, or of gpu_check.py")
+    parser.add_argument("--record", type=Path, help="of report.py --device cuda (.json) or gpu_check.py (.jsonl)")
     default = Path(__file__).with_name("results")
     parser.add_argument("--out", type=Path, default=default, help="folder of the results (default: bench/results)")
     args = parser.parse_args()

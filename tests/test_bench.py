@@ -10,7 +10,6 @@ from pathlib import Path
 
 import cases
 import contenders
-import gpu_check
 import growth
 import kernels
 import output
@@ -104,6 +103,14 @@ def test_exponents_are_fitted(monkeypatch):
     assert found["exponent of milliseconds"] == 2 and 0.5 < found["exponent of megabytes"] < 1.5
 
 
+def test_the_report_measures_what_is_asked_for(tmp_path, monkeypatch):
+    wanted = ("--parts", "kernels", "steps", "--ops", "channel_sums", "precondition", "--nets", "resnet-8")
+    assert call(monkeypatch, report, "--tiny", "--out", tmp_path, *wanted) == 0
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert {result["case"].split(",")[0] for result in found["kernels"]} == {"channel_sums", "precondition"}
+    assert [result["net"] for result in found["steps"]] == ["resnet-8"] and found["growth"] == []
+
+
 def test_the_report_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
     compare = kernels.compare
 
@@ -122,21 +129,6 @@ def test_the_report_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
 
 def test_a_spread_is_of_ratios_within_rounds():
     assert str(timing.Spread.of([4.0, 3.0, 5.0], [2.0, 1.0, 1.0])) == "3.00 [2.50, 4.00]"
-
-
-def test_gpu_check_keeps_what_was_measured_before_a_hang(tmp_path, monkeypatch):
-    def hang(name, *command, limit, **environment):
-        folder = Path(command[command.index("--out") + 1])
-        found = {"machine": {"device": "A GPU"}, "kernels": [1], "failed": []}
-        output.write(folder / "a-gpu.json", json.dumps(found))
-        output.write(folder / "a-gpu.md", "# found")
-        return 124, "kernels, 3 ..."
-
-    monkeypatch.setattr(gpu_check, "run", hang)
-    found = gpu_check.measure("cuda")
-    assert found["kernels"] == [1] and "status 124, after: kernels, 3" in found["failed"][0]
-    gpu_check.save({"measurements": found, "tests": {"passed": 3}}, tmp_path)
-    assert "# found" in (tmp_path / "a-gpu.md").read_text() and "Tests: 3 passed" in (tmp_path / "a-gpu.md").read_text()
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

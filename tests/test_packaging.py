@@ -125,8 +125,9 @@ def test_gpu_check_measures_and_writes_its_record(tmp_path):
     status, output = run(sys.executable, ROOT / "bench/gpu_check.py", "--small", "--out", tmp_path, cwd=tmp_path)
     assert status == 0, output
     assert "input_covariance" in (tmp_path / "cpu.md").read_text()
-    record = json.loads((tmp_path / "cpu.json").read_text())
-    measurements = record["measurements"]
+    about, record = (json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines())
+    assert about["about"]["commit"] and record["stage"] == "measure: everything" and record["status"] == "passed"
+    (measurements,) = record["found"]
     cases = [found["case"] for found in measurements["kernels"]]
     for op in ("channel_sums", "covariances", "cross_layer_sums", "average_coarse_sums", "factored_tikhonov_inverse"):
         assert any(case.startswith(op) for case in cases), cases

@@ -436,8 +436,10 @@ def test_a_record_fills_the_measured_column(record, tmp_path, monkeypatch, capsy
                 "milliseconds": {"kfac2": {"median": 40.0}, "torch": {"median": 30.0}}}  # fmt: skip
     content = {**with_times(record, 1.0), "steps": record["steps"]}
     content["kernels"] = [*content["kernels"], measured]
-    path = tmp_path / "record.json"
-    path.write_text(json.dumps({"measurements": content} if wrapped else content))
+    path = tmp_path / ("record.jsonl" if wrapped else "record.json")
+    stages = [{"about": {}}, *({"stage": part, "found": [{**content, "kernels": [], "steps": [], part: content[part]}]}
+                               for part in ("steps", "kernels"))]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, stages)) if wrapped else json.dumps(content))
     monkeypatch.setattr("sys.argv", ["roofline.py", "--record", str(path), "--out", str(tmp_path)])
     roofline.main()
     written = json.loads((tmp_path / "roofline.json").read_text())

@@ -145,7 +145,9 @@ def test_a_study_is_made_once_and_tabulated(tmp_path, monkeypatch, capsys):
         best = study_tables.winner(records, SMALL, rival)
         mine = [(r["seed"], r["point"]) for r in records if r["rival"] == rival]
         assert sorted(mine) == [(0, 0), (0, 1), *((1, point) for point in sorted({0, best}))]
-    assert all(len(r["losses"]) == (3 if r["seed"] else 1) and r["test_loss"] > 0 and r["step_seconds"] > 0 for r in records)
+    assert all(
+        len(r["losses"]) == (3 if r["seed"] else 1) and r["test_loss"] > 0 and r["step_seconds"] > 0 for r in records
+    )
     code, said = called(monkeypatch, capsys, *arguments, "--points", "2")
     assert code == 0 and said.out == f"Tables and pictures: {tmp_path}\n"
     assert (tmp_path / "records.jsonl").read_bytes() == before

@@ -443,6 +443,8 @@ void set_order(Order order, uint64_t seed) {
   device().seed = seed;
 }
 
+Order order() { return device().order; }
+
 void barrier(Site site) {
   Fiber& fiber = running_thread();
   fiber.barrier = site;
@@ -496,6 +498,7 @@ const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
   }
   return "unrecognized error code";

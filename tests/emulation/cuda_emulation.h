@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <tuple>
@@ -48,7 +49,12 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 typedef struct CUstream_st* cudaStream_t;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9
+};
 
 // A launch returns its error and leaves none behind.
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -67,6 +73,27 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  return cudaMemcpyAsync(to, from, bytes, kind);
+}
+
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::malloc(bytes);
+  return *memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+inline cudaError_t cudaFree(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
 constexpr int warpSize = 32;
 
 namespace kfac2::emulation {
@@ -83,6 +110,7 @@ constexpr Order kOrders[] = {Order::kForward, Order::kReverse, Order::kShuffled}
 
 // Of all launches from now on; each launch starts again from the seed.
 void set_order(Order order, uint64_t seed = 0);
+Order order();
 
 // Where a thread waits.
 struct Site {

@@ -117,9 +117,7 @@ class DrawnStacks {
 
  private:
   static void expect(const char* what, const char* property, bool holds) {
-    if (holds) return;
-    std::fprintf(stderr, "%s: %s is wrong\n", what, property);
-    std::exit(1);
+    if (!holds) fail("%s: %s is wrong", what, property);
   }
 
   // V is orthogonal, V^T M V = diag(r), and the values are r floored at 0, ascending. In double, scaled to

@@ -1,10 +1,7 @@
-// directional_derivatives, compiled by g++ and run thread by thread, against csrc/cpu on drawn layers; in three orders
-// of threads and blocks, with poisoned shared memory, under sanitizers.
-#include <cstdlib>
-
-#include "cuda_emulation.h"
+// directional_derivatives against csrc/cpu on drawn layers; on the emulator, in three orders of threads and blocks.
+#include "cases.h"
 #include "drawn_directions.h"
-#include "workspace.h"
+#include "run_on_device.h"
 
 using namespace kfac2;
 using namespace kfac2::tests;
@@ -15,7 +12,7 @@ void test_layers(std::vector<DrawnDirections> drawn) {
   std::vector<DrawnDirections> twins = drawn;
   const std::vector<DirectionalLayer> layers = with_results(drawn), expected = with_results(twins);
   const int64_t count = static_cast<int64_t>(layers.size());
-  run_emulated("directional_derivatives", *cuda::directional_derivatives({layers.data(), count}));
+  run_on_device("directional_derivatives", cuda::directional_derivatives, {layers.data(), count});
   run(*cpu::directional_derivatives({expected.data(), count}));
   for (size_t i = 0; i < drawn.size(); ++i)
     expect_equal("directional_derivatives", drawn[i].derivatives.data(), twins[i].derivatives.data(),
@@ -55,27 +52,30 @@ int64_t launches_for(int64_t count) {
     drawn.push_back(DrawnDirections::with_inputs<float>(random, inputs, 3));
   }
   const std::vector<DirectionalLayer> layers = with_results(drawn);
-  const int64_t before = emulation::launches();
-  run_emulated("directional_derivatives", *cuda::directional_derivatives({layers.data(), count}));
-  return emulation::launches() - before;
+  const int64_t before = launches();
+  run_on_device("directional_derivatives", cuda::directional_derivatives, {layers.data(), count});
+  return launches() - before;
 }
 
-}  // namespace
+void test_launches_do_not_grow_with_layers() {
+  const int few = static_cast<int>(launches_for(3)), many = static_cast<int>(launches_for(112));
+  if (few == 0 || many - few > 3)  // of tables, 30 KB each
+    fail("launches grow with the number of layers, from %d to %d", few, many);
+  if (!kOnDevice) std::printf("launches of directional_derivatives: %d for 3 layers, %d for 112\n", few, many);
+}
 
-int main(int argc, char** argv) {
-  const int seeds = argc > 1 ? std::atoi(argv[1]) : 8;
-  for (int seed = 0; seed < seeds; ++seed) {
-    for (const emulation::Order order : emulation::kOrders) {
-      emulation::set_order(order, static_cast<unsigned>(seed));
+void run_all(Cases& cases) {
+  for (int seed = 0; seed < cases.seeds(8); ++seed) {
+    for (const Order order : kOrders) {
+      set_order(order, static_cast<unsigned>(seed));
       Random random(seed);
-      test_layers(drawn_layers(random));
-      if (seed == 0) test_layers(large_layers(random));
+      cases.run("layers", seed, [&] { test_layers(drawn_layers(random)); });
+      if (seed == 0) cases.run("large layers", seed, [&] { test_layers(large_layers(random)); });
     }
   }
-  const int64_t few = launches_for(3), many = launches_for(112);
-  std::printf("launches of directional_derivatives: %d for 3 layers, %d for 112\n", static_cast<int>(few),
-              static_cast<int>(many));
-  expect_true(many - few <= 3, "the number of launches grows with the number of layers");  // of tables, 30 KB each
-  std::puts("directional_derivatives agrees with the CPU kernel in every order");
-  return 0;
+  cases.run("launches", 1, test_launches_do_not_grow_with_layers);
 }
+
+const Registered here("directions", run_all);
+
+}  // namespace

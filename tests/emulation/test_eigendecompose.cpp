@@ -1,8 +1,8 @@
-// The CUDA kernel of eigendecompose, run thread by thread in three orders: what its results must satisfy, with the
-// matrices in shared memory, in the workspace, and one in each.
-#include "cuda_emulation.h"
+// The CUDA kernel of eigendecompose: what its results must satisfy, with the matrices in shared memory, in the
+// workspace, and one in each; on the emulator, in three orders of threads and blocks.
+#include "cases.h"
 #include "drawn_matrices.h"
-#include "workspace.h"
+#include "run_on_device.h"
 
 using namespace kfac2;
 using namespace kfac2::tests;
@@ -16,7 +16,7 @@ template <typename T>
 void decompose(DrawnStacks<T>& stacks, int64_t shared_limit, int max_sweeps = kMaxSweeps) {
   EigendecomposeParams params = stacks.params(max_sweeps);
   params.shared_limit = shared_limit;
-  run_emulated("eigendecompose", *cuda::eigendecompose(params));
+  run_on_device("eigendecompose", cuda::eigendecompose, params);
 }
 
 template <typename T>
@@ -55,15 +55,9 @@ int64_t launches_for(int64_t count) {
   Random random(1);
   DrawnStacks<float> stacks;
   for (int64_t i = 0; i < count; ++i) stacks.add(random, Kind::kPositive, 1 + i % 7, 1);
-  const int64_t before = emulation::launches();
+  const int64_t before = launches();
   decompose(stacks, kSharedLimit);
-  return emulation::launches() - before;
-}
-
-void expect(bool holds, const char* message) {
-  if (holds) return;
-  std::fputs(message, stderr);
-  std::exit(1);
+  return launches() - before;
 }
 
 void test_status_and_refusals() {
@@ -71,36 +65,39 @@ void test_status_and_refusals() {
   DrawnStacks<double> few, none, wide;
   for (const Kind kind : {Kind::kPositive, Kind::kDiagonal, Kind::kNaN}) few.add(random, kind, 9, 1);
   decompose(few, kSharedLimit, 1);
-  expect(few.status() == std::vector<int32_t>{2, 0, 1}, "a matrix that did not converge is not reported\n");
+  expect_true(few.status() == std::vector<int32_t>{2, 0, 1}, "a matrix that did not converge is not reported");
   none.add(random, Kind::kPositive, 4, 0);
   decompose(none, kSharedLimit);
   wide.add(random, Kind::kZero, kMaxMatrixSize + 1, 1);
   const auto launch = cuda::eigendecompose(wide.params());
   const Workspace workspace(launch->workspace());
-  expect(launch->run(workspace.get(), nullptr) == cudaErrorInvalidValue,
-         "a matrix that is too large was not refused\n");
+  expect_true(launch->run(workspace.get(), nullptr) == cudaErrorInvalidValue,
+              "a matrix that is too large was not refused");
 }
 
-}  // namespace
+void test_launches_do_not_grow() {
+  const int few = static_cast<int>(launches_for(3)), many = static_cast<int>(launches_for(112));
+  if (few != many || few == 0) fail("launches grow with the number of matrices, from %d to %d", few, many);
+  if (!kOnDevice) std::printf("launches of eigendecompose, 3 or 112 matrices: %d\n", many);
+}
 
-int main(int argc, char** argv) {
-  const int seeds = argc > 1 ? std::atoi(argv[1]) : 4;
-  for (int seed = 0; seed < seeds; ++seed) {
-    for (const emulation::Order order : emulation::kOrders) {
-      emulation::set_order(order, static_cast<unsigned>(seed));
+void run_all(Cases& cases) {
+  for (int seed = 0; seed < cases.seeds(4); ++seed) {
+    for (const Order order : kOrders) {
+      set_order(order, static_cast<unsigned>(seed));
       Random random(seed);
-      test_drawn<float>(random, 20, kLimits[seed % 4]);
-      test_drawn<double>(random, 20, kLimits[(seed + 1) % 4]);
+      cases.run("in float", seed, [&] { test_drawn<float>(random, 20, kLimits[seed % 4]); });
+      cases.run("in double", seed, [&] { test_drawn<double>(random, 20, kLimits[(seed + 1) % 4]); });
       if (seed > 0) continue;
-      test_every_single_element(random);
-      test_large(random);
-      if (order == emulation::Order::kShuffled) test_above_the_limit(random);
+      cases.run("every single element", seed, [&] { test_every_single_element(random); });
+      cases.run("large", seed, [&] { test_large(random); });
+      if (order == Order::kShuffled) cases.run("above the limit", seed, [&] { test_above_the_limit(random); });
     }
   }
-  test_status_and_refusals();
-  const int64_t few = launches_for(3), many = launches_for(112);
-  expect(few == many, "the number of launches grows with the number of matrices\n");
-  std::printf("eigendecompose decomposes in every order; launches for 3 and for 112 matrices: %d\n",
-              static_cast<int>(many));
-  return 0;
+  cases.run("status and refusals", 2, test_status_and_refusals);
+  cases.run("launches", 1, test_launches_do_not_grow);
 }
+
+const Registered here("eigendecompose", run_all);
+
+}  // namespace

@@ -1,15 +1,10 @@
-// Every CUDA kernel, compiled by g++ and run thread by thread, against csrc/cpu on drawn layers; in three orders
-// of threads and blocks, with poisoned shared memory, under sanitizers.
-#include <cstdlib>
+// The CUDA kernels of the statistics against csrc/cpu on drawn layers. On the emulator: compiled by g++ and run thread
+// by thread, in three orders of threads and blocks, with poisoned shared memory, under sanitizers.
 #include <memory>
 
-#include "covariances.h"
-#include "cross_layer_sums.h"
-#include "cuda_emulation.h"
-#include "drawn.h"
+#include "cases.h"
 #include "drawn_sums.h"
-#include "layer_maps.h"
-#include "workspace.h"
+#include "run_on_device.h"
 
 using namespace kfac2;
 using namespace kfac2::tests;
@@ -100,13 +95,13 @@ void test_layers(const DrawnLayers& layers) {
   const int64_t group_count = static_cast<int64_t>(groups.size());
   const auto map_size = [](const RowSource& s) { return s.batch * s.grid_places(); };
   Outputs maps(groups, map_size), expected_maps(groups, map_size);
-  run_emulated("layer_maps", *cuda::layer_maps({groups.data(), maps.pointers.data(), group_count}));
+  run_on_device("layer_maps", cuda::layer_maps, {groups.data(), maps.pointers.data(), group_count});
   run(*cpu::layer_maps({groups.data(), expected_maps.pointers.data(), group_count}));
   expect_same("layer_maps", groups, maps, expected_maps, map_size);
 
   const auto size = [](const RowSource& s) { return s.window.groups * s.row_length() * s.row_length(); };
   Outputs covariances(sources, size), expected(sources, size);
-  run_emulated("covariances", *cuda::covariances({sources.data(), covariances.pointers.data(), count}));
+  run_on_device("covariances", cuda::covariances, {sources.data(), covariances.pointers.data(), count});
   run(*cpu::covariances({sources.data(), expected.pointers.data(), count}));
   expect_same("covariances", sources, covariances, expected, size);
 }
@@ -138,7 +133,7 @@ void test_sums(Random& random) {
                               batch,
                               sizeof(T) == sizeof(double),
                               draw(random, 0, 1) == 0 ? Downsample::kNearest : Downsample::kArea};
-  run_emulated("cross_layer_sums", *cuda::cross_layer_sums(params));
+  run_on_device("cross_layer_sums", cuda::cross_layer_sums, params);
   params.sums = expected.data();
   run(*cpu::cross_layer_sums(params));
   expect_equal("cross_layer_sums", sums.data(), expected.data(), sums.size(), tolerance);
@@ -148,8 +143,9 @@ void test_sums(Random& random) {
   for (int64_t& layer : layer_of_block) layer = draw(random, 0, layers - 1);
   std::vector<T> fisher(layers * layers), expected_fisher(layers * layers);
   DrawnSums<T> inputs(random, count), grads(random, count), expected_inputs = inputs, expected_grads = grads;
-  run_emulated("coarse_fisher", *cuda::coarse_fisher({inputs.params(), grads.params(), 0.7, layer_of_block.data(),
-                                                      fisher.data(), count, layers, params.is_double}));
+  run_on_device(
+      "coarse_fisher", cuda::coarse_fisher,
+      {inputs.params(), grads.params(), 0.7, layer_of_block.data(), fisher.data(), count, layers, params.is_double});
   run(*cpu::coarse_fisher({expected_inputs.params(), expected_grads.params(), 0.7, layer_of_block.data(),
                            expected_fisher.data(), count, layers, params.is_double}));
   expect_equal("averages of inputs", inputs.averages.data(), expected_inputs.averages.data(), count * count, tolerance);
@@ -175,36 +171,34 @@ std::vector<int64_t> launches_for(int64_t count) {
   Outputs map_outputs(sources, map_size), covariances(sources, size);
   std::vector<float> sums(count * count);
   std::vector<int64_t> layer_of_block(count, 0);
-  std::vector<int64_t> launches;
-  const auto count_launches = [&](const char* what, const std::unique_ptr<cuda::Launch>& launch) {
-    const int64_t before = emulation::launches();
-    run_emulated(what, *launch);
-    launches.push_back(emulation::launches() - before);
-  };
-  count_launches("layer_maps", cuda::layer_maps({sources.data(), map_outputs.pointers.data(), count}));
-  count_launches("covariances", cuda::covariances({sources.data(), covariances.pointers.data(), count}));
-  count_launches("cross_layer_sums", cuda::cross_layer_sums({maps.data(), sums.data(), nullptr, 0, 1, count, 2, false,
-                                                             Downsample::kNearest}));
   float fisher = 0;
   DrawnSums<float> inputs(random, count), grads(random, count);
-  count_launches("coarse_fisher", cuda::coarse_fisher({inputs.params(), grads.params(), 0.5, layer_of_block.data(),
-                                                       &fisher, count, 1, false}));
-  return launches;
+  std::vector<int64_t> before = {launches()};
+  run_on_device("layer_maps", cuda::layer_maps, {sources.data(), map_outputs.pointers.data(), count});
+  before.push_back(launches());
+  run_on_device("covariances", cuda::covariances, {sources.data(), covariances.pointers.data(), count});
+  before.push_back(launches());
+  run_on_device("cross_layer_sums", cuda::cross_layer_sums,
+                {maps.data(), sums.data(), nullptr, 0, 1, count, 2, false, Downsample::kNearest});
+  before.push_back(launches());
+  run_on_device("coarse_fisher", cuda::coarse_fisher,
+                {inputs.params(), grads.params(), 0.5, layer_of_block.data(), &fisher, count, 1, false});
+  before.push_back(launches());
+  std::vector<int64_t> of_each;
+  for (size_t op = 0; op + 1 < before.size(); ++op) of_each.push_back(before[op + 1] - before[op]);
+  return of_each;
 }
 
 // Beside the launches of the op there is one for each 30 KB of tables.
 void test_launches_do_not_grow_with_layers() {
   const std::vector<int64_t> few = launches_for(3), many = launches_for(112);
+  const char* names[] = {"layer_maps", "covariances", "cross_layer_sums", "coarse_fisher"};
   const int64_t tables[] = {2, 2, 1, 1};  // so many for 112 layers, at most
   for (size_t op = 0; op < few.size(); ++op) {
-    if (many[op] - few[op] < tables[op]) continue;
-    std::fputs("the number of launches grows with the number of layers\n", stderr);
-    std::exit(1);
-  }
-  const char* names[] = {"layer_maps", "covariances", "cross_layer_sums", "coarse_fisher"};
-  for (size_t op = 0; op < few.size(); ++op) {
-    std::printf("launches of %s: %d for 3 layers, %d for 112\n", names[op], static_cast<int>(few[op]),
-                static_cast<int>(many[op]));
+    const int for_few = static_cast<int>(few[op]), for_many = static_cast<int>(many[op]);
+    if (for_few == 0 || for_many - for_few >= tables[op])
+      fail("launches of %s grow with the number of layers, from %d to %d", names[op], for_few, for_many);
+    if (!kOnDevice) std::printf("launches of %s: %d for 3 layers, %d for 112\n", names[op], for_few, for_many);
   }
 }
 
@@ -214,31 +208,30 @@ void test_refusals() {
   DrawnSource<float> layer(random, ElementType::kFloat32, 1, 1, 1, 80, 3);
   std::vector<float> out(1 << 16, -1.0f);
   void* pointer = out.data();
-  const int64_t before = emulation::launches();
+  const int64_t before = launches();
   layer.source.extent[2] = layer.source.window.kernel[2] = 5000;  // one patch does not fit into shared memory
   const auto launch = cuda::layer_maps({&layer.source, &pointer, 1});
   const Workspace workspace(launch->workspace());
   const int maps = launch->run(workspace.get(), nullptr);
-  expect_true(maps == cudaErrorInvalidValue && emulation::launches() == before && out[0] == -1.0f,
+  expect_true(maps == cudaErrorInvalidValue && launches() == before && out[0] == -1.0f,
               "a kernel did not refuse what it cannot do");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const int seeds = argc > 1 ? std::atoi(argv[1]) : 8;
-  for (int seed = 0; seed < seeds; ++seed) {
-    for (const emulation::Order order : emulation::kOrders) {
-      emulation::set_order(order, static_cast<unsigned>(seed));
+void run_all(Cases& cases) {
+  for (int seed = 0; seed < cases.seeds(8); ++seed) {
+    for (const Order order : kOrders) {
+      set_order(order, static_cast<unsigned>(seed));
       Random random(seed);
-      test_layers(DrawnLayers(random));
-      if (seed == 0) test_layers(DrawnLayers::large(random));
-      test_sums<float>(random);
-      test_sums<double>(random);
+      cases.run("layers", seed, [&] { test_layers(DrawnLayers(random)); });
+      if (seed == 0) cases.run("large layers", seed, [&] { test_layers(DrawnLayers::large(random)); });
+      cases.run("sums in float", seed, [&] { test_sums<float>(random); });
+      cases.run("sums in double", seed, [&] { test_sums<double>(random); });
     }
   }
-  test_launches_do_not_grow_with_layers();
-  test_refusals();
-  std::puts("CUDA kernels agree with the CPU kernels in every order");
-  return 0;
+  cases.run("launches", 1, test_launches_do_not_grow_with_layers);
+  cases.run("refusals", 2, test_refusals);
 }
+
+const Registered here("kernels", run_all);
+
+}  // namespace

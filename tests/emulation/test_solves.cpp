@@ -1,10 +1,8 @@
-// The CUDA kernels that invert factors against csrc/cpu, in three orders of threads and blocks.
+// The CUDA kernels that invert factors against csrc/cpu; on the emulator, in three orders of threads and blocks.
 #include <limits>
 
-#include "cuda_emulation.h"
-#include "drawn.h"
-#include "factored_tikhonov_inverse.h"
-#include "workspace.h"
+#include "cases.h"
+#include "run_on_device.h"
 
 using namespace kfac2;
 using namespace kfac2::tests;
@@ -38,7 +36,7 @@ struct DrawnPairs {
   }
 
   void invert_on_device(double damping) {
-    run_emulated("factored_tikhonov_inverse", *cuda::factored_tikhonov_inverse(params(damping)));
+    run_on_device("factored_tikhonov_inverse", cuda::factored_tikhonov_inverse, params(damping));
   }
 
   void invert_on_host(double damping) { run(*cpu::factored_tikhonov_inverse(params(damping))); }
@@ -47,11 +45,8 @@ struct DrawnPairs {
 template <typename T>
 void expect_same_inverses(DrawnPairs<T>& got, DrawnPairs<T>& expected) {
   for (size_t i = 0; i < got.pairs.size(); ++i) {
-    if (got.status[i] != expected.status[i]) {
-      std::fprintf(stderr, "status of pair %d: %d, expected %d\n", static_cast<int>(i), got.status[i],
-                   expected.status[i]);
-      std::exit(1);
-    }
+    if (got.status[i] != expected.status[i])
+      fail("status of pair %d: %d, expected %d", static_cast<int>(i), got.status[i], expected.status[i]);
     if (expected.status[i] != 0) continue;
     const FactorPair &a = got.pairs[i], &b = expected.pairs[i];
     const double tolerance = sizeof(T) == sizeof(double) ? 1e-11 : 1e-4;
@@ -85,51 +80,45 @@ void test_bad_factors() {
   got.invert_on_device(0.01);
   expected.invert_on_host(0.01);
   expect_same_inverses(got, expected);
-  if (got.status != std::vector<int32_t>{0, 1, 1, 1, 1, 0}) {
-    std::fputs("factors that cannot be inverted were not reported, or sound ones were\n", stderr);
-    std::exit(1);
-  }
+  expect_true(got.status == std::vector<int32_t>{0, 1, 1, 1, 1, 0},
+              "factors that cannot be inverted were not reported, or sound ones were");
 }
 
 int64_t launches_for(const std::vector<int64_t>& sizes) {
   Random random(1);
   DrawnPairs<float> pairs(random, sizes);
-  const int64_t before = emulation::launches();
+  const int64_t before = launches();
   pairs.invert_on_device(0.01);
-  return emulation::launches() - before;
+  return launches() - before;
 }
 
 void test_launches_do_not_grow_with_layers() {
   std::vector<int64_t> few = {10, 70, 3, 4}, many;
   for (int i = 0; i < 56; ++i) many.insert(many.end(), few.begin(), few.end());
-  const int64_t for_few = launches_for(few), for_many = launches_for(many);
-  if (for_few != for_many) {
-    std::fprintf(stderr, "the number of launches grows with the number of layers, %d to %d\n",
-                 static_cast<int>(for_few), static_cast<int>(for_many));
-    std::exit(1);
-  }
-  std::printf("launches of factored_tikhonov_inverse, 2 or 112 layers, two blocks of rows at most: %d\n",
-              static_cast<int>(for_few));
+  const int for_few = static_cast<int>(launches_for(few)), for_many = static_cast<int>(launches_for(many));
+  if (for_few != for_many || for_few == 0) fail("launches grow with the number of layers, %d to %d", for_few, for_many);
+  if (!kOnDevice)
+    std::printf("launches of factored_tikhonov_inverse, 2 or 112 layers, two blocks of rows at most: %d\n", for_few);
 }
 
-}  // namespace
-
-int main() {
-  for (const emulation::Order order : emulation::kOrders) {
-    for (int seed = 0; seed < 3; ++seed) {
-      emulation::set_order(order, static_cast<unsigned>(seed));
+void run_all(Cases& cases) {
+  for (const Order order : kOrders) {
+    for (int seed = 0; seed < cases.seeds(3); ++seed) {
+      set_order(order, static_cast<unsigned>(seed));
       Random random(100 + seed);
       std::vector<int64_t> sizes;
       for (int i = 0; i < 8; ++i) sizes.push_back(draw(random, 1, 40));
-      test_inverses<double>(seed, sizes);
+      cases.run("small in double", seed, [&] { test_inverses<double>(seed, sizes); });
       sizes.insert(sizes.end(), {64, 65, 32, 33, 130, 1});
-      test_inverses<float>(seed, sizes);
-      test_inverses<double>(seed, {33, 70});
+      cases.run("in float", seed, [&] { test_inverses<float>(seed, sizes); });
+      cases.run("in double", seed, [&] { test_inverses<double>(seed, {33, 70}); });
     }
-    test_bad_factors<float>();
-    test_bad_factors<double>();
+    cases.run("bad factors in float", 1, test_bad_factors<float>);
+    cases.run("bad factors in double", 1, test_bad_factors<double>);
   }
-  test_launches_do_not_grow_with_layers();
-  std::puts("CUDA solves agree with the CPU's in every order");
-  return 0;
+  cases.run("launches", 1, test_launches_do_not_grow_with_layers);
 }
+
+const Registered here("solves", run_all);
+
+}  // namespace

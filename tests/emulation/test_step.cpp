@@ -1,14 +1,10 @@
-// The CUDA kernels of every step against csrc/cpu: gather, shift and scale, write; in three orders.
+// The CUDA kernels of every step against csrc/cpu: gather, shift and scale, write; on the emulator, in three orders.
 #include <cmath>
 #include <limits>
 #include <memory>
 
-#include "cuda_emulation.h"
-#include "drawn.h"
-#include "gather_gradients.h"
-#include "shift_and_scale.h"
-#include "workspace.h"
-#include "write_gradients.h"
+#include "cases.h"
+#include "run_on_device.h"
 
 using namespace kfac2;
 using namespace kfac2::tests;
@@ -144,12 +140,12 @@ void step_on_device(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& 
   constexpr bool is_double = sizeof(T) == sizeof(double);
   const GatherGradientsParams gather{step.parts.data(), results.matrices.data(), &results.first_bad,
                                      step.count(),      2 * step.count(),        is_double};
-  run_emulated("gather_gradients", *cuda::gather_gradients(gather));
-  run_emulated("shift_and_scale", *cuda::shift_and_scale(inputs.params(step, results)));
+  run_on_device("gather_gradients", cuda::gather_gradients, gather);
+  run_on_device("shift_and_scale", cuda::shift_and_scale, inputs.params(step, results));
   const WriteGradientsParams write{
       step.parts.data(), inputs.directions.data(), results.shifts.data(), results.factors.data(),
       &results.found,    inputs.usable.data(),     step.count(),          is_double};
-  run_emulated("write_gradients", *cuda::write_gradients(write));
+  run_on_device("write_gradients", cuda::write_gradients, write);
 }
 
 template <typename T>
@@ -163,9 +159,7 @@ void step_on_host(const DrawnStep& step, const Inputs<T>& inputs, Results<T>& re
 }
 
 void expect_same(bool same, const char* what) {
-  if (same) return;
-  std::fprintf(stderr, "%s differs\n", what);
-  std::exit(1);
+  if (!same) fail("%s differs", what);
 }
 
 void expect_same_gradients(const DrawnStep& got, const DrawnStep& expected) {
@@ -228,34 +222,42 @@ int64_t launches_for(int64_t layers) {
   const Inputs<float> inputs(random, step);
   Results<float> results;
   results.matrices.assign(step.elements, 0.0f);
-  const int64_t before = emulation::launches();
+  const int64_t before = launches();
   step_on_device(step, inputs, results);
-  return emulation::launches() - before;
+  return launches() - before;
 }
+
+void test_launches_do_not_grow_with_layers() {
+  const int few = static_cast<int>(launches_for(3)), many = static_cast<int>(launches_for(112));
+  if (few == 0 || many > few + 2)  // of tables: one more for each 30 KB of them, twice
+    fail("launches grow with the number of layers, from %d to %d", few, many);
+  if (!kOnDevice) std::printf("launches of a step beside its products: %d for 3 layers, %d for 112\n", few, many);
+}
+
+template <typename T>
+void run(Cases& cases, int seed, int64_t layers, int64_t largest, const char* poison = nullptr) {
+  const std::string name = std::string(sizeof(T) == sizeof(double) ? "in double" : "in float") +
+                           (poison == nullptr ? "" : std::string(", not finite: ") + poison);
+  cases.run(name.c_str(), seed, [&] { test_step<T>(seed, layers, largest, poison); });
+}
+
+void run_all(Cases& cases) {
+  for (const Order order : kOrders) {
+    set_order(order, 1);
+    for (int seed = 0; seed < cases.seeds(4); ++seed) {
+      run<float>(cases, seed, 1 + 5 * seed, 9);
+      run<double>(cases, seed, 1 + 5 * seed, 9);
+    }
+    run<float>(cases, 9, 3, 400);  // several items of a gradient, and of a layer
+    run<float>(cases, 10, 40, 3);  // more layers than warps
+    run<float>(cases, 11, 4, 5, "layer");
+    run<double>(cases, 12, 4, 5, "other");
+    run<float>(cases, 13, 4, 5, "direction");
+    run<double>(cases, 14, 40, 5, "direction");
+  }
+  cases.run("launches", 3, test_launches_do_not_grow_with_layers);
+}
+
+const Registered here("step", run_all);
 
 }  // namespace
-
-int main() {
-  for (const emulation::Order order : emulation::kOrders) {
-    emulation::set_order(order, 1);
-    for (int seed = 0; seed < 4; ++seed) {
-      test_step<float>(seed, 1 + 5 * seed, 9, nullptr);
-      test_step<double>(seed, 1 + 5 * seed, 9, nullptr);
-    }
-    test_step<float>(9, 3, 400, nullptr);  // several items of a gradient, and of a layer
-    test_step<float>(10, 40, 3, nullptr);  // more layers than warps
-    test_step<float>(11, 4, 5, "layer");
-    test_step<double>(12, 4, 5, "other");
-    test_step<float>(13, 4, 5, "direction");
-    test_step<double>(14, 40, 5, "direction");
-  }
-  const int64_t few = launches_for(3), many = launches_for(112);
-  std::printf("launches of a step beside its products: %d for 3 layers, %d for 112\n", static_cast<int>(few),
-              static_cast<int>(many));
-  if (many > few + 2) {  // of tables: one more for each 30 KB of them, twice
-    std::fputs("the number of launches grows with the number of layers\n", stderr);
-    return 1;
-  }
-  std::puts("CUDA kernels of the step agree with the CPU's in every order");
-  return 0;
-}

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "op.h"
@@ -166,13 +166,23 @@ inline std::vector<RowSource> split_groups(const std::vector<RowSource>& sources
   return groups;
 }
 
-inline void expect_true(bool holds, const char* otherwise) {
-  if (holds) return;
-  std::fprintf(stderr, "%s\n", otherwise);
-  std::exit(1);
+// Ends a case, or a program that does not catch it.
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <typename... Values>
+[[noreturn]] void fail(const char* format, Values... values) {
+  char message[512];
+  std::snprintf(message, sizeof message, format, values...);
+  throw Failure(message);
 }
 
-// Compares two arrays by the norm of their difference; stops the program where they differ.
+inline void expect_true(bool holds, const char* otherwise) {
+  if (!holds) fail("%s", otherwise);
+}
+
+// Compares two arrays by the norm of their difference.
 template <typename A, typename B>
 void expect_equal(const char* what, const A* got, const B* expected, int64_t count, double tolerance) {
   double difference = 0, norm = 0;
@@ -181,10 +191,7 @@ void expect_equal(const char* what, const A* got, const B* expected, int64_t cou
     difference += d * d;
     norm += static_cast<double>(expected[i]) * static_cast<double>(expected[i]);
   }
-  if (!(difference <= tolerance * tolerance * norm)) {
-    std::fprintf(stderr, "%s: squared error %g of %g\n", what, difference, norm);
-    std::exit(1);
-  }
+  if (!(difference <= tolerance * tolerance * norm)) fail("%s: squared error %g of %g", what, difference, norm);
 }
 
 }  // namespace kfac2::tests
