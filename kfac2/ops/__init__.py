@@ -6,7 +6,7 @@
 | `cross_layer_sums` | inner products of all pairs of maps | csrc |
 | `average_coarse_sums` | running averages of these, and the L×L Fisher of the second level | csrc |
 | `coarse_fisher` | the latter alone | torch; csrc where a layer has several blocks |
-| `covariances`, with `input_covariance` and `grad_covariance` | Kronecker factors, all layers | csrc; torch: wide, CUDA |
+| `covariances`, with `input_covariance` and `grad_covariance` | Kronecker factors, all layers | csrc; torch (CUDA) |
 | `directional_derivatives` | gᵀ D ā of each sample: Fisher norms of steps, all layers | csrc |
 | `factored_tikhonov_inverse` | damped inverses of both factors, all layers | csrc; torch for large ones on a CPU |
 | `eigendecompose` | both factors of every layer, for the exact damped inverse | torch; csrc for small sizes on CUDA |
