@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from kfac2.layout import Layout
-
-FLOOR = 1e-3  # r
+from kfac2.weight_norms import WeightNorms
 
 
 class Limits(NamedTuple):
@@ -28,26 +27,6 @@ class Limits(NamedTuple):
     seen: tuple[bool, ...]
 
 
-class _Weights:
-    """The weights and biases of all layers, and how many numbers there are of each layer."""
-
-    def __init__(self, layout: Layout) -> None:
-        parts = [(i, p) for i, layer in enumerate(layout.layers) for p in (layer.weight, layer.bias) if p is not None]
-        self.layout = layout
-        self._parameters = [parameter.detach() for _, parameter in parts]
-        self._layer_of_part = torch.tensor([i for i, _ in parts], device=layout.device)
-        counts = torch.tensor([p.numel() for p in self._parameters], dtype=torch.float64, device=layout.device)
-        self.floors = FLOOR * self._added(counts).sqrt()
-
-    def _added(self, parts: Tensor) -> Tensor:
-        return parts.new_zeros(len(self.layout.layers)).index_add_(0, self._layer_of_part, parts)
-
-    def norms(self) -> Tensor:
-        """Take |W_i| as the weights are now."""
-        norms = torch._foreach_norm(self._parameters)
-        return self._added(torch.stack([norm.double() for norm in norms]).square()).sqrt()
-
-
 class ChangeLimit:
     """Holds each layer's direction to a share of its weights: |v_i| ≤ max(ρ |W_i|, r √n_i), norms of weight and bias.
 
@@ -64,12 +43,13 @@ class ChangeLimit:
     def __init__(self) -> None:
         self.current: Limits | None = None
         self.norms: Tensor | None = None
-        self._weights: _Weights | None = None
+        self._weights: WeightNorms | None = None
+        self._layout: Layout | None = None  # that they are of
 
     @property
     def names(self) -> list[str]:
         """Names of the layers that the limits are of."""
-        return [] if self._weights is None else [layer.name for layer in self._weights.layout.layers]
+        return [] if self._layout is None else [layer.name for layer in self._layout.layers]
 
     def prepared(self, layout: Layout, share: float | None, seen: tuple[bool, ...], renew: bool) -> Limits | None:
         """Return the limits of a step; commit nothing.
@@ -86,14 +66,14 @@ class ChangeLimit:
         last = self.current
         if last is not None and not renew and (last.share, last.seen) == (share, seen):
             return last
-        return self._limits(weights, weights.norms() if last is None or renew else last.weight_norms, share, seen)
+        return self._limits(weights, weights.now() if last is None or renew else last.weight_norms, share, seen)
 
-    def _weights_of(self, layout: Layout) -> _Weights:
-        if self._weights is None or self._weights.layout is not layout:
-            self._weights, self.current = _Weights(layout), None
+    def _weights_of(self, layout: Layout) -> WeightNorms:
+        if self._weights is None or self._layout is not layout:
+            self._weights, self._layout, self.current = WeightNorms(layout.layers, layout.device), layout, None
         return self._weights
 
-    def _limits(self, weights: _Weights, norms: Tensor, share: float, seen: tuple[bool, ...]) -> Limits:
+    def _limits(self, weights: WeightNorms, norms: Tensor, share: float, seen: tuple[bool, ...]) -> Limits:
         values = torch.maximum(share * norms, weights.floors)
         return Limits(norms, torch.where(torch.tensor(seen, device=norms.device), values, torch.inf), share, seen)
 
@@ -116,7 +96,7 @@ class ChangeLimit:
 
     def state(self, layout: Layout) -> Tensor | None:
         """Copy |W_i| of the layers with statistics, (number of these,); None where the next step takes them anew."""
-        if self.current is None or self._weights is None or self._weights.layout is not layout:
+        if self.current is None or self._layout is not layout:
             return None
         return self.current.weight_norms[torch.tensor(self.current.seen, device=self.current.values.device)]
 
@@ -132,7 +112,7 @@ class ChangeLimit:
         limits = None
         if share is not None and any(seen):
             weights = self._weights_of(layout)
-            norms = weights.norms()
+            norms = weights.now()
             if state is not None:
                 norms[torch.tensor(seen, device=norms.device)] = state.to(norms)
             limits = self._limits(weights, norms, share, seen)

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac2.change_limit import FLOOR
 from kfac2.coarse.directions import TAU, Quadratic, coefficients, divergence_of, quadratic, with_correlations
 from kfac2.descent import Rate, times
 from kfac2.divergence import KeptPass, Matrices, derivatives
 from kfac2.kinds import Layer
 from kfac2.signal_share import SignalShare
+from kfac2.weight_norms import WeightNorms
 
 PER_LAYER = 32  # samples for each layer, where nothing else is said: 16 for each unknown
 MOST_DAMPING = 0.01  # c while steps are taken in the space: the coefficients, too, hold a step back
@@ -62,27 +62,19 @@ class _Layers:
         self.layers = layers
         self.names = tuple(layer.name for layer in layers)
         self.matrices = Matrices(layers, 2)
-        parts = [(i, p) for i, layer in enumerate(layers) for p in (layer.weight, layer.bias) if p is not None]
-        self._weights = [p for _, p in parts]
+        self._weights = WeightNorms(layers, layers[0].weight.device)
         self._made_for = self._kind()
-        self._layer_of_part = torch.tensor([i for i, _ in parts], device=layers[0].weight.device)
-        sizes = torch.tensor([p.numel() for p in self._weights], dtype=torch.float64, device=layers[0].weight.device)
-        self._floors = FLOOR**2 * self._added(sizes)
 
     def _kind(self) -> list[tuple[torch.dtype, torch.device]]:
-        return [(p.dtype, p.device) for p in self._weights]
+        return [(p.dtype, p.device) for p in self._weights.parameters]
 
     def fits(self, layers: list[Layer]) -> bool:
         """Tell whether these are the layers, where and in what dtype they were."""
         return layers == self.layers and self._kind() == self._made_for
 
-    def _added(self, parts: Tensor) -> Tensor:
-        return parts.new_zeros(len(self.layers)).index_add_(0, self._layer_of_part, parts)
-
     def squares(self) -> Tensor:
         """Return |W_i|², (L,), with a floor: weights may be 0."""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self._weights])).double()
-        return torch.maximum(self._added(norms.square()), self._floors)
+        return torch.maximum(self._weights.now(), self._weights.floors).square()
 
 
 class Directed:
