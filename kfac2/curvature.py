@@ -188,11 +188,13 @@ class Curvature(Readings):
             self.iteration.discard()
 
     @torch.no_grad()
-    def collect(self, prediction: Prediction, mask: Tensor | None = None, has_loss: bool = True) -> None:
+    def collect(
+        self, prediction: Prediction, mask: Tensor | None = None, has_loss: bool = True, is_summed: bool = True
+    ) -> None:
         """Sum up one pass of this iteration, see `Iteration.collect`."""
         self._follow()
         if self.layout.layers:
-            self.iteration.collect(prediction, mask, has_loss)
+            self.iteration.collect(prediction, mask, has_loss, is_summed)
 
     @torch.no_grad()
     def collect_backward(self) -> None:

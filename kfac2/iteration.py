@@ -34,7 +34,6 @@ class Iteration:
         sums: of those that count.
         kept: what is kept of their rows, until who asked for it clears the list.
         keeps: how many of so many samples of a pass are kept, at most; None: nothing is kept.
-        sums_factors: whether passes are summed up; else their rows are only kept.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Iteration:
         self.sums = Sums()
         self.kept: list[KeptPass] = []
         self.keeps: Callable[[int], int] | None = None
-        self.sums_factors = True
         self._layout = layout
         self._collector = collector
         self._coarse = coarse
@@ -58,13 +56,16 @@ class Iteration:
         self._observe = observe
         self._warn_once = warn_once
 
-    def collect(self, prediction: Prediction, mask: Tensor | None, has_loss: bool = True) -> None:
+    def collect(
+        self, prediction: Prediction, mask: Tensor | None, has_loss: bool = True, is_summed: bool = True
+    ) -> None:
         """Sum up one pass, which waits; raises what `scores_of` and `Collector.sample` do. A NaN waits, too.
 
         Args:
             prediction: the model's predictive distribution.
             mask: which tokens are data, or None.
             has_loss: whether a loss of the same forward pass goes backward; else the pass counts in any case.
+            is_summed: whether the pass is summed up; else its rows are only kept.
         """
         if any(one.went_backward for one in self.pending) and not _has_gradient(self._layout()):
             self.pending = [one for one in self.pending if not one.went_backward]  # their gradients were thrown away
@@ -77,7 +78,7 @@ class Iteration:
             return
         passes, traces = self._collector.sample(scores, mask)
         if passes:
-            self.pending.append(replace(self._summed(passes, traces), has_loss=has_loss))
+            self.pending.append(replace(self._summed(passes, traces, is_summed), has_loss=has_loss))
 
     def collect_backward(self) -> None:
         """Sum up the ordinary backward passes (the empirical Fisher), which count at once."""
@@ -101,9 +102,9 @@ class Iteration:
         self.pending = []
         return bad
 
-    def _summed(self, passes: Sequence[Pass], traces: list[Trace]) -> Pending:
+    def _summed(self, passes: Sequence[Pass], traces: list[Trace], is_summed: bool = True) -> Pending:
         sums = Sums()
-        for passed in passes if self.sums_factors else ():
+        for passed in passes if is_summed else ():
             sums.add_factors(passed)
             self._coarse.add(self._layout(), sums, passed)
             self._observe(passed, sums)

@@ -182,7 +182,6 @@ class Preconditioner(Readings):
             raise TypeError(f"samples must be left out with a distribution, got {samples!r}: it says how many itself")
         if not self.needs_fisher:
             return
-        self.curvature.iteration.sums_factors = self._wants_statistics()
         if callable(distribution):
             check_option("samples", samples, int, lambda v: v >= 1, "an int of at least 1 with a function")
             self._collect_of_its_own(distribution, mask, samples)  # type: ignore[arg-type]
@@ -194,7 +193,7 @@ class Preconditioner(Readings):
         if had_own_passes:
             self.curvature.collector.captures.turn(True)
         try:
-            self.curvature.collect(distribution, mask)
+            self.curvature.collect(distribution, mask, is_summed=self._wants_statistics())
         except ValueError as error:
             if not had_own_passes:
                 raise
@@ -218,7 +217,8 @@ class Preconditioner(Readings):
             finally:  # no other forward pass is looked at from now on
                 self._has_own_passes = captures.has_loss = True
                 captures.turn(False)
-            self.curvature.collect(prediction, None if mask is None else mask[part], has_loss=False)
+            of_part = None if mask is None else mask[part]
+            self.curvature.collect(prediction, of_part, has_loss=False, is_summed=self._wants_statistics())
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
         """Precondition the gradients in place: statistics, inverses, both levels, KL clip, limits.

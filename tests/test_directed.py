@@ -552,3 +552,13 @@ def test_rows_that_fit_no_samples_count_for_themselves():
     opt = kfac2.KFAC(task.model, coarse="directions")
     losses = [iterate(task.model, opt, task.x, task.target) for _ in range(12)]
     assert losses[-1] < 0.9 * losses[0] and opt._directed.latest.names == ("inner", "expert", "head")
+
+
+def test_statistics_taken_by_hand_are_summed_up_after_an_iteration_of_rows():
+    model, x, y = mlp()
+    opt = kfac2.KFAC(model, coarse="directions")
+    for _ in range(3):
+        iterate(model, opt, x, y)
+    before = opt.curvature.averages.updates
+    opt.curvature.accumulate(Categorical(logits=model(x)))
+    assert opt.curvature.averages.updates == before + 1
