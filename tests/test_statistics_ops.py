@@ -1,5 +1,6 @@
 """The statistics ops against kfac2.reference, which forms patches and every A_ij, over drawn shapes."""
 
+import subprocess
 import sys
 from unittest import mock
 
@@ -59,6 +60,33 @@ def test_wide_rows_among_others(monkeypatch, chosen):
     monkeypatch.setattr(covariances_module, "is_faster", lambda x, window: x.data_ptr() in pointers)
     for a, b in zip(ops.covariances(tensors, windows), native, strict=True):
         assert_equal(a, b, 1e-5)
+
+
+PRECISION = """
+import torch
+from types import SimpleNamespace
+from kfac2.ops.gram_matrices import is_faster
+from kfac2.window import Window
+
+def goes(channels, kernel, dtype=torch.float32):
+    x = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(8, channels, 9, 9))
+    return is_faster(x, Window.of(2, kernel))
+
+print(goes(128, 1), goes(256, 1), goes(256, 3), goes(128, 3, torch.bfloat16), goes(512, 1, torch.float64))
+"""
+
+
+@pytest.mark.parametrize("setting, wide", [
+    ("", "False True False True False"),
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "True True True True False"),
+    ("torch.set_float32_matmul_precision('high')", "True True True True False"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "True True True True False"),
+])  # fmt: skip
+def test_which_rows_are_wide_by_every_name_of_the_precision(setting, wide):
+    """In a process of its own: torch refuses the older name once the newer was used."""
+    script = PRECISION.replace("import torch\n", f"import torch\n{setting}\n", 1)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == wide, done.stderr
 
 
 def test_a_gram_matrix_of_rows_rounded_to_tf32_is_semi_definite():

@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import directions_cost
 import numpy as np
 import pytest
 import study
@@ -192,3 +193,13 @@ def test_the_distribution_is_the_loss(name, monkeypatch):
     ]
     torch.testing.assert_close(*differences, rtol=1e-4, atol=1e-3)
     assert math.isfinite(study.tested(problem, model)[0])
+
+
+def test_the_cost_of_directions_is_measured_beside_one_level():
+    shown = directions_cost.measure("regression-whole", rounds=2)
+    assert "9 layers" in shown
+    for title in ("one level", "left for noise", "rows of the whole batch", "a pass of its own of 288 samples"):
+        (line,) = [line for line in shown.splitlines() if line.startswith(f"| {title} ")]
+        whole, *parts = line.split("|")[2:-1]
+        assert float(whole.split()[0]) == pytest.approx(sum(map(float, parts)), abs=0.2)
+        assert (float(parts[0]) > 0) == title.startswith("a pass of its own")

@@ -32,7 +32,8 @@ def is_faster(x: Tensor, window: Window) -> bool:
     """
     if not x.is_cuda or window.groups > 1 or x.dtype == torch.float64:
         return False
-    is_strict = x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    # allow_tf32, the older name, raises where a user has set this one
+    is_strict = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     is_patch = math.prod(window.kernel_size) > 1
     # In strict float32 the native kernel, which multiplies a patch's pairs of channels once for all offsets with the
     # same distance, needs a sixth of the operations for a 3x3 kernel.
