@@ -55,6 +55,16 @@ def iterate(model, opt, x, y, predict=None):
     return parts
 
 
+def iterate_in_halves(model, opt, x, y):
+    """The same with two micro-batches of 16 and 24 samples."""
+    opt.zero_grad()
+    for half in (slice(0, 16), slice(16, 40)):
+        x_half = x[half]
+        opt.accumulate_fisher(lambda part, x=x_half: Categorical(logits=model(x[part])), samples=len(x_half))
+        F.cross_entropy(model(x_half), y[half]).mul(len(x_half) / 40).backward()
+    opt.step()
+
+
 def running(model):
     return {key: value.clone() for key, value in model.norm.named_buffers()}
 
@@ -205,11 +215,7 @@ def test_several_calls_add_up():
     (model, twin), (x, y) = (plain(), plain()), data()
     model.norm = twin.norm = nn.Identity()
     opt, other = (kfac2.KFAC(net, fisher="exact") for net in (model, twin))
-    for half in (slice(0, 16), slice(16, 40)):
-        x_half = x[half]
-        opt.accumulate_fisher(lambda part, x=x_half: Categorical(logits=model(x[part])), samples=len(x_half))
-        F.cross_entropy(model(x_half), y[half]).mul(len(x_half) / 40).backward()
-    opt.step()
+    iterate_in_halves(model, opt, x, y)
     iterate(twin, other, x, y)
     for ours, theirs in zip(statistics(opt), statistics(other), strict=True):
         assert_equal(ours, theirs, 1e-12)
@@ -222,12 +228,7 @@ def test_micro_batches_have_their_rows_together_in_the_space_of_directions():
     model.norm = twin.norm = nn.Identity()
     opt, other = (kfac2.KFAC(net, fisher="exact", coarse="directions", coarse_samples=40) for net in (model, twin))
     for _ in range(7):
-        opt.zero_grad()
-        for half in (slice(0, 16), slice(16, 40)):
-            x_half = x[half]
-            opt.accumulate_fisher(lambda part, x=x_half: Categorical(logits=model(x[part])), samples=len(x_half))
-            F.cross_entropy(model(x_half), y[half]).mul(len(x_half) / 40).backward()
-        opt.step()
+        iterate_in_halves(model, opt, x, y)
         iterate(twin, other, x, y)
         assert_equal(opt._directed.latest.fine, other._directed.latest.fine, 1e-8)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
