@@ -7,8 +7,6 @@ from collections.abc import Iterable
 
 from torch import Tensor, distributed
 
-from kfac2.fine import Fields
-from kfac2.layout import Stacks
 from kfac2.processes.base import Processes
 from kfac2.statistics import Sums
 
@@ -24,14 +22,6 @@ class Alone(Processes):
         """
         check_alone(())
         return sums
-
-    def owns(self, batch: int) -> bool:
-        """Return True."""
-        return True
-
-    def share(self, fields: Fields, status: Stacks) -> tuple[Fields, Stacks]:
-        """Return what was given."""
-        return fields, status
 
     def agree(self, flag: bool) -> bool:
         """Return the flag."""
