@@ -45,6 +45,8 @@ HYPER_PARAMETERS = [
     ({"samples": 0}, ValueError, "samples must be an int of at least 1, got 0"),
     ({"batch_dim": 2}, ValueError, "batch_dim must be one of 0, 1, got 2"),
     ({"check_every": -1}, ValueError, "check_every must be an int of at least 0"),
+    ({"step_precision": "bf16"}, ValueError, "step_precision must be 'ieee', 'tf32', or None, got 'bf16'"),
+    ({"step_precision": 32}, TypeError, "step_precision must be 'ieee', 'tf32', or None, got 32"),
     ({"skip": ("nothing",)}, ValueError, "skip must name modules of the model in full, got 'nothing'"),
     ({"skip": (3,)}, TypeError, "skip must hold names or regular expressions, got 3"),
     ({"skip": (".*",)}, ValueError, "model must have a Linear or Conv layer"),

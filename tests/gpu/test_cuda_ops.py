@@ -8,6 +8,7 @@ from compare import assert_equal
 from device import DEVICE, needs_device
 
 from kfac2 import ops, reference
+from kfac2.ops import gram_matrices
 from kfac2.window import Window
 
 pytestmark = needs_device
@@ -45,6 +46,33 @@ def test_maps_and_covariances(seed, dtype):
     assert torch.equal(covariance, covariance.T)
     assert_equal(covariance.cpu(), reference.input_covariance(x.double(), *geometry), TOLERANCE[dtype])
     assert_equal(ops.grad_covariance(got).cpu(), reference.grad_covariance(x.double()), TOLERANCE[dtype])
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request):
+    """Torch's precision of float32 products on the device."""
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, request.param
+    yield request.param
+    setting.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape, kernel", [((400, 260), ()), ((3, 257, 20), (1,)), ((2, 130, 9, 7), (3, 2))])
+def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision):
+    """By the library's product: exact in half types and strict float32; of rows rounded alike in TF32."""
+    x, small = torch.randn(shape).to(dtype), torch.randn(5, 3, 4).to(dtype)
+    window, other = Window.of(len(kernel), kernel, padding=len(kernel) // 2, bias=1), Window.of(1, 2)
+    by_library = gram_matrices.is_faster(to_device(x), window)
+    assert by_library == (dtype != torch.float32 or precision == "tf32" or not any(k > 1 for k in kernel))
+    got, rest = ops.covariances([to_device(x), to_device(small)], [window, other])
+    is_rounded = dtype == torch.float32 and precision == "tf32"
+    expected = reference.input_covariance(x.double(), kernel, 1, len(kernel) // 2, 1, True)
+    assert_equal(got[0].cpu(), expected, 1e-3 if is_rounded else 1e-5)
+    assert_equal(rest[0].cpu(), reference.input_covariance(small.double(), 2), 1e-5)
+    assert torch.equal(got, got.mT)
+    values = torch.linalg.eigvalsh(got[0].cpu().double())
+    assert values.min() > -1e-5 * values.max()  # sums in float32
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
