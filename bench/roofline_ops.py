@@ -21,7 +21,7 @@ FLOAT, DOUBLE = 4, 8
 ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2}  # bytes of an activation, by the precision of the library's products
 TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables.cu
 # sizeof of the tables' entries, csrc/kernels
-MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 296, 128, 528
+MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 312, 128, 528
 MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 160, 80, 80, 144, 48
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
 LOAD = 270  # cycles from a load to its number, from the L2 cache (an estimate; about 600 from memory)

@@ -156,14 +156,23 @@ class Sums:
     def add_factors(self, passed: Pass) -> None:
         """Add the rows of one pass to the sums of both factors, all layers in one native call."""
         inputs, grads = zip(*(use.counted() for use in passed.uses), strict=True)
-        sources = [*grads, *([] if passed.is_repeated else inputs)]
-        sums = ops.covariances([rows.tensor for rows in sources], [rows.window for rows in sources])
-        for use, G in zip(passed.uses, sums, strict=False):
-            add_to(self.G, use.layer, G * passed.scale**2 if passed.scale != 1 else G)
+        sides = [(self.G, grads, passed.scale**2), *([] if passed.is_repeated else [(self.A, inputs, 1.0)])]
+        sources = [
+            (sums, use.layer, rows, scale)
+            for sums, side, scale in sides
+            for use, rows in zip(passed.uses, side, strict=True)
+        ]
+        new = ops.covariances(
+            [rows.tensor for _, _, rows, _ in sources],
+            [rows.window for _, _, rows, _ in sources],
+            previous=[sums.pop(layer, None) for sums, layer, _, _ in sources],  # a layer's further uses come behind
+            scales=[scale for *_, scale in sources],
+        )
+        for (sums, layer, _, _), tensor in zip(sources, new, strict=True):
+            add_to(sums, layer, tensor)
         if passed.is_repeated:
             return
-        for use, A in zip(passed.uses, sums[len(grads) :], strict=True):
-            add_to(self.A, use.layer, A)
+        for use in passed.uses:
             self.rows[use.layer] = self.rows.get(use.layer, 0) + use.row_count
         self.cases += passed.cases
 

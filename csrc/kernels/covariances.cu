@@ -36,7 +36,9 @@ struct LayerEntry {
   int64_t first_item;    // block of the products' launch
   int64_t first_output;  // block of the gathering launch
   RowSource source;
-  void* covariances;        // [groups, d, d]
+  void* covariances;     // [groups, d, d]
+  const void* previous;  // likewise, or null
+  double scale;
   int64_t partial;          // where its sums begin in the workspace, in bytes
   int pieces, piece_count;  // in the table of pieces
   int tile;                 // 16 or 32 channels
@@ -245,17 +247,21 @@ __device__ bool holds(const Piece& piece, const RowIndex& row, const RowIndex& c
 }
 
 template <typename Sum>
-__device__ void gather_element(const LayerEntry& layer, const PieceEntry* pieces, int64_t item,
+__device__ void gather_element(const LayerEntry& layer, const PieceEntry* pieces, int64_t item, double kept,
                                const unsigned char* workspace) {
   const RowSource& source = layer.source;
   const Window& window = source.window;
   const int64_t d = source.row_length(), group = item / (d * d);
   if (group >= window.groups) return;
   const int64_t r = item / d % d, c = item % d;
-  Sum& out = static_cast<Sum*>(layer.covariances)[item];
+  const auto write = [&](Sum sum) {
+    sum *= static_cast<Sum>(layer.scale);
+    if (layer.previous != nullptr) sum += static_cast<Sum>(kept) * static_cast<const Sum*>(layer.previous)[item];
+    static_cast<Sum*>(layer.covariances)[item] = sum;
+  };
   const bool with_ones = window.bias != 0 && (r == d - 1 || c == d - 1);
   if (with_ones && r == c) {
-    out = static_cast<Sum>(source.batch * source.grid_places());
+    write(static_cast<Sum>(source.batch * source.grid_places()));
     return;
   }
   RowIndex row = row_index(window, with_ones && r > c ? c : r), column = with_ones ? row : row_index(window, c);
@@ -273,23 +279,23 @@ __device__ void gather_element(const LayerEntry& layer, const PieceEntry* pieces
     for (int64_t share = 0; share < pieces[p].shares; ++share)
       sum += partial[pieces[p].partial + share * layer.numbers()];
   }
-  out = sum;
+  write(sum);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    gather_kernel(const LayerEntry* layers, int count, const PieceEntry* pieces, const unsigned char* workspace) {
+__global__ void __launch_bounds__(kThreads) gather_kernel(const LayerEntry* layers, int count, const PieceEntry* pieces,
+                                                          double kept, const unsigned char* workspace) {
   const LayerEntry& layer = layers[entry_of(count, blockIdx.x, [layers](int i) { return layers[i].first_output; })];
   const int64_t item = (blockIdx.x - layer.first_output) * kThreads + threadIdx.x;
   if (layer.source.element_type == ElementType::kFloat64) {
-    gather_element<double>(layer, pieces + layer.pieces, item, workspace);
+    gather_element<double>(layer, pieces + layer.pieces, item, kept, workspace);
   } else {
-    gather_element<float>(layer, pieces + layer.pieces, item, workspace);
+    gather_element<float>(layer, pieces + layer.pieces, item, kept, workspace);
   }
 }
 
 class Covariances : public TableLaunch {
  public:
-  explicit Covariances(const CovariancesParams& params) : count_(static_cast<int>(params.layers)) {
+  explicit Covariances(const CovariancesParams& params) : count_(static_cast<int>(params.layers)), kept_(params.kept) {
     std::vector<LayerEntry> layers;
     std::vector<PieceEntry> pieces;
     std::map<std::vector<int64_t>, size_t> seen;  // layers of one shape share their pieces
@@ -301,6 +307,8 @@ class Covariances : public TableLaunch {
       layer.source = source;
       if (is_new) add_pieces(layer, pieces);
       layer.covariances = params.covariances[i];
+      layer.previous = params.previous_of(i);
+      layer.scale = params.scale_of(i);
       layer.first_item = items_;
       layer.first_output = outputs_;
       layer.partial = scratch_bytes_;
@@ -321,7 +329,7 @@ class Covariances : public TableLaunch {
     if (status == cudaSuccess && any_double_) status = form_products<double>(workspace, stream);
     if (status != cudaSuccess) return status;
     return launch(gather_kernel, dim3(static_cast<unsigned>(outputs_)), dim3(kThreads), 0, stream,
-                  at(workspace, layers_), count_, at(workspace, pieces_),
+                  at(workspace, layers_), count_, at(workspace, pieces_), kept_,
                   static_cast<const unsigned char*>(scratch(workspace)));
   }
 
@@ -333,6 +341,7 @@ class Covariances : public TableLaunch {
   }
 
   int count_;
+  double kept_;
   int64_t items_ = 0, outputs_ = 0;
   bool any_float_ = false, any_double_ = false;
   TableAt<LayerEntry> layers_;

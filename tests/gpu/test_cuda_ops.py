@@ -70,6 +70,10 @@ def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision):
     expected = reference.input_covariance(x.double(), kernel, 1, len(kernel) // 2, 1, True)
     assert_equal(got[0].cpu(), expected, 1e-3 if is_rounded else 1e-5)
     assert_equal(rest[0].cpu(), reference.input_covariance(small.double(), 2), 1e-5)
+    layers = ([to_device(x), to_device(small)], [window, other])
+    averages = ops.covariances(*layers, previous=[got, rest], kept=0.9, scales=[0.1, 0.2])
+    for average, sums, scale in zip(averages, (got, rest), (0.1, 0.2), strict=True):
+        assert_equal(average, (0.9 + scale) * sums, 1e-5)
     assert torch.equal(got, got.mT)
     values = torch.linalg.eigvalsh(got[0].cpu().double())
     assert values.min() > -1e-5 * values.max()  # sums in float32
@@ -203,7 +207,7 @@ def test_tensors_on_two_devices_are_refused():
         ops.covariances([there, here], [Window.places(0)] * 2)
     numbers = Window.places(0).encode() * 2
     with pytest.raises(RuntimeError, match="expected tensor 1 on the device of tensor 0"):
-        torch.ops.kfac2.covariances([there, here], numbers)
+        torch.ops.kfac2.covariances([there, here], numbers, [], 1.0, [])
 
 
 def test_opcheck_of_coarse_fisher():
@@ -216,4 +220,5 @@ def test_opcheck_of_coarse_fisher():
 def test_opcheck(name):
     tensors = [torch.randn(3, 2, 5, 4, device=DEVICE), torch.randn(2, 6, 7, device=DEVICE)]
     numbers = Window.of(2, 3, padding=1, bias=1).encode() + Window.places(1, groups=2).encode()
-    torch.library.opcheck(getattr(torch.ops.kfac2, name).default, (tensors, numbers))
+    more = ([tensors[0].new_ones(1, 19, 19), tensors[0][:0]], 0.9, [0.1, 2.0]) if name == "covariances" else ()
+    torch.library.opcheck(getattr(torch.ops.kfac2, name).default, (tensors, numbers, *more))
