@@ -25,6 +25,7 @@ MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 312, 128, 528
 MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 160, 80, 80, 144, 48
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
 COVARIANCE_ISSUE = {16: 270, 32: 580}  # instructions of a warp for 32 positions, by the tile: from the compiled code
+CROSS_ISSUE = 660  # instructions of a warp for 64 places of 32 x 32 maps: likewise
 LOAD = 270  # cycles from a load to its number, from the L2 cache (an estimate; about 600 from memory)
 SWEEPS = 8  # of Jacobi's method: 6 to 10 are usual (csrc/include/eigendecompose.h)
 EIGEN_LARGEST = 128  # of kfac2/ops/eigendecompose.py: above, torch.linalg.eigh
@@ -198,13 +199,9 @@ def cross_layer_sums(grids: Sequence[tuple[int, ...]], batch: int) -> Count:
     partial = shares * len(met) * 32 * 32 * FLOAT
     table, held = tables(MAP_ENTRY * len(grids), CROSS_TILE * len(met))
     maps, result = sum(batch * math.prod(grid) for grid in grids) * FLOAT, len(grids) ** 2 * FLOAT
-    # For 64 places a thread loads a fourth of the maps of both sides, one after the other; four blocks share a
-    # multiprocessor.
-    chains = [
-        math.ceil(n / shares / 64) * ((math.ceil(a[1] / 4) + math.ceil(b[1] / 4)) * 2 * LOAD + 700)
-        for n, (a, b) in zip(met, pairs, strict=True)
-    ]
-    chain = max(*chains, sum(chains) * shares / (4 * PROCESSORS))
+    # While 64 places are multiplied the next ones are loaded. Of a block each scheduler has two warps.
+    chains = [math.ceil(n / shares / 64) * 2 * CROSS_ISSUE for n in met]
+    chain = max(*chains, sum(chains) * shares / PROCESSORS)
     products = Stage("cross_layer_sums", 1, maps + partial, sum(up(n, 64) for n in met) * 2.0 * 32 * 32, chain)
     exact = sum(2.0 * batch * meeting(a, b) for i, a in enumerate(grids) for b in grids[i:])
     return Count([table, products, Stage("shares", 1, partial + result)], held + partial, maps + result, exact)
