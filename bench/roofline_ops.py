@@ -76,8 +76,8 @@ def up(number: float, step: int) -> int:
 def tables(*sizes: int) -> tuple[Stage, int]:
     """Return the launches that bring tables of so many bytes to the device, and the bytes that they take there."""
     total = sum(up(size, 16) for size in sizes)
-    # One block reads them from constant memory: some 20 us for each launch.
-    return Stage("tables", math.ceil(total / TABLE_BYTES), total, 0.0, 35000 * total / TABLE_BYTES), total
+    # Blocks of 64 threads read them from constant memory, the words of a warp one by one.
+    return Stage("tables", math.ceil(total / TABLE_BYTES), total, 0.0, 1000 * math.ceil(total / TABLE_BYTES)), total
 
 
 # -- statistics -----------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ SHARES = {
     "damp": (0.5, 0.1), "eliminate": (0.5, 0.2),
     "update": (0.5, 0.5),  # the mirrored half is written word by word
     "eigendecompose": (0.5, 0.2),
-    "gather": (0.5, 0.1), "write": (0.5, 0.1), "sums": (0.6, 0.1),  # gather: one load in flight for each thread
+    "gather": (0.65, 0.1), "write": (0.65, 0.1), "sums": (0.6, 0.1),  # four loads in flight for each thread
 }  # fmt: skip
 
 
