@@ -12,6 +12,7 @@ from kfac2.coarse.directions import TAU, Quadratic, coefficients, divergence_of,
 from kfac2.descent import Rate, times
 from kfac2.divergence import KeptPass, Matrices, derivatives
 from kfac2.kinds import Layer
+from kfac2.own_steps import OwnSteps
 from kfac2.signal_share import SignalShare
 from kfac2.weight_norms import WeightNorms
 
@@ -77,19 +78,42 @@ class _Layers:
         return torch.maximum(self._weights.now(), self._weights.floors).square()
 
 
-class Directed:
+class Directed(OwnSteps):
     """The steps of one optimizer in the space of directions.
+
+    Args:
+        samples: gives how many samples they are measured with, at most.
 
     Attributes:
         signal: whether they pay.
         latest: coefficients of the last one, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples: Callable[[], int]) -> None:
         self.signal = SignalShare()
         self.latest: Coefficients | None = None
+        self._samples = samples
+        self._batch = 0  # samples of this iteration's largest pass
         self._correlations: tuple[tuple[str, ...], Tensor] | None = None
         self._layers: _Layers | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last step was one in the space, so that the slope along it is wanted."""
+        return self.signal.waits
+
+    def wants_step(self, iteration: int) -> bool:
+        """Tell whether an iteration's step is one in the space."""
+        return self.signal.wants_step(iteration)
+
+    def part(self, samples: int) -> int:
+        """Return how many of so many samples of a batch are measured."""
+        self._batch = max(self._batch, samples)  # an own pass is asked about as well, when the batch is known
+        return min(samples, self._samples())
+
+    def decide(self) -> None:
+        """Read what the last steps were like, and say whether steps are taken in the space from now on."""
+        self.signal.decide()
 
     def step(
         self,
@@ -114,7 +138,7 @@ class Directed:
             groups: of the optimizer: `lr`, `momentum` and `weight_decay`.
             state: the optimizer's, whose `momentum_buffer` is d, the last update.
             tau: τ; None: 3.
-            bound: K; the step's ηc holds to cᵀZᵀFZc ≤ K/5. None: to nothing.
+            bound: K; the step's ηc holds to cᵀZᵀFZc ≤ ℓ² K/5, with the signal's length ℓ. None: to nothing.
             factor: of all rates.
             found: on the device, 1 where the step is to be skipped; None where it is not.
         """
@@ -122,12 +146,19 @@ class Directed:
         layers = [layer for layer in layers if layer in used or not passes]
         if not layers or not (passes or self.signal.waits):
             return set()
+        if self._batch:
+            self.signal.rows = min(1.0, self._samples() / self._batch)
+            self._batch = 0
         if self._layers is None or not self._layers.fits(layers):
             self._layers = _Layers(layers)
         own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.grad is not None]
         parts = {id(p): p for p in own}
-        last = {key: state[p].get("momentum_buffer") for key, p in parts.items()}
         group_of = {id(p): group for group in groups for p in group["params"]}
+        # one level's step without momentum is not kept: the buffer is then of a step in the space, long ago
+        last = {
+            key: state[p].get("momentum_buffer") if self.signal.waits or group_of[key]["momentum"] else None
+            for key, p in parts.items()
+        }
         settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
         gradients = [gradient(layer) for layer in layers]
         if not passes:
@@ -178,7 +209,7 @@ class Directed:
 
     def _held(self, model: Quadratic, c: Tensor, rates: Tensor, bound: float | None, found: Tensor | None) -> Tensor:
         """Hold a step to its bound, and note what it was like."""
-        c = self.signal.length * c
+        c = min(1.0, self.signal.length) * c
         if bound is not None:
             most = SHARE_OF_BOUND * bound * self.signal.length**2
             divergence = divergence_of(model, c, rates)

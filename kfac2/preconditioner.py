@@ -15,6 +15,7 @@ from kfac2.health import is_capturing
 from kfac2.kinds import Layer
 from kfac2.likelihood import Prediction
 from kfac2.options import NUMBER, Options, check_option
+from kfac2.own_steps import OwnSteps
 from kfac2.readings import Readings
 from kfac2.running_statistics import without_running_statistics
 from kfac2.schedule import Schedule
@@ -57,10 +58,7 @@ class Preconditioner(Readings):
         scale: on the device, ν of the last step, and the sum that it bounds.
         change_limit: of each layer's direction.
         schedule: when what is due.
-        wants_rows: tells whether rows are wanted of an iteration whose statistics are not.
-        measures: tells whether an iteration whose step is ordinary is looked at all the same.
-        took_statistics: called when statistics were taken, which waits for the device, and the step was not skipped.
-        part: how many of so many samples a forward pass of statistics has, if it is one of its own.
+        own_steps: what a second level that takes steps of its own asks of an iteration.
 
     Raises:
         TypeError: if an argument has the wrong type, or an option is unknown.
@@ -84,10 +82,7 @@ class Preconditioner(Readings):
         self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
         self.change_limit = ChangeLimit()
         self.schedule = Schedule(self.options)
-        self.wants_rows: Callable[[int], bool] = lambda iteration: False
-        self.measures: Callable[[], bool] = lambda: False
-        self.part: Callable[[int], int] = lambda samples: samples
-        self.took_statistics: Callable[[], None] = lambda: None
+        self.own_steps = OwnSteps()
         self._has_own_passes = False
         self.iteration = 0
         if options is None:  # else who shares them tells it
@@ -118,7 +113,7 @@ class Preconditioner(Readings):
         self.schedule.go_on_at(iteration)
         looks = bool(self.curvature.layout.layers) and not self._has_own_passes
         self.curvature.collector.captures.turn(
-            looks and (self.schedule.looks(self.curvature.averages) or self.wants_rows(iteration))
+            looks and (self.schedule.looks(self.curvature.averages) or self.own_steps.wants_step(iteration))
         )
 
     def _wants_statistics(self) -> bool:
@@ -128,8 +123,8 @@ class Preconditioner(Readings):
         return self.schedule.statistics_are_due(curvature.averages) or curvature.uses_new_layer()
 
     def _wants_rows(self) -> bool:
-        captures = self.curvature.collector.captures
-        return self.wants_rows(self.iteration) and bool(self.curvature.layout.layers) and not captures.is_closed
+        curvature, wants = self.curvature, self.own_steps.wants_step(self.iteration)
+        return wants and bool(curvature.layout.layers) and not curvature.collector.captures.is_closed
 
     def _wants_inverses(self) -> bool:
         return self.schedule.wants_inverses(self.curvature.averages, self.curvature.inverses, self._wants_statistics())
@@ -204,7 +199,7 @@ class Preconditioner(Readings):
 
     def _collect_of_its_own(self, predict: Predict, mask: Tensor | None, samples: int) -> None:
         """Make a forward pass of evenly spaced samples, since those of a batch may be sorted, and sum it up."""
-        count = min(samples, self.part(samples))
+        count = min(samples, self.own_steps.part(samples))
         stride = samples // count
         part = slice(0, count * stride, stride)
         captures = self.curvature.collector.captures
@@ -295,7 +290,7 @@ class Preconditioner(Readings):
         elif curvature.health.found is None:  # and the host has looked
             curvature.health.went_on()
         if bad is None and took:
-            self.took_statistics()
+            self.own_steps.decide()
         curvature.iteration.discard()
         curvature.health.bad = None
         self.iteration += not capturing
@@ -375,7 +370,7 @@ class Preconditioner(Readings):
         return not self.curvature.health.is_stale(held) and self._is_ordinary()
 
     def _is_ordinary(self) -> bool:
-        return not (self._wants_statistics() or self._wants_rows() or self._wants_inverses() or self.measures())
+        return not (self._wants_statistics() or self._wants_rows() or self._wants_inverses() or self.own_steps.waits)
 
     def replayed(self) -> None:
         """Count an iteration whose step was the replay of a CUDA graph.
