@@ -71,7 +71,7 @@ def of_samples(sources: Sequence[Source], samples: int) -> list[Source]:
 def second_level(net: Net) -> tuple[list[Call], list[Call]]:
     """Return the calls of layer_maps and cross_layer_sums: few samples at a time, one kind after the other."""
     numbers = sum(shape.rows for shape in net.shapes)
-    share = max(1, net.batch * MAP_NUMBERS // numbers)
+    share = max(1, net.batch * MAP_NUMBERS["cuda"] // numbers)
     maps, sums = [], []
     for sources in (inputs_of(net.shapes), grads_of(net.shapes)):
         for begin in range(0, net.batch, share):

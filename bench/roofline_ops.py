@@ -21,9 +21,11 @@ FLOAT, DOUBLE = 4, 8
 ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2}  # bytes of an activation, by the precision of the library's products
 TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables.cu
 # sizeof of the tables' entries, csrc/kernels
-MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 296, 128, 528
+MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 312, 128, 528
 MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 160, 80, 80, 144, 48
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
+COVARIANCE_ISSUE = {16: 270, 32: 580}  # instructions of a warp for 32 positions, by the tile: from the compiled code
+CROSS_ISSUE = 660  # instructions of a warp for 64 places of 32 x 32 maps: likewise
 LOAD = 270  # cycles from a load to its number, from the L2 cache (an estimate; about 600 from memory)
 SWEEPS = 8  # of Jacobi's method: 6 to 10 are usual (csrc/include/eigendecompose.h)
 EIGEN_LARGEST = 128  # of kfac2/ops/eigendecompose.py: above, torch.linalg.eigh
@@ -74,8 +76,8 @@ def up(number: float, step: int) -> int:
 def tables(*sizes: int) -> tuple[Stage, int]:
     """Return the launches that bring tables of so many bytes to the device, and the bytes that they take there."""
     total = sum(up(size, 16) for size in sizes)
-    # One block reads them from constant memory: some 20 us for each launch.
-    return Stage("tables", math.ceil(total / TABLE_BYTES), total, 0.0, 35000 * total / TABLE_BYTES), total
+    # Blocks of 64 threads read them from constant memory, the words of a warp one by one.
+    return Stage("tables", math.ceil(total / TABLE_BYTES), total, 0.0, 1000 * math.ceil(total / TABLE_BYTES)), total
 
 
 # -- statistics -----------------------------------------------------------------------------------------------
@@ -130,29 +132,28 @@ def covariances(sources: Sequence[Source]) -> Count:
         tile = 16 if rows.channels <= 16 else 32
         tiles = math.ceil(rows.channels / tile)
         side, bias = tile * tiles, int(rows.window.bias != 0)
-        # For 32 positions a thread loads a fourth of the channels of both sides, one after the other.
-        chunk = 2 * math.ceil(min(tile, rows.channels) / 4) * LOAD + 700
+        # While 32 positions are multiplied the next ones are loaded: a block takes the longer of the two.
+        chunk = max(COVARIANCE_ISSUE[tile], LOAD + 100)
         if key not in cut:
             cut[key] = pieces(rows)
             entries += len(cut[key])
         numbers = 0
         for symmetric, count in cut[key]:
             positions = rows.batch * count
-            shares = max(1, min(positions // 8192, 16, math.ceil(4096 / tiles**2)))
+            shares = max(1, min(positions // 2048, 16, math.ceil(4096 / tiles**2)))
             numbers += shares * side * (side + bias)
             pairs = tiles * (tiles + 1) // 2 if symmetric else tiles**2
             flop[tile] += 2.0 * positions * pairs * tile**2
-            chain = math.ceil(positions / shares / 32) * chunk
-            longest[tile] = max(longest[tile], chain)
-            cycles[tile] += chain * shares * pairs
+            chunks = math.ceil(positions / shares / 32)
+            longest[tile] = max(longest[tile], chunks * chunk)
+            cycles[tile] += chunks * COVARIANCE_ISSUE[tile] * shares * pairs
         moved[tile] += rows.numbers * FLOAT + numbers * FLOAT
         scratch += up(numbers * FLOAT, 16)
         gathered += numbers * FLOAT + rows.length**2 * FLOAT
     table, held = tables(COVARIANCE_ENTRY * len(sources), PIECE_ENTRY * entries)
-    # One launch for both sizes of tiles: what they take adds up. Three blocks share a multiprocessor.
+    # One launch for each size of tiles. Of a block each scheduler of a multiprocessor has one warp.
     products = [
-        Stage("covariances", int(size == max(s for s in flop if flop[s])), moved[size], flop[size],
-              max(longest[size], cycles[size] / (3 * PROCESSORS)))
+        Stage("covariances", 1, moved[size], flop[size], max(longest[size], cycles[size] / PROCESSORS))
         for size in flop if flop[size]
     ]  # fmt: skip
     least = sum(s.numbers + s.length**2 for s in sources) * FLOAT
@@ -198,13 +199,9 @@ def cross_layer_sums(grids: Sequence[tuple[int, ...]], batch: int) -> Count:
     partial = shares * len(met) * 32 * 32 * FLOAT
     table, held = tables(MAP_ENTRY * len(grids), CROSS_TILE * len(met))
     maps, result = sum(batch * math.prod(grid) for grid in grids) * FLOAT, len(grids) ** 2 * FLOAT
-    # For 64 places a thread loads a fourth of the maps of both sides, one after the other; four blocks share a
-    # multiprocessor.
-    chains = [
-        math.ceil(n / shares / 64) * ((math.ceil(a[1] / 4) + math.ceil(b[1] / 4)) * 2 * LOAD + 700)
-        for n, (a, b) in zip(met, pairs, strict=True)
-    ]
-    chain = max(*chains, sum(chains) * shares / (4 * PROCESSORS))
+    # While 64 places are multiplied the next ones are loaded. Of a block each scheduler has two warps.
+    chains = [math.ceil(n / shares / 64) * 2 * CROSS_ISSUE for n in met]
+    chain = max(*chains, sum(chains) * shares / PROCESSORS)
     products = Stage("cross_layer_sums", 1, maps + partial, sum(up(n, 64) for n in met) * 2.0 * 32 * 32, chain)
     exact = sum(2.0 * batch * meeting(a, b) for i, a in enumerate(grids) for b in grids[i:])
     return Count([table, products, Stage("shares", 1, partial + result)], held + partial, maps + result, exact)

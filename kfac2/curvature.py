@@ -50,7 +50,8 @@ class Curvature(Readings):
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
         **settings: `levels`, `inverse`, `fisher`, `stat_decay`, `downsample`, `coarse_weight`, `coarse_damping`,
-            `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`.
+            `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim`, `check_every` and
+            `step_precision`, as in `KFAC`.
 
     Attributes:
         options: the options; those that state does not depend on may be set at any time.
@@ -314,8 +315,7 @@ class Curvature(Readings):
         step = self.prepared()
         own = [solutions.get(self._names.get(id(p), "")) for p in step.parameters]
         arguments = self._solved[3], self.solvers, self.averages.in_coarse, self.options.coarse_weight
-        bad = solve_in_place(step, own, *arguments)
-        if bad is not None:
+        if (bad := solve_in_place(step, own, *arguments, self.options.step_precision)) is not None:
             raise ValueError(f"gradients must be finite, got a NaN or an infinity in {self.source(bad)}")
         return solutions
 

@@ -107,9 +107,8 @@ class KFAC(Readings, Optimizer):
             `coarse="directions"` τ, from coefficients that are free to a pair that all layers share (infinity);
             default 3.
         coarse_samples: how many samples the space of directions is measured with; default 32 for each layer.
-        coarse_max_groups: a convolution with more groups than this gives the coarse space one map, the sum
-            over its groups, in place of one for each; an approximation that counts products across groups as
-            well. Default 32.
+        coarse_max_groups: of a convolution with more groups than this the coarse space has one map, their sum, in place
+            of one for each; an approximation that counts products across groups as well. Default 32.
         inverse_dtype: `torch.float64` inverts float32 factors in float64 and rounds the result; by default each
             factor is inverted in its own dtype.
         cases: M for the empirical Fisher, the number of terms that the mean loss averages over, or `'samples'`, or
@@ -118,6 +117,7 @@ class KFAC(Readings, Optimizer):
         batch_dim: the axis of samples of inputs with positions: 0, or 1 for time-major models.
         check_every: passes of statistics from one self-check to the next, beside those of a set of uses that is new:
             the rows of a weight must rebuild its gradient, or it leaves K-FAC. Default 100; 0: never.
+        step_precision: of float32 products of the step on a CUDA device, `'ieee'` or `'tf32'`; default: torch's own.
         skip: full names of modules, or regular expressions that match them in full, left to `rest`.
 
     Attributes:
@@ -168,6 +168,7 @@ class KFAC(Readings, Optimizer):
         samples: int = 1,
         batch_dim: int = 0,
         check_every: int = 100,
+        step_precision: str | None = None,
         skip: Iterable[str] = (),
     ) -> None:
         arguments = dict(locals())  # the options go on under their own names

@@ -62,6 +62,7 @@ _RULES: dict[str, _Rule] = {
     "samples": (int, lambda v: v >= 1, "an int of at least 1"),
     "batch_dim": _one_of(0, 1),
     "check_every": (int, lambda v: v >= 0, "an int of at least 0"),
+    "step_precision": ((str, type(None)), lambda v: v in (None, "ieee", "tf32"), "'ieee', 'tf32', or None"),
 }
 SCHEDULED = ("damping", "kl_clip", "cov_every", "inv_every")  # may be callables of the iteration
 STRUCTURAL = ("levels", "coarse", "inverse", "fisher", "downsample", "coarse_max_groups")  # state depends on them
@@ -96,6 +97,7 @@ class CurvatureOptions:
     samples: int = 1
     batch_dim: int = 0
     check_every: int = 100
+    step_precision: str | None = None
 
     _makes_updates: ClassVar[bool] = False
 

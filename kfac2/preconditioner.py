@@ -50,8 +50,8 @@ class Preconditioner(Readings):
         options: checked options to share, in place of the following.
         **settings: `damping`, `kl_clip`, `levels`, `coarse`, `inverse`, `fisher`, `stat_decay`, `cov_every`,
             `inv_every`, `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`,
-            `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`;
-            `max_change` as well, here by default None.
+            `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim`, `check_every`, `step_precision`
+            and, here by default None, `max_change`, as in `KFAC`.
 
     Attributes:
         options: the options; those that state does not depend on may be set during training.
@@ -347,9 +347,9 @@ class Preconditioner(Readings):
             [rates(layer) for layer in curvature.layout.layers],
             health.skipped,
             None if limits is None else limits.values,
+            self.options.step_precision,
         )
-        health.found = None if looks else result.found
-        self.scale = result.scale
+        self.scale, health.found = result.scale, None if looks else result.found
         if looks and result.found.item():
             return curvature.source(health.take_skipped()[1])
         curvature.commit(averages, inverses)

@@ -40,14 +40,15 @@ def solve_in_place(
     solvers: Solvers,
     in_coarse: Sequence[bool],
     coarse_weight: float,
+    precision: str | None,
 ) -> int | None:
-    """Write the solutions over the gradients of the step's parameters; both levels, no clip.
+    """Write the solutions over the gradients of the step's parameters; both levels, no clip; see `Step.write`.
 
     Returns:
         None; or, where something is not finite, the number of the first parameter whose gradient is not.
     """
     gathered = step.gather(gradients)
     skipped = torch.zeros(2, dtype=torch.int64, device=inverses.usable.device)
-    rates = [1.0] * len(in_coarse)
-    result = step.write(gathered, inverses, solvers, in_coarse, coarse_weight, None, rates, skipped)
+    clip, rates = None, [1.0] * len(in_coarse)
+    result = step.write(gathered, inverses, solvers, in_coarse, coarse_weight, clip, rates, skipped, None, precision)
     return int(skipped[1]) if result.found.item() else None

@@ -206,8 +206,12 @@ class Sums:
         if passed.is_repeated:
             return
         inputs = [use.counted_inputs() for use in passed.uses]
-        sums = ops.covariances([rows.tensor for rows in inputs], [rows.window for rows in inputs])
-        for use, A in zip(passed.uses, sums, strict=True):
+        new = ops.covariances(
+            [rows.tensor for rows in inputs],
+            [rows.window for rows in inputs],
+            previous=[self.A.pop(use.layer, None) for use in passed.uses],  # a layer's further uses come behind
+        )
+        for use, A in zip(passed.uses, new, strict=True):
             add_to(self.A, use.layer, A)
             self.rows[use.layer] = self.rows.get(use.layer, 0) + use.row_count
         self.cases += passed.cases

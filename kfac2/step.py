@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,21 @@ from kfac2.ops.write_gradients import write_gradients
 
 LARGEST_GRADIENT = 1e12  # |∇| of a block; times `inverses.LARGEST_STEP` it is still finite in float32
 _GATHERED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def _products_in(precision: str | None) -> Iterator[None]:
+    """Set torch's precision of float32 products on CUDA devices while products are launched; None: leave it."""
+    if precision is None:
+        yield
+        return
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision  # allow_tf32, the older name, raises where a user has set this one
+    setting.fp32_precision = precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,7 @@ class Step:
         rates: Sequence[float | Tensor],
         skipped: Tensor,
         limits: Tensor | None = None,
+        precision: str | None = None,
     ) -> ShiftAndScale:
         """Precondition the gathered gradients in place; where anything is not finite, write zeros. Reads nothing back.
 
@@ -192,9 +209,11 @@ class Step:
             rates: η_i by layer; a tensor on the device is not read.
             skipped: see `Health`.
             limits: of |v_i|, (L,), float64 on the device; None: none.
+            precision: of float32 products on a CUDA device, `'ieee'` or `'tf32'`; None: torch's own setting.
         """
         matrices, work, directions = self._by_batch
-        solvers.fine.apply({**inverses.fields, **inverses.derived}, matrices, work, directions)
+        with _products_in(precision):
+            solvers.fine.apply({**inverses.fields, **inverses.derived}, matrices, work, directions)
         host_rates, device_rates = self._rates(rates)
         step = FineStep(
             self._matrices,

@@ -32,7 +32,7 @@ def samples(dtype):
     none_bad, skipped = torch.tensor([2], dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     return {
         "layer_maps": (tensors, NUMBERS),
-        "covariances": (tensors, NUMBERS),
+        "covariances": (tensors, NUMBERS, [sums.new_ones(1, 19, 19), sums[:0]], 0.9, [0.1, 2.0]),
         "directional_derivatives": (
             tensors,
             NUMBERS,

@@ -100,6 +100,26 @@ def test_a_gram_matrix_of_rows_rounded_to_tf32_is_semi_definite():
     assert torch.linalg.eigvalsh(gram).min() > -1e-12 * gram.diagonal().max()
 
 
+@given(st.lists(cases(), min_size=1, max_size=4), st.data())
+def test_covariances_averaged_with_what_was_there(drawn, data):
+    """By the native call and by the library's product; with and without something that was there."""
+    tensors = [case.x for case in drawn]
+    windows = [Window.of(case.x.dim() - 2, *case.geometry[:4], bias=int(case.bias)) for case in drawn]
+    raw = ops.covariances(tensors, windows)
+    have, wide = (data.draw(st.lists(st.booleans(), min_size=len(raw), max_size=len(raw))) for _ in range(2))
+    previous = [torch.randn_like(sums) if there else None for sums, there in zip(raw, have, strict=True)]
+    previous = [None if p is None else p + p.mT for p in previous]
+    scales = [0.5 + i for i in range(len(raw))]
+    pointers = {id(window) for window, by_library in zip(windows, wide, strict=True) if by_library}
+    with mock.patch.object(covariances_module, "is_faster", lambda x, window: id(window) in pointers):
+        got = ops.covariances(tensors, windows, previous=previous, kept=0.9, scales=scales)
+    for ours, before, sums, scale in zip(got, previous, raw, scales, strict=True):
+        expected = scale * sums.double() + (0 if before is None else 0.9 * before.double())
+        magnitude = scale * sums.double().norm() + (0 if before is None else before.double().norm())
+        assert (ours - expected).norm() <= (1e-12 if ours.dtype == torch.float64 else 1e-5) * magnitude
+        assert ours.dtype == sums.dtype and torch.equal(ours, ours.mT)
+
+
 @given(cases())
 def test_fronts_for_output_gradients(case):
     assert_equal(ops.grad_covariance(case.x), reference.grad_covariance(case.x.double()), TOLERANCE[case.x.dtype])
@@ -252,13 +272,18 @@ def test_average_coarse_sums(layer_of_block, given, dtypes):
 def test_splitting_work_among_threads_changes_nothing():
     x, window = torch.randn(64, 32, 16, 16), Window.of(2, 3, padding=1, bias=1)
     directions, results = torch.randn(2, 1, 8, 289), []
+    average = {"previous": [torch.ones(1, 289, 289)], "kept": 0.9, "scales": [0.1]}
     for threads in (1, 2):
         torch.set_num_threads(threads)
         maps = ops.layer_maps([x, x], [window, window])
         along = ops.directional_derivatives([x, x], [window] * 2, [x[:, :8]] * 2, [directions] * 2)
-        results.append([*ops.covariances([x, x], [window, window]), *maps, *along, ops.cross_layer_sums(maps * 30)])
+        averaged = ops.covariances([x], [window], **average)
+        results.append(
+            [*ops.covariances([x, x], [window] * 2), *averaged, *maps, *along, ops.cross_layer_sums(maps * 30)]
+        )
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_equal(results[0][2][0], 0.9 + 0.1 * results[0][0][0], 1e-5)  # shared among tasks, too
     assert_equal(results[0][0][0], reference.input_covariance(x.double(), 3, 1, 1, 1, True), 1e-5)
 
 

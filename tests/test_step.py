@@ -13,6 +13,7 @@ from paper import KFAC, Preconditioner
 from torch.distributions import Categorical
 
 from kfac2 import reference
+from kfac2.fine.tikhonov import Tikhonov
 
 STEPS = 7
 BASE = {"lr": 0.05, "cov_every": 2, "inv_every": 3, "damping": 1e-2, "kl_clip": None, "weight_decay": 1e-2}
@@ -228,3 +229,29 @@ def test_factors_inverted_in_float64_on_request():
     assert errors[1] < 1e-6 < errors[0], errors
     state = opt.state_dict()
     assert state["kfac"]["options"]["inverse_dtype"] == torch.float64
+
+
+@pytest.mark.parametrize("precision, seen", [("tf32", "tf32"), ("ieee", "ieee"), (None, "as it was")])
+def test_the_products_of_a_step_have_the_precision_that_is_asked_for(monkeypatch, precision, seen):
+    """And nothing else has it: torch's setting is what it was, after an error as well."""
+    setting, found, error = torch.backends.cuda.matmul, [], []
+    before = setting.fp32_precision
+
+    def apply(solver, fields, gradients, work, out):
+        found.append(setting.fp32_precision)
+        for raised in error:
+            raise raised
+        for stack, gradient in zip(out, gradients, strict=True):
+            stack.copy_(gradient)
+
+    monkeypatch.setattr(Tikhonov, "apply", apply)
+    task = models.task("linear")
+    opt = KFAC(task.model, fisher="empirical", step_precision=precision)
+    task.loss(task.model(task.x)).backward()
+    opt.step()
+    opt.curvature.solve({name: p.grad for name, p in task.model.named_parameters()}, 0.1)
+    error.append(ArithmeticError())
+    with pytest.raises(ArithmeticError):
+        opt.curvature.solve({name: p.grad for name, p in task.model.named_parameters()}, 0.1)
+    assert found == [before if precision is None else seen] * 3
+    assert setting.fp32_precision == before

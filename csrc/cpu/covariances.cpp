@@ -30,10 +30,18 @@ constexpr int64_t kSplitWorth = 1 << 10;    // multiply-adds for each number of 
 struct Plan {
   RowSource source;
   void* covariances;
+  const void* previous;  // or null
+  double kept, scale;
   std::vector<Piece> pieces;
   int64_t splits;  // tasks that the samples are shared among
 
-  Plan(const RowSource& row_source, void* out) : source(row_source), covariances(out), pieces(pieces_of(row_source)) {
+  Plan(const CovariancesParams& params, int64_t layer)
+      : source(params.sources[layer]),
+        covariances(params.covariances[layer]),
+        previous(params.previous_of(layer)),
+        kept(params.kept),
+        scale(params.scale_of(layer)),
+        pieces(pieces_of(source)) {
     splits = std::min({products() / kTaskProducts, products() / std::max<int64_t>(1, kSplitWorth * numbers()),
                        kMaxSplits, source.batch});
     splits = std::max<int64_t>(1, splits);
@@ -46,6 +54,16 @@ struct Plan {
   }
 
   int64_t numbers() const { return source.row_length() * source.row_length(); }  // of one covariance
+
+  // From the sums of a group to its result.
+  template <typename Sum>
+  void finish(int64_t group, Sum* sums) const {
+    if (scale != 1)
+      for (int64_t i = 0; i < numbers(); ++i) sums[i] *= static_cast<Sum>(scale);
+    if (previous == nullptr) return;
+    const Sum* before = static_cast<const Sum*>(previous) + group * numbers();
+    for (int64_t i = 0; i < numbers(); ++i) sums[i] += static_cast<Sum>(kept) * before[i];
+  }
 };
 
 // x of a block of samples as [sample, place, channel], channels padded with zeros to whole vectors.
@@ -226,7 +244,7 @@ class Covariances : public Work {
  public:
   explicit Covariances(const CovariancesParams& params) {
     for (int64_t i = 0; i < params.layers; ++i) {
-      plans_.push_back(std::make_unique<Plan>(params.sources[i], params.covariances[i]));
+      plans_.push_back(std::make_unique<Plan>(params, i));
       const Plan& plan = *plans_.back();
       for (int64_t group = 0; group < plan.source.window.groups; ++group)
         for (int64_t split = 0; split < plan.splits; ++split)
@@ -271,6 +289,7 @@ class Covariances : public Work {
     Accumulator<T> accumulator(plan, task.group);
     accumulator.add(begin, end);
     accumulator.scatter(end - begin, sums);
+    if (plan.splits == 1) plan.finish(task.group, sums);
   }
 
   template <typename Sum>
@@ -285,6 +304,7 @@ class Covariances : public Work {
         for (int64_t i = 0; i < numbers; ++i) out[i] += sums[i];
       }
     }
+    first.plan->finish(first.group, out);
   }
 
   std::vector<std::unique_ptr<Plan>> plans_;

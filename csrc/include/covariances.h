@@ -1,4 +1,4 @@
-// covariances: sum over samples and places of row row^T, for every layer and group.
+// covariances: kept * previous + scale * (sum over samples and places of row row^T), for every layer and group.
 #pragma once
 
 #include "op.h"
@@ -10,6 +10,11 @@ struct CovariancesParams {
   const RowSource* sources;  // [layers]
   void* const* covariances;  // [layers] -> [groups, d, d], float64 for float64 sources, else float32
   int64_t layers;
+  const void* const* previous = nullptr;  // [layers] -> like the covariances, or null; null: of no layer
+  double kept = 1;
+  const double* scales = nullptr;  // [layers]; null: 1
+  const void* previous_of(int64_t layer) const { return previous == nullptr ? nullptr : previous[layer]; }
+  double scale_of(int64_t layer) const { return scales == nullptr ? 1 : scales[layer]; }
 };
 
 namespace cpu {

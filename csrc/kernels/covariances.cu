@@ -1,27 +1,24 @@
-// The pieces of include/covariance_pieces.h on a device. One launch forms the outer products of all pieces of
-// all layers: a block takes a tile of channels x channels of one piece and a share of its positions, reads the
-// two operands where they lie in x (the second is the first, moved), and never forms a patch; for the bias it also
-// sums the first. A second launch gathers: each element of each covariance adds up the pieces that hold its pair of
-// offsets, and their shares, in a fixed order.
+// The pieces of include/covariance_pieces.h on a device. One launch for each type and tile size forms the outer
+// products of all pieces of all layers: a block takes a tile of channels x channels of one piece and a share of its
+// positions, reads the two operands where they lie in x (the second is the first, moved), and never forms a patch; for
+// the bias it also sums the first. A second launch gathers: each element of each covariance adds up the pieces that
+// hold its pair of offsets, and their shares, in a fixed order.
 //
 // Floor: x is read once from memory (N*C*H*W*sizeof) and again from L2 for each piece and tile; 13 C^2 N H W
 // multiply-adds for a 3x3 convolution of stride 1, in float32 (float64 for float64), where im2col spends 81.
 #include <algorithm>
 #include <map>
+#include <utility>
 #include <vector>
 
-#include "covariance_pieces.h"
+#include "covariance_tile.h"
 #include "covariances.h"
-#include "device.h"
 #include "tables.h"
 
 namespace kfac2::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kChunk = 32;                    // positions held in shared memory
-constexpr int kPad = 4;                       // keeps rows of shared memory 16-byte aligned and off one bank
-constexpr int64_t kSharePositions = 1 << 13;  // worth a share of their own
+constexpr int64_t kSharePositions = 1 << 11;  // worth a share of their own
 constexpr int64_t kMaxShares = 16;
 constexpr int64_t kBlocksWanted = 4096;  // fixed, so that results do not depend on the device
 
@@ -33,16 +30,19 @@ struct PieceEntry {
 };
 
 struct LayerEntry {
-  int64_t first_item;    // block of the products' launch
+  int64_t first_item;    // block of the products' launch of its kind
   int64_t first_output;  // block of the gathering launch
   RowSource source;
-  void* covariances;        // [groups, d, d]
+  void* covariances;     // [groups, d, d]
+  const void* previous;  // likewise, or null
+  double scale;
   int64_t partial;          // where its sums begin in the workspace, in bytes
   int pieces, piece_count;  // in the table of pieces
   int tile;                 // 16 or 32 channels
   int tiles;                // along one side
   int64_t group_items, group_numbers;
 
+  std::pair<ElementType, int> kind() const { return {source.element_type, tile}; }
   KFAC2_HOST_DEVICE int64_t side() const { return int64_t{tile} * tiles; }
   // The sums that one share of a piece makes.
   KFAC2_HOST_DEVICE int64_t numbers() const { return side() * (side() + (source.window.bias != 0 ? 1 : 0)); }
@@ -77,98 +77,23 @@ void add_pieces(LayerEntry& layer, std::vector<PieceEntry>& table) {
   layer.piece_count = static_cast<int>(table.size()) - layer.pieces;
 }
 
-// The offset in x of position `index` of a piece, numbered sample slowest, W fastest, and of its first channel.
-__device__ int64_t offset_of(const RowSource& source, const Piece& piece, int64_t index) {
-  int64_t offset = 0;
-  for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
-    const AxisPiece& part = piece.axes[axis];
-    offset += (part.first + index % part.count * part.step) * source.spatial_stride[axis];
-    index /= part.count;
-  }
-  return offset + index * source.batch_stride;
-}
-
-template <typename Sum, int kTile>
-struct SharedTile {
-  static constexpr int kLanes = kTile / 4 * (kTile / 4);  // threads of 4 x 4 sums each
-  static constexpr int kSlices = kThreads / kLanes;       // which share the positions
-  union {
-    struct {
-      Sum left[kChunk][kTile + kPad];
-      Sum right[kChunk][kTile + kPad];
-    };
-    Sum slices[kSlices][kTile * kTile];
-  };
-  int64_t offset[kChunk];
-  Sum ones[kThreads];  // sums of x: of a channel, over a part of the positions
-};
-
-// Channels first_channel.. of the chunk's positions; 0 where there are none.
+// Blocks that share a multiprocessor: as many as registers allow without a spill.
 template <typename T, int kTile>
-__device__ void load_channels(SumType<T> (*to)[kTile + kPad], const T* x, const int64_t* offset, int positions,
-                              int64_t first_channel, int64_t channels, int64_t channel_stride) {
-  const bool channels_last = channel_stride == 1;  // neighbouring threads read neighbouring memory
-  for (int i = threadIdx.x; i < kTile * kChunk; i += kThreads) {
-    const int c = channels_last ? i % kTile : i / kChunk, k = channels_last ? i / kTile : i % kChunk;
-    const bool inside = k < positions && first_channel + c < channels;
-    to[k][c] = inside ? to_sum_type(x[offset[k] + (first_channel + c) * channel_stride]) : SumType<T>(0);
-  }
-}
+constexpr int kBlocks = sizeof(T) == sizeof(double) ? 2
+                        : kTile == 16               ? 5
+                                                    : 4;
 
-// One tile of one piece over the positions [begin, end), into `out`: rows of layer.side() numbers. Tiles on the
-// diagonal of a symmetric piece sum x, too, for the bias: behind the last row.
+// The layers of one type and tile size. All kinds in one kernel would need the registers of the largest, and more.
 template <typename T, int kTile>
-__device__ void add_tile(const LayerEntry& layer, const Piece& piece, const T* x, int64_t begin, int64_t end,
-                         int row_tile, int col_tile, SumType<T>* out, SharedTile<SumType<T>, kTile>& shared) {
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, kTile>))
+    products_kernel(const LayerEntry* layers, int count, const PieceEntry* all_pieces, unsigned char* workspace) {
   using Sum = SumType<T>;
   using Shared = SharedTile<Sum, kTile>;
+  KFAC2_SHARED(Shared, shared);
+  const LayerEntry& layer = layers[entry_of(layers, count, blockIdx.x)];
+  const PieceEntry* pieces = all_pieces + layer.pieces;
   const RowSource& source = layer.source;
-  const int64_t channels = source.channels_per_group(), stride = source.channel_stride;
-  int64_t shift = 0;
-  for (int axis = 0; axis < kSpatialRank; ++axis) shift += piece.axes[axis].shift * source.spatial_stride[axis];
-  const int lane = threadIdx.x % Shared::kLanes, slice = threadIdx.x / Shared::kLanes;
-  const int row = lane / (kTile / 4) * 4, col = lane % (kTile / 4) * 4;
-  const bool takes_ones = piece.symmetric && row_tile == col_tile && source.window.bias != 0;
-  Sum sums[4][4] = {}, ones = 0;
-  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-    const int positions = static_cast<int>(std::min<int64_t>(kChunk, end - chunk));
-    if (static_cast<int>(threadIdx.x) < positions)
-      shared.offset[threadIdx.x] = offset_of(source, piece, chunk + threadIdx.x);
-    __syncthreads();  // the offsets are there, and the last chunk is done with
-    load_channels<T, kTile>(shared.left, x, shared.offset, positions, row_tile * kTile, channels, stride);
-    load_channels<T, kTile>(shared.right, x + shift, shared.offset, positions, col_tile * kTile, channels, stride);
-    __syncthreads();
-#pragma unroll 2
-    for (int k = slice; k < kChunk; k += Shared::kSlices) {
-      for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) sums[i][j] += shared.left[k][row + i] * shared.right[k][col + j];
-    }
-    if (!takes_ones) continue;  // the same for all threads of the block
-#pragma unroll 1
-    for (int k = threadIdx.x / kTile; k < kChunk; k += kThreads / kTile) ones += shared.left[k][threadIdx.x % kTile];
-  }
-  __syncthreads();  // before the slices' sums overwrite the last chunk
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) shared.slices[slice][(row + i) * kTile + col + j] = sums[i][j];
-  shared.ones[threadIdx.x] = ones;
-  __syncthreads();
-  const int64_t side = layer.side();
-  for (int entry = threadIdx.x; entry < kTile * kTile; entry += kThreads) {
-    Sum sum = 0;
-    for (int s = 0; s < Shared::kSlices; ++s) sum += shared.slices[s][entry];
-    out[(row_tile * kTile + entry / kTile) * side + col_tile * kTile + entry % kTile] = sum;
-  }
-  if (!takes_ones || threadIdx.x >= kTile) return;  // no barrier follows
-  for (int part = kTile; part < kThreads; part += kTile) ones += shared.ones[threadIdx.x + part];
-  out[side * side + row_tile * kTile + threadIdx.x] = ones;
-}
-
-template <typename T>
-__device__ void run_item(const LayerEntry& layer, const PieceEntry* pieces, int64_t item, unsigned char* workspace,
-                         unsigned char* shared) {
-  using Sum = SumType<T>;
-  const RowSource& source = layer.source;
-  const int64_t group = item / layer.group_items;
+  const int64_t item = blockIdx.x - layer.first_item, group = item / layer.group_items;
   const PieceEntry& entry = pieces[entry_of(pieces, layer.piece_count, item % layer.group_items)];
   const Piece& piece = entry.piece;
   const int64_t local = item % layer.group_items - entry.first_item;
@@ -181,34 +106,11 @@ __device__ void run_item(const LayerEntry& layer, const PieceEntry* pieces, int6
   Sum* out = reinterpret_cast<Sum*>(workspace + layer.partial) + group * layer.group_numbers + entry.partial +
              share * layer.numbers();
   const T* x = static_cast<const T*>(source.data) + group * source.channels_per_group() * source.channel_stride;
-  if (layer.tile == 16) {
-    add_tile<T, 16>(layer, piece, x, begin, end, row_tile, col_tile, out,
-                    *reinterpret_cast<SharedTile<Sum, 16>*>(shared));
+  if (source.channel_stride == 1) {
+    add_tile<T, kTile, true>(source, piece, x, begin, end, row_tile, col_tile, layer.side(), out, shared);
   } else {
-    add_tile<T, 32>(layer, piece, x, begin, end, row_tile, col_tile, out,
-                    *reinterpret_cast<SharedTile<Sum, 32>*>(shared));
+    add_tile<T, kTile, false>(source, piece, x, begin, end, row_tile, col_tile, layer.side(), out, shared);
   }
-}
-
-// Blocks that share a multiprocessor: as many as registers for 4 x 4 sums allow without a spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kFloatBlocks = 4;
-#else
-constexpr int kFloatBlocks = 3;
-#endif
-
-// One kernel for layers summed in float and one for those in double, which needs twice the registers; a call
-// with both kinds launches both, and each passes over the blocks of the other.
-template <typename Sum>
-__global__ void __launch_bounds__(kThreads, sizeof(Sum) == sizeof(double) ? 2 : kFloatBlocks)
-    products_kernel(const LayerEntry* layers, int count, const PieceEntry* pieces, unsigned char* workspace) {
-  KFAC2_SHARED(unsigned char, shared);
-  const LayerEntry& layer = layers[entry_of(layers, count, blockIdx.x)];
-  with_type(layer.source.element_type, layer.source.data, [&](const auto* x) {
-    using T = ElementOf<decltype(x)>;
-    if constexpr (std::is_same_v<SumType<T>, Sum>)
-      run_item<T>(layer, pieces + layer.pieces, blockIdx.x - layer.first_item, workspace, &shared);
-  });
 }
 
 // Row or column of a covariance, as channel and kernel offset.
@@ -245,17 +147,21 @@ __device__ bool holds(const Piece& piece, const RowIndex& row, const RowIndex& c
 }
 
 template <typename Sum>
-__device__ void gather_element(const LayerEntry& layer, const PieceEntry* pieces, int64_t item,
+__device__ void gather_element(const LayerEntry& layer, const PieceEntry* pieces, int64_t item, double kept,
                                const unsigned char* workspace) {
   const RowSource& source = layer.source;
   const Window& window = source.window;
   const int64_t d = source.row_length(), group = item / (d * d);
   if (group >= window.groups) return;
   const int64_t r = item / d % d, c = item % d;
-  Sum& out = static_cast<Sum*>(layer.covariances)[item];
+  const auto write = [&](Sum sum) {
+    sum *= static_cast<Sum>(layer.scale);
+    if (layer.previous != nullptr) sum += static_cast<Sum>(kept) * static_cast<const Sum*>(layer.previous)[item];
+    static_cast<Sum*>(layer.covariances)[item] = sum;
+  };
   const bool with_ones = window.bias != 0 && (r == d - 1 || c == d - 1);
   if (with_ones && r == c) {
-    out = static_cast<Sum>(source.batch * source.grid_places());
+    write(static_cast<Sum>(source.batch * source.grid_places()));
     return;
   }
   RowIndex row = row_index(window, with_ones && r > c ? c : r), column = with_ones ? row : row_index(window, c);
@@ -273,68 +179,94 @@ __device__ void gather_element(const LayerEntry& layer, const PieceEntry* pieces
     for (int64_t share = 0; share < pieces[p].shares; ++share)
       sum += partial[pieces[p].partial + share * layer.numbers()];
   }
-  out = sum;
+  write(sum);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    gather_kernel(const LayerEntry* layers, int count, const PieceEntry* pieces, const unsigned char* workspace) {
+__global__ void __launch_bounds__(kThreads) gather_kernel(const LayerEntry* layers, int count, const PieceEntry* pieces,
+                                                          double kept, const unsigned char* workspace) {
   const LayerEntry& layer = layers[entry_of(count, blockIdx.x, [layers](int i) { return layers[i].first_output; })];
   const int64_t item = (blockIdx.x - layer.first_output) * kThreads + threadIdx.x;
   if (layer.source.element_type == ElementType::kFloat64) {
-    gather_element<double>(layer, pieces + layer.pieces, item, workspace);
+    gather_element<double>(layer, pieces + layer.pieces, item, kept, workspace);
   } else {
-    gather_element<float>(layer, pieces + layer.pieces, item, workspace);
+    gather_element<float>(layer, pieces + layer.pieces, item, kept, workspace);
   }
 }
 
+// Layers of one type and tile size, which follow each other in the table.
+struct LayerClass {
+  int first, count;
+  int64_t items;
+};
+
 class Covariances : public TableLaunch {
  public:
-  explicit Covariances(const CovariancesParams& params) : count_(static_cast<int>(params.layers)) {
-    std::vector<LayerEntry> layers;
+  explicit Covariances(const CovariancesParams& params) : kept_(params.kept) {
     std::vector<PieceEntry> pieces;
     std::map<std::vector<int64_t>, size_t> seen;  // layers of one shape share their pieces
     for (int64_t i = 0; i < params.layers; ++i) {
       const RowSource& source = params.sources[i];
       LayerEntry layer{};
-      const auto [found, is_new] = seen.emplace(shape_key(source), layers.size());
-      if (!is_new) layer = layers[found->second];
+      const auto [found, is_new] = seen.emplace(shape_key(source), entries_.size());
+      if (!is_new) layer = entries_[found->second];
       layer.source = source;
       if (is_new) add_pieces(layer, pieces);
       layer.covariances = params.covariances[i];
-      layer.first_item = items_;
-      layer.first_output = outputs_;
-      layer.partial = scratch_bytes_;
-      const int64_t groups = source.window.groups, d = source.row_length();
-      items_ += groups * layer.group_items;
-      outputs_ += ceil_div(groups * d * d, kThreads);
-      scratch_bytes_ += ceil_div(groups * layer.group_numbers * source.sum_bytes(), 16) * 16;
-      (source.element_type == ElementType::kFloat64 ? any_double_ : any_float_) = true;
-      layers.push_back(layer);
+      layer.previous = params.previous_of(i);
+      layer.scale = params.scale_of(i);
+      entries_.push_back(layer);
     }
-    layers_ = add(layers);
+    std::stable_sort(entries_.begin(), entries_.end(),
+                     [](const LayerEntry& a, const LayerEntry& b) { return a.kind() < b.kind(); });
+    for (LayerEntry& layer : entries_) place(layer);
+    layers_ = add(entries_);
     pieces_ = add(pieces);
   }
 
  private:
+  // Gives a layer its blocks and its part of the workspace, behind those before it.
+  void place(LayerEntry& layer) {
+    const int number = static_cast<int>(&layer - entries_.data());
+    if (number == 0 || layer.kind() != entries_[number - 1].kind()) classes_.push_back({number, 0, 0});
+    LayerClass& its = classes_.back();
+    layer.first_item = its.items;
+    layer.first_output = outputs_;
+    layer.partial = scratch_bytes_;
+    const int64_t groups = layer.source.window.groups, d = layer.source.row_length();
+    its.count += 1;
+    its.items += groups * layer.group_items;
+    outputs_ += ceil_div(groups * d * d, kThreads);
+    scratch_bytes_ += ceil_div(groups * layer.group_numbers * layer.source.sum_bytes(), 16) * 16;
+  }
+
   cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
-    cudaError_t status = any_float_ ? form_products<float>(workspace, stream) : cudaSuccess;
-    if (status == cudaSuccess && any_double_) status = form_products<double>(workspace, stream);
+    cudaError_t status = cudaSuccess;
+    for (const LayerClass& its : classes_) {
+      if (status != cudaSuccess) return status;
+      const LayerEntry& first = entries_[its.first];
+      with_type(first.source.element_type, first.source.data, [&](const auto* x) {
+        using T = ElementOf<decltype(x)>;
+        status = first.tile == 16 ? form_products<T, 16>(its, workspace, stream)
+                                  : form_products<T, 32>(its, workspace, stream);
+      });
+    }
     if (status != cudaSuccess) return status;
     return launch(gather_kernel, dim3(static_cast<unsigned>(outputs_)), dim3(kThreads), 0, stream,
-                  at(workspace, layers_), count_, at(workspace, pieces_),
+                  at(workspace, layers_), static_cast<int>(entries_.size()), at(workspace, pieces_), kept_,
                   static_cast<const unsigned char*>(scratch(workspace)));
   }
 
-  template <typename Sum>
-  cudaError_t form_products(unsigned char* workspace, cudaStream_t stream) const {
-    return launch(products_kernel<Sum>, dim3(static_cast<unsigned>(items_)), dim3(kThreads),
-                  sizeof(SharedTile<Sum, 32>), stream, at(workspace, layers_), count_, at(workspace, pieces_),
-                  scratch(workspace));
+  template <typename T, int kTile>
+  cudaError_t form_products(const LayerClass& its, unsigned char* workspace, cudaStream_t stream) const {
+    return launch(products_kernel<T, kTile>, dim3(static_cast<unsigned>(its.items)), dim3(kThreads),
+                  sizeof(SharedTile<SumType<T>, kTile>), stream, at(workspace, layers_) + its.first, its.count,
+                  at(workspace, pieces_), scratch(workspace));
   }
 
-  int count_;
-  int64_t items_ = 0, outputs_ = 0;
-  bool any_float_ = false, any_double_ = false;
+  double kept_;
+  int64_t outputs_ = 0;
+  std::vector<LayerEntry> entries_;
+  std::vector<LayerClass> classes_;
   TableAt<LayerEntry> layers_;
   TableAt<PieceEntry> pieces_;
 };

@@ -16,10 +16,13 @@ namespace kfac2::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 32;                // maps on either side of a tile; 2 x 2 pairs for each thread
-constexpr int kChunk = 64;               // places of the meeting grid held in shared memory
-constexpr int64_t kBlocksWanted = 1024;  // enough to fill any device; fixed, so that results do not depend on it
-constexpr int64_t kLeastPlaces = 512;    // worth a share of its own
+constexpr int kTile = 32;   // maps on either side of a tile; 4 x 4 pairs for each thread
+constexpr int kChunk = 64;  // places of the meeting grid held in shared memory
+constexpr int kPad = 4;     // keeps rows of shared memory 16-byte aligned and off one bank
+constexpr int kLanes = kTile / 4 * (kTile / 4);
+constexpr int kSlices = kThreads / kLanes;  // which share the places of a chunk
+constexpr int64_t kBlocksWanted = 1024;     // enough to fill any device; fixed, so that results do not depend on it
+constexpr int64_t kLeastPlaces = 512;       // worth a share of its own
 
 struct Tile {
   int row_first, row_count;  // into the table of maps
@@ -47,73 +50,139 @@ std::vector<std::pair<int, int>> even_parts(int first, int count) {
 
 template <typename T>
 struct SharedTile {
-  T rows[kTile][kChunk + 1];
-  T cols[kTile][kChunk + 1];
-  int64_t row_place[kChunk];  // where a place lies in a map of the row class, or -1 behind the end
-  int64_t col_place[kChunk];
+  union {
+    struct {
+      T rows[kChunk][kTile + kPad];
+      T cols[kChunk][kTile + kPad];
+    };
+    T slices[kSlices][kTile * kTile];
+  };
+  // Of two chunks: where a place lies in a map of the class, or -1 behind the end.
+  int64_t row_place[2][kChunk];
+  int64_t col_place[2][kChunk];
 };
 
 __device__ int64_t place_in(const Grid& grid, const Meeting& meeting, int64_t n, int64_t t) {
   return n * grid.places() + nearest_index(grid, meeting, t);
 }
 
-// The numbers of up to kTile maps at the chunk's places.
-template <typename T, bool kArea>
-__device__ void load_maps(T (*to)[kChunk + 1], const MapEntry* maps, int count, const int64_t* place_of,
-                          const Grid& grid, const Meeting& meeting, int64_t begin) {
-  const int64_t meeting_places = meeting.grid.places();
-  for (int i = threadIdx.x; i < kTile * kChunk; i += kThreads) {
-    const int m = i / kChunk, k = i % kChunk;
-    T value = 0;
-    if (m < count && place_of[k] >= 0) {
-      const T* map = static_cast<const T*>(maps[m].data);
-      if constexpr (kArea) {
-        const int64_t n = (begin + k) / meeting_places, t = (begin + k) % meeting_places;
-        value = area_mean(map + n * grid.places(), grid, meeting, t);
-      } else {
-        value = map[place_of[k]];
-      }
+// A thread has one place of a chunk and every fourth map; a warp has 8 neighbouring places, 32 bytes of memory, of 4
+// maps, which shared memory has in different banks.
+__device__ int own_place() { return static_cast<int>(threadIdx.x % 8 + threadIdx.x / 32 * 8); }
+__device__ int own_map(int number) { return static_cast<int>(threadIdx.x / 8 % 4) + 4 * number; }
+
+// The numbers of up to kTile maps at the chunk's places, read from memory to registers, all loads before the first is
+// waited for, and from there to shared memory.
+template <typename T>
+struct Side {
+  T numbers[kTile / 4];
+
+  __device__ void load(const MapEntry* maps, int count, const int64_t* place_of) {
+    const int64_t place = place_of[own_place()];
+#pragma unroll
+    for (int number = 0; number < kTile / 4; ++number) {
+      const int m = own_map(number);
+      numbers[number] = m < count && place >= 0 ? static_cast<const T*>(maps[m].data)[place] : T(0);
     }
-    to[m][k] = value;
+  }
+
+  __device__ void store(T (*to)[kTile + kPad]) const {
+#pragma unroll
+    for (int number = 0; number < kTile / 4; ++number) to[own_place()][own_map(number)] = numbers[number];
+  }
+};
+
+// Means of up to kTile maps over what the chunk's places cover: many loads for each number, so straight to shared
+// memory.
+template <typename T>
+__device__ void store_means(T (*to)[kTile + kPad], const MapEntry* maps, int count, const Grid& grid,
+                            const Meeting& meeting, int64_t begin, int64_t end) {
+  const int64_t index = begin + own_place(), places = meeting.grid.places();
+#pragma unroll 1
+  for (int number = 0; number < kTile / 4; ++number) {
+    const int m = own_map(number);
+    T mean = 0;
+    if (m < count && index < end) {
+      const T* map = static_cast<const T*>(maps[m].data);
+      mean = area_mean(map + index / places * grid.places(), grid, meeting, index % places);
+    }
+    to[own_place()][m] = mean;
   }
 }
 
-// partial[share][tile][i][j] = sum over the share's places of rows[i] cols[j]
-// Area means need more registers; without the bound on blocks the compiler would spill them.
+// Blocks that share a multiprocessor: as many as registers allow without a spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFloatBlocks = 2;
+#else
+constexpr int kFloatBlocks = 3;
+#endif
+
+// partial[share][tile][i][j] = sum over the share's places of rows[i] cols[j]. While the products of a chunk are
+// formed, the next one is on its way.
 template <typename T, bool kArea>
-__global__ void __launch_bounds__(kThreads, kArea ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, kArea || sizeof(T) == sizeof(double) ? 2 : kFloatBlocks)
     cross_layer_sums_kernel(const MapEntry* maps, const Tile* tiles, int tile_count, int64_t shares, T* partial) {
   KFAC2_SHARED(SharedTile<T>, shared);
   const Tile& tile = tiles[blockIdx.x % tile_count];
   const int64_t share = blockIdx.x / tile_count;
   const int64_t begin = tile.places * share / shares, end = tile.places * (share + 1) / shares;
-  const int64_t meeting_places = tile.meeting.grid.places();
-  const int row = threadIdx.x / 16, col = threadIdx.x % 16;
-  T sums[2][2] = {{0, 0}, {0, 0}};
-  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-    if (threadIdx.x < 2 * kChunk) {
-      const int k = threadIdx.x % kChunk;
-      const bool for_rows = threadIdx.x < kChunk;
-      const int64_t n = (chunk + k) / meeting_places, t = (chunk + k) % meeting_places;
-      const Grid& grid = for_rows ? tile.row_grid : tile.col_grid;
-      (for_rows ? shared.row_place : shared.col_place)[k] = chunk + k < end ? place_in(grid, tile.meeting, n, t) : -1;
+  const auto find = [&](int64_t first, int buffer) {
+    if (kArea || threadIdx.x >= 2 * kChunk) return;
+    const int k = threadIdx.x % kChunk;
+    const bool for_rows = threadIdx.x < kChunk;
+    const Grid& grid = for_rows ? tile.row_grid : tile.col_grid;
+    int64_t place = -1;
+    if (first + k < end) {
+      const int64_t index = first + k, places = tile.meeting.grid.places();
+      // On the grid of the meeting a place has the same number, and nothing is divided, which takes long.
+      place = tile.meeting.is(grid) ? index : place_in(grid, tile.meeting, index / places, index % places);
     }
-    __syncthreads();  // the places are there, and the last chunk is done with
-    load_maps<T, kArea>(shared.rows, maps + tile.row_first, tile.row_count, shared.row_place, tile.row_grid,
-                        tile.meeting, chunk);
-    load_maps<T, kArea>(shared.cols, maps + tile.col_first, tile.col_count, shared.col_place, tile.col_grid,
-                        tile.meeting, chunk);
-    __syncthreads();
-    for (int k = 0; k < kChunk; ++k) {
-      const T a0 = shared.rows[row][k], a1 = shared.rows[row + 16][k];
-      const T b0 = shared.cols[col][k], b1 = shared.cols[col + 16][k];
-      sums[0][0] += a0 * b0, sums[0][1] += a0 * b1;
-      sums[1][0] += a1 * b0, sums[1][1] += a1 * b1;
+    (for_rows ? shared.row_place : shared.col_place)[buffer][k] = place;
+  };
+  const MapEntry *row_maps = maps + tile.row_first, *col_maps = maps + tile.col_first;
+  Side<T> rows, cols;
+  const auto load = [&](int buffer) {
+    if constexpr (!kArea) {
+      rows.load(row_maps, tile.row_count, shared.row_place[buffer]);
+      cols.load(col_maps, tile.col_count, shared.col_place[buffer]);
     }
+  };
+  const auto store = [&](int64_t first) {
+    if constexpr (kArea) {
+      store_means(shared.rows, row_maps, tile.row_count, tile.row_grid, tile.meeting, first, end);
+      store_means(shared.cols, col_maps, tile.col_count, tile.col_grid, tile.meeting, first, end);
+    } else {
+      rows.store(shared.rows);
+      cols.store(shared.cols);
+    }
+  };
+  const int lane = threadIdx.x % kLanes, slice = threadIdx.x / kLanes;
+  const int row = lane / (kTile / 4) * 4, col = lane % (kTile / 4) * 4;
+  T sums[4][4] = {};
+  find(begin, 0);
+  __syncthreads();
+  load(0);
+  int next = 1;  // the buffer of the next chunk's places
+  for (int64_t chunk = begin; chunk < end; chunk += kChunk, next ^= 1) {
+    store(chunk);
+    find(chunk + kChunk, next);
+    __syncthreads();  // the chunk is there, and where the next one lies
+    load(next);
+#pragma unroll 2
+    for (int k = slice; k < kChunk; k += kSlices)
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) sums[i][j] += shared.rows[k][row + i] * shared.cols[k][col + j];
+    __syncthreads();  // the chunk is done with
   }
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) shared.slices[slice][(row + i) * kTile + col + j] = sums[i][j];
+  __syncthreads();
   T* out = partial + static_cast<int64_t>(blockIdx.x) * kTile * kTile;
-  for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < 2; ++j) out[(row + 16 * i) * kTile + col + 16 * j] = sums[i][j];
+  for (int entry = threadIdx.x; entry < kTile * kTile; entry += kThreads) {
+    T sum = 0;
+    for (int s = 0; s < kSlices; ++s) sum += shared.slices[s][entry];
+    out[entry] = sum;
+  }
 }
 
 // Adds the shares up, scales, averages with what was there, and writes both halves of the matrix.

@@ -13,15 +13,18 @@ template <typename Sum>
 __global__ void __launch_bounds__(kPartThreads)
     gather_kernel(const PartEntry* entries, int count, Sum* matrices, int32_t* first_bad) {
   const PartEntry& entry = entries[entry_of(entries, count, blockIdx.x)];
+  const GradientPart part = entry.part;
+  const bool belongs = part.belongs();
   bool finite = true;
-  with_type(entry.part.element_type, entry.part.data, [&](const auto* data) {
-    for_each_element(entry, blockIdx.x, [&](int64_t offset, int64_t place) {
-      const auto value = to_sum_type(data[offset]);
-      finite &= static_cast<bool>(std::isfinite(value));
-      if (entry.part.belongs()) matrices[place] = static_cast<Sum>(value);
-    });
+  with_type(part.element_type, part.data, [&](const auto* data) {
+    for_each_element(
+        part, blockIdx.x - entry.first_item, [&](int64_t offset, int64_t) { return to_sum_type(data[offset]); },
+        [&](int64_t, int64_t place, auto value) {
+          finite &= static_cast<bool>(std::isfinite(value));
+          if (belongs) matrices[place] = static_cast<Sum>(value);
+        });
   });
-  if (!finite) atomicMin(first_bad, static_cast<int>(entry.part.number));
+  if (!finite) atomicMin(first_bad, static_cast<int>(part.number));
 }
 
 class GatherGradients : public PartLaunch {

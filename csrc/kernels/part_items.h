@@ -44,18 +44,32 @@ class PartLaunch : public TableLaunch {
   TableAt<PartEntry> entries_;
 };
 
-// The elements of an item, dealt out to the threads of a block.
-template <typename Visit>
-__device__ void for_each_element(const PartEntry& entry, int64_t item, const Visit& visit) {
-  const GradientPart& part = entry.part;
-  const int64_t begin = (item - entry.first_item) * kItemElements, elements = part.elements();
-  const int64_t end = begin + kItemElements < elements ? begin + kItemElements : elements;
+// The elements of an item, dealt out to the threads of a block: read(offset, place) gives what write(offset, place,
+// value) takes. A thread reads so many elements at once before it writes the first, since a write might be to what the
+// next one reads; `part` is a copy in registers for the same reason.
+constexpr int kAtOnce = 4;
+
+template <typename Read, typename Write>
+__device__ void for_each_element(const GradientPart part, int64_t number_of_item, const Read& read,
+                                 const Write& write) {
+  const int64_t begin = number_of_item * kItemElements, elements = part.elements();
+  const unsigned end = static_cast<unsigned>(begin + kItemElements < elements ? begin + kItemElements : elements);
   const bool contiguous = part.columns_contiguous();
   const unsigned columns = static_cast<unsigned>(part.columns);  // at most kMaxPartElements, as are all elements
-  for (unsigned at = static_cast<unsigned>(begin) + threadIdx.x; at < end; at += kPartThreads) {
-    const unsigned row = at / columns, column = at % columns;
-    const int64_t offset = row * part.row_stride + (contiguous ? column : part.column_offset(column));
-    visit(offset, part.offset + row * part.row_length + column);
+  for (unsigned first = static_cast<unsigned>(begin) + threadIdx.x; first < end; first += kAtOnce * kPartThreads) {
+    int64_t offsets[kAtOnce] = {}, places[kAtOnce] = {};
+    decltype(read(int64_t{}, int64_t{})) values[kAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const unsigned at = first + i * kPartThreads, row = at / columns, column = at % columns;
+      if (at >= end) break;
+      offsets[i] = row * part.row_stride + (contiguous ? column : part.column_offset(column));
+      places[i] = part.offset + row * part.row_length + column;
+      values[i] = read(offsets[i], places[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (first + i * kPartThreads < end) write(offsets[i], places[i], values[i]);
   }
 }
 

@@ -5,7 +5,7 @@
 namespace kfac2::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 64;  // few, since the different words that a warp takes from a parameter come one by one
 
 // Bytes that the parameters of a kernel hold: 4 KB anywhere, nearly 32 KB from CUDA 12.1 on.
 constexpr int64_t kFew = 3840, kMany = 30720;
@@ -18,15 +18,17 @@ struct Chunk {
 template <int64_t kBytes>
 __global__ void __launch_bounds__(kThreads)
     write_kernel(const KFAC2_GRID_CONSTANT Chunk<kBytes> chunk, uint4* to, int count) {
-  for (int i = threadIdx.x; i < count; i += kThreads) to[i] = chunk.parts[i];
+  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  if (i < count) to[i] = chunk.parts[i];
 }
 
 template <int64_t kBytes>
 cudaError_t write(const unsigned char* from, int64_t bytes, void* to, cudaStream_t stream) {
   Chunk<kBytes> chunk;
   std::memcpy(chunk.parts, from, static_cast<size_t>(bytes));
-  return launch(write_kernel<kBytes>, dim3(1), dim3(kThreads), 0, stream, chunk, static_cast<uint4*>(to),
-                static_cast<int>(bytes / static_cast<int64_t>(sizeof(uint4))));
+  const int count = static_cast<int>(bytes / static_cast<int64_t>(sizeof(uint4)));
+  return launch(write_kernel<kBytes>, dim3(static_cast<unsigned>(ceil_div(count, kThreads))), dim3(kThreads), 0, stream,
+                chunk, static_cast<uint4*>(to), count);
 }
 
 }  // namespace

@@ -10,19 +10,44 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "covariances";
 
-// [groups, d, d] for each layer
-std::vector<Tensor> covariances(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows) {
+// The covariances so far of a layer, shaped like its result; null where the tensor has no elements.
+const void* pointer_to_previous(const Tensor& tensor, size_t layer, const Tensor& result,
+                                std::vector<Tensor>& contiguous) {
+  if (tensor.numel() == 0) return nullptr;
+  check(shape_vector(tensor) == shape_vector(result) && tensor.scalar_type() == result.scalar_type(), kOp,
+        "expected previous ", layer, " with the shape and dtype of its result, ", shape_of(result), ", got ",
+        shape_of(tensor), tensor.scalar_type() == result.scalar_type() ? "" : " of another dtype");
+  check(same_device(tensor, result), kOp, "expected previous ", layer, " on the device of the tensors");
+  contiguous.push_back(as_contiguous(tensor));
+  return contiguous.back().const_data_ptr();
+}
+
+// [groups, d, d] for each layer; previous and scales: of each layer, or none at all
+std::vector<Tensor> covariances(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows,
+                                const std::vector<Tensor>& previous, double kept, const std::vector<double>& scales) {
   const std::vector<RowSource> sources = row_sources(kOp, tensors, windows);
+  check(previous.empty() || previous.size() == tensors.size(), kOp, "expected as many previous as tensors, ",
+        tensors.size(), ", or none, got ", previous.size());
+  check(scales.empty() || scales.size() == tensors.size(), kOp, "expected as many scales as tensors, ", tensors.size(),
+        ", or none, got ", scales.size());
   std::vector<Tensor> results;
   std::vector<void*> pointers;
+  std::vector<const void*> before;
+  std::vector<Tensor> contiguous;  // keeps alive what the pointers point to
   for (size_t i = 0; i < tensors.size(); ++i) {
     check(sources[i].window.bias <= 1, kOp, "expected a bias of 0 or 1 in window ", i, ", got ",
           sources[i].window.bias);
     const int64_t d = sources[i].row_length();
     results.push_back(allocate(tensors[i], {sources[i].window.groups, d, d}, sum_type(sources[i])));
     pointers.push_back(results.back().mutable_data_ptr());
+    before.push_back(previous.empty() ? nullptr : pointer_to_previous(previous[i], i, results.back(), contiguous));
   }
-  const CovariancesParams params{sources.data(), pointers.data(), static_cast<int64_t>(sources.size())};
+  const CovariancesParams params{sources.data(),
+                                 pointers.data(),
+                                 static_cast<int64_t>(sources.size()),
+                                 before.data(),
+                                 kept,
+                                 scales.empty() ? nullptr : scales.data()};
   KFAC2_RUN(covariances, tensors[0], params);
   return results;
 }

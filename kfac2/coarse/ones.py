@@ -19,7 +19,8 @@ from kfac2.layout import Layout
 from kfac2.ops.eigendecompose import floored_eigh
 from kfac2.statistics import Averages, Pass, Sums, Use
 
-MAP_NUMBERS = 2**22  # of all maps that are alive at a time: 16 MB
+# Numbers of all maps that are alive at a time: 16 MB, and 256 MB where each part of the samples is four launches more.
+MAP_NUMBERS = {"cpu": 2**22, "cuda": 2**26}
 
 
 class Ones(CoarseSpace):
@@ -59,7 +60,8 @@ class Ones(CoarseSpace):
         # One kind after the other, and few samples at a time, so that not all maps are alive together.
         uses = [use for of_layer in layers.values() for use in of_layer]
         numbers = sum(use.layer.maps * use.samples * use.places for use in uses)
-        share = max(1, passed.samples * MAP_NUMBERS // max(numbers, 1))
+        at_once = MAP_NUMBERS.get(layout.device.type, MAP_NUMBERS["cpu"])
+        share = max(1, passed.samples * at_once // max(numbers, 1))
         grad_maps = [m for use in uses for m in (use.taken.maps if use.taken is not None else ())]
         grad_sums = self._sums_of_maps(
             uses,

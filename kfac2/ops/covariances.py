@@ -6,6 +6,7 @@ Wide rows on a CUDA device go to the library's product, see `gram_matrices`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,36 +17,64 @@ from kfac2.ops.layer_maps import decode_windows, spatial_rank, sum_dtype
 from kfac2.window import IntOrInts, Padding, Window
 
 
-def covariances(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Tensor]:
+def covariances(
+    tensors: Sequence[Tensor],
+    windows: Sequence[Window],
+    *,
+    previous: Sequence[Tensor | None] | None = None,
+    kept: float = 1.0,
+    scales: Sequence[float] | None = None,
+) -> list[Tensor]:
     """Sum the outer products of each layer's rows: Σ_n Σ_t row[n, t] row[n, t]ᵀ, without forming patches.
+
+    With `previous`, a running sum or average is updated in the same call: kept · previous + scale · Σ.
 
     Args:
         tensors: one for each layer, (N, C, *spatial) with up to three spatial axes; float32, float64, float16
             or bfloat16; any strides.
         windows: one for each tensor.
+        previous: symmetric sums so far, shaped as the results and in their dtype; None for a layer, or in place of the
+            list: none, the default.
+        kept: what `previous` is multiplied by; default 1.
+        scales: what each layer's new sums are multiplied by; default 1.
 
     Returns:
-        For each layer (groups, d, d): raw sums, symmetric to the last bit; d counts channels slowest, then
+        For each layer (groups, d, d): raw sums by default, symmetric to the last bit; d counts channels slowest, then
         kernel offsets, bias last. float64 for float64 tensors, else float32.
 
     Raises:
         TypeError: if `tensors` is not a list of tensors.
         ValueError: if a list is empty, lengths differ, or tensors are on several devices.
-        RuntimeError: if a tensor does not fit its window.
+        RuntimeError: if a tensor does not fit its window, or an entry of `previous` its result.
     """
     check_tensors("tensors", tensors)
-    check_same_length("windows", windows, "tensors", tensors)
-    tensors, by_library = detached(tensors), [is_faster(*pair) for pair in zip(tensors, windows, strict=True)]
-    if not any(by_library):
-        return _native(tensors, windows)
-    native = [pair for pair, other in zip(zip(tensors, windows, strict=True), by_library, strict=True) if not other]
-    rest = iter(_native(*zip(*native, strict=True)) if native else [])
-    pairs = zip(tensors, windows, by_library, strict=True)
-    return [gram_matrix(x, window) if other else next(rest) for x, window, other in pairs]
+    before = [None] * len(tensors) if previous is None else [None if p is None else p.detach() for p in previous]
+    factors = [1.0] * len(tensors) if scales is None else [float(scale) for scale in scales]
+    for name, entries in (("windows", windows), ("previous", before), ("scales", factors)):
+        check_same_length(name, entries, "tensors", tensors)
+    layers = list(zip(detached(tensors), windows, before, factors, strict=True))
+    by_library = [is_faster(x, window) for x, window, *_ in layers]
+    native = [layer for layer, other in zip(layers, by_library, strict=True) if not other]
+    rest = iter(_native(native, kept) if native else [])
+    return [_by_library(*layer, kept) if other else next(rest) for layer, other in zip(layers, by_library, strict=True)]
 
 
-def _native(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[Tensor]:
-    return torch.ops.kfac2.covariances(list(tensors), [number for window in windows for number in window.encode()])
+_Layer = tuple[Tensor, Window, Tensor | None, float]
+
+
+def _native(layers: Sequence[_Layer], kept: float) -> list[Tensor]:
+    tensors, windows, previous, scales = map(list, zip(*layers, strict=True))
+    numbers = [number for window in windows for number in window.encode()]
+    none = torch.empty(0, device=tensors[0].device)  # stands for no tensor
+    before = [none if p is None else p for p in previous] if any(p is not None for p in previous) else []
+    return torch.ops.kfac2.covariances(tensors, numbers, before, float(kept), scales)
+
+
+def _by_library(x: Tensor, window: Window, previous: Tensor | None, scale: float, kept: float) -> Tensor:
+    sums = gram_matrix(x, window)
+    if scale != 1:
+        sums *= scale
+    return sums if previous is None else sums.add_(previous, alpha=kept)
 
 
 def input_covariance(
@@ -96,7 +125,7 @@ def grad_covariance(g: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("kfac2::covariances")
-def _(tensors: Sequence[Tensor], windows: Sequence[int]) -> list[Tensor]:
+def _(tensors: Sequence[Tensor], windows: Sequence[int], *others: Any) -> list[Tensor]:
     results = []
     for tensor, window in zip(tensors, decode_windows(tensors, windows), strict=True):
         d = window.row_length(tensor.shape[1])

@@ -36,10 +36,15 @@ inline LayerMapsParams moved(DeviceCopies& copies, LayerMapsParams params) {
 
 inline CovariancesParams moved(DeviceCopies& copies, CovariancesParams params) {
   const RowSource* sources = params.sources;
-  params.covariances = copies.table(params.covariances, params.layers, [&](void*& matrices, int64_t i) {
-    const int64_t d = sources[i].row_length();
-    matrices = copies.out(matrices, sources[i].window.groups * d * d * sources[i].sum_bytes());
-  });
+  const auto bytes = [sources](int64_t i) {
+    return sources[i].window.groups * sources[i].row_length() * sources[i].row_length() * sources[i].sum_bytes();
+  };
+  params.covariances = copies.table(params.covariances, params.layers,
+                                    [&](void*& matrices, int64_t i) { matrices = copies.out(matrices, bytes(i)); });
+  if (params.previous != nullptr) {
+    params.previous = copies.table(params.previous, params.layers,
+                                   [&](const void*& matrices, int64_t i) { matrices = copies.in(matrices, bytes(i)); });
+  }
   params.sources = copies.table(sources, params.layers, [&](RowSource& source, int64_t) { move_rows(copies, source); });
   return params;
 }

@@ -104,6 +104,20 @@ void test_layers(const DrawnLayers& layers) {
   run_on_device("covariances", cuda::covariances, {sources.data(), covariances.pointers.data(), count});
   run(*cpu::covariances({sources.data(), expected.pointers.data(), count}));
   expect_same("covariances", sources, covariances, expected, size);
+
+  // What was summed before, of every other layer, and this time's sums by a number of their own.
+  Outputs averages(sources, size), expected_averages(sources, size);
+  std::vector<const void*> previous;
+  std::vector<double> scales;
+  for (int64_t i = 0; i < count; ++i) {
+    previous.push_back(i % 2 == 0 ? covariances.pointers[i] : nullptr);
+    scales.push_back(0.25 + static_cast<double>(i));
+  }
+  CovariancesParams params{sources.data(), averages.pointers.data(), count, previous.data(), 0.7, scales.data()};
+  run_on_device("covariances", cuda::covariances, params);
+  params.covariances = expected_averages.pointers.data();
+  run(*cpu::covariances(params));
+  expect_same("averages", sources, averages, expected_averages, size);
 }
 
 template <typename T>

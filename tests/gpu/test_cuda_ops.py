@@ -8,6 +8,7 @@ from compare import assert_equal
 from device import DEVICE, needs_device
 
 from kfac2 import ops, reference
+from kfac2.ops import gram_matrices
 from kfac2.window import Window
 
 pytestmark = needs_device
@@ -45,6 +46,37 @@ def test_maps_and_covariances(seed, dtype):
     assert torch.equal(covariance, covariance.T)
     assert_equal(covariance.cpu(), reference.input_covariance(x.double(), *geometry), TOLERANCE[dtype])
     assert_equal(ops.grad_covariance(got).cpu(), reference.grad_covariance(x.double()), TOLERANCE[dtype])
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request):
+    """Torch's precision of float32 products on the device."""
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, request.param
+    yield request.param
+    setting.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape, kernel", [((400, 260), ()), ((3, 257, 20), (1,)), ((2, 130, 9, 7), (3, 2))])
+def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision):
+    """By the library's product: exact in half types and strict float32; of rows rounded alike in TF32."""
+    x, small = torch.randn(shape).to(dtype), torch.randn(5, 3, 4).to(dtype)
+    window, other = Window.of(len(kernel), kernel, padding=len(kernel) // 2, bias=1), Window.of(1, 2)
+    by_library = gram_matrices.is_faster(to_device(x), window)
+    assert by_library == (dtype != torch.float32 or precision == "tf32" or not any(k > 1 for k in kernel))
+    got, rest = ops.covariances([to_device(x), to_device(small)], [window, other])
+    is_rounded = dtype == torch.float32 and precision == "tf32"
+    expected = reference.input_covariance(x.double(), kernel, 1, len(kernel) // 2, 1, True)
+    assert_equal(got[0].cpu(), expected, 1e-3 if is_rounded else 1e-5)
+    assert_equal(rest[0].cpu(), reference.input_covariance(small.double(), 2), 1e-5)
+    layers = ([to_device(x), to_device(small)], [window, other])
+    averages = ops.covariances(*layers, previous=[got, rest], kept=0.9, scales=[0.1, 0.2])
+    for average, sums, scale in zip(averages, (got, rest), (0.1, 0.2), strict=True):
+        assert_equal(average, (0.9 + scale) * sums, 1e-5)
+    assert torch.equal(got, got.mT)
+    values = torch.linalg.eigvalsh(got[0].cpu().double())
+    assert values.min() > -1e-5 * values.max()  # sums in float32
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -175,7 +207,7 @@ def test_tensors_on_two_devices_are_refused():
         ops.covariances([there, here], [Window.places(0)] * 2)
     numbers = Window.places(0).encode() * 2
     with pytest.raises(RuntimeError, match="expected tensor 1 on the device of tensor 0"):
-        torch.ops.kfac2.covariances([there, here], numbers)
+        torch.ops.kfac2.covariances([there, here], numbers, [], 1.0, [])
 
 
 def test_opcheck_of_coarse_fisher():
@@ -188,4 +220,5 @@ def test_opcheck_of_coarse_fisher():
 def test_opcheck(name):
     tensors = [torch.randn(3, 2, 5, 4, device=DEVICE), torch.randn(2, 6, 7, device=DEVICE)]
     numbers = Window.of(2, 3, padding=1, bias=1).encode() + Window.places(1, groups=2).encode()
-    torch.library.opcheck(getattr(torch.ops.kfac2, name).default, (tensors, numbers))
+    more = ([tensors[0].new_ones(1, 19, 19), tensors[0][:0]], 0.9, [0.1, 2.0]) if name == "covariances" else ()
+    torch.library.opcheck(getattr(torch.ops.kfac2, name).default, (tensors, numbers, *more))

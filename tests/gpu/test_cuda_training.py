@@ -60,6 +60,24 @@ def test_training_follows_the_cpu(name, options):
         assert_equal(other.coarse_fisher().cpu(), opt.coarse_fisher(), 1e-8)
 
 
+def test_products_of_a_step_in_tf32():
+    """Rounded to 11 bits where that is asked for, whatever torch's own setting is, which stays as it was."""
+    setting, steps = torch.backends.cuda.matmul, {}
+    before = setting.fp32_precision
+    for precision in ("ieee", "tf32", None):
+        torch.manual_seed(0)
+        model, x = nn.Linear(256, 64).to(DEVICE), torch.randn(512, 256, device=DEVICE)
+        opt = KFAC(model, fisher="empirical", kl_clip=None, momentum=0.0, step_precision=precision)
+        start = model.weight.detach().clone()
+        model(x).square().sum(1).mean().backward()
+        opt.step()
+        steps[precision] = model.weight.detach() - start
+        assert setting.fp32_precision == before
+    assert not torch.equal(steps["ieee"], steps["tf32"])
+    assert torch.equal(steps[None], steps["tf32" if before == "tf32" else "ieee"])
+    assert_equal(steps["tf32"], steps["ieee"], 1e-2)
+
+
 def test_sampled_labels_and_state():
     task = models.task("conv2d")
     model, x, target = task.model.to(DEVICE), task.x.to(DEVICE), task.target.to(DEVICE)

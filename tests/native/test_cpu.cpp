@@ -45,6 +45,16 @@ void test_layer(Random& random, ElementType type) {
   void* covariance_pointer = covariances.data();
   run(*cpu::covariances({&source, &covariance_pointer, 1}));
   expect_equal("covariances", covariances.data(), expected.data(), covariances.size(), kTolerance<T>);
+
+  const std::vector<SumType<T>> previous = drawn_numbers<SumType<T>>(random, groups * d * d);
+  const void* previous_pointer = draw(random, 0, 1) == 0 ? previous.data() : nullptr;
+  const double kept = 0.7, scale = 0.3;
+  run(*cpu::covariances({&source, &covariance_pointer, 1, &previous_pointer, kept, &scale}));
+  for (size_t i = 0; i < expected.size(); ++i) {
+    expected[i] *= scale;
+    if (previous_pointer != nullptr) expected[i] += kept * static_cast<double>(previous[i]);
+  }
+  expect_equal("averages of covariances", covariances.data(), expected.data(), covariances.size(), kTolerance<T>);
 }
 
 template <typename T>
