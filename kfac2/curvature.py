@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from kfac2 import state
 from kfac2.coarse import coarse_space
 from kfac2.collector import Collector
+from kfac2.exchange import alike, exchanged
 from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
 from kfac2.inverses import Inverses, Solvers, inverted, mended, observed
@@ -21,7 +23,7 @@ from kfac2.layers import Found, find_layers, why_it_left
 from kfac2.layout import Layout
 from kfac2.likelihood import NotFiniteError, Prediction
 from kfac2.options import CurvatureOptions, check_damping
-from kfac2.processes import Alone, check_alone
+from kfac2.processes import WORLD, Told, check_plain, checksum, processes_of, unwrapped
 from kfac2.readings import Readings
 from kfac2.solve import checked_gradients, solve_in_place
 from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
@@ -49,6 +51,7 @@ class Curvature(Readings):
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
+        process_group: as in `KFAC`. All processes of it call `accumulate`, each with its own part of the batch.
         **settings: `levels`, `inverse`, `fisher`, `stat_decay`, `downsample`, `coarse_weight`, `coarse_damping`,
             `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`.
 
@@ -57,12 +60,13 @@ class Curvature(Readings):
         own: ids of the parameters whose layers may be handled, if they are among those that are trained.
         collector: captures forward passes with grad enabled, until `close`.
         dropping: called before a layer is dropped, while what was found still has its names.
+        moment: gives the number that labels are drawn with, where there are several processes.
 
     Raises:
         TypeError: if an argument has the wrong type, or an option is unknown.
         ValueError: if an option is out of its range, `skip` matches nothing, the model has no layer to
-            handle, or its layers are on two devices; or if parameters are DTensors.
-        RuntimeError: if torch.distributed has more than one process.
+            handle, or its layers are on two devices; if parameters are DTensors, or models or options differ between
+            processes.
     """
 
     def __init__(
@@ -72,15 +76,16 @@ class Curvature(Readings):
         params: Iterable[nn.Parameter] | None = None,
         skip: Iterable[str] = (),
         options: CurvatureOptions | None = None,
+        process_group: object = WORLD,
         **settings: Any,
     ) -> None:
         skip = [skip] if isinstance(skip, str) else list(skip)
         self.options = CurvatureOptions.of(settings) if options is None else options
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.model = model
+        self.model = model = unwrapped(model, self.options.fisher != "empirical")
         self.params = list(model.parameters() if params is None else params)
-        check_alone(self.params)
+        check_plain(self.params)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.own = {id(parameter) for parameter in self.params}
         self._is_regrouped = False
@@ -98,7 +103,7 @@ class Curvature(Readings):
         self.solvers = Solvers(
             SOLVERS[self.options.inverse](),
             coarse_space(self.options.space, self.options.downsample),
-            Alone(),
+            processes_of(process_group, self.layout.device),
         )
         warn_of_large_factors(self.layout, self.solvers.fine)
         self.health = Health(self.layout.device)
@@ -109,9 +114,16 @@ class Curvature(Readings):
         is_empirical = self.options.fisher == "empirical"
         is_by_sample = self.options.space is not None or self.options.inverse == "ekfac"
         self.collector = Collector(
-            layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every, is_by_sample
+            layers,
+            is_empirical,
+            self.drop,
+            self.options.batch_dim,
+            self.options.check_every,
+            is_by_sample,
+            self.solvers.processes,
         )
         self.collector.captures.turn(True)
+        self.moment: Callable[[], int] = lambda: self.averages.updates
         self.iteration = Iteration(
             lambda: self.layout,
             self.collector,
@@ -119,10 +131,13 @@ class Curvature(Readings):
             self.options,
             self._observe,
             self.health.warn_once,
+            lambda number: self.solvers.processes.labels(self.moment(), number),
         )
         self._step: Step | None = None
         self.scheduled = False
         self._solved: tuple[Averages, float, float | None, Inverses] | None = None
+        if not self.solvers.processes.is_alone:
+            self.solvers.processes.check_alike(self.described())
         if options is None:  # else who shares them tells it
             self._log_summary()
 
@@ -145,9 +160,12 @@ class Curvature(Readings):
         return any(layer.weight.grad is not None for layer, seen in self.layers_and_seen() if not seen)
 
     def uses_new_layer(self) -> bool:
-        """Tell whether a layer that has no statistics yet is used in a forward pass of this iteration."""
+        """Tell whether a layer that has no statistics yet is used in a forward pass of this iteration.
+
+        Several processes do not look, since another may have no such use: it waits for the next statistics.
+        """
         captures = self.collector.captures
-        if all(self.averages.seen) or not captures.count:
+        if all(self.averages.seen) or not captures.count or not self.solvers.processes.is_alone:
             return False
         return any(captures.uses(layer) for layer, seen in self.layers_and_seen() if not seen)
 
@@ -176,16 +194,90 @@ class Curvature(Readings):
         try:
             for distribution in distributions:
                 self.collect(distribution)
-            if self.options.fisher == "empirical":
-                self.collect_backward()
-            bad = self.iteration.settle(must_go_backward=False) or self.iteration.sums.not_finite()
+            bad = self.take("accumulate", must_go_backward=False) or self.iteration.sums.not_finite()
             if bad is not None:
                 raise NotFiniteError(bad)
             if not self.iteration.sums.A:
                 raise RuntimeError("there is nothing to accumulate: got no distribution and no backward pass")
             self.commit(*self.refreshed(None))
         finally:
+            self.iteration.drop_kept()
             self.iteration.discard()
+
+    def take(
+        self,
+        occasion: str,
+        facts: Mapping[str, float] = MappingProxyType({}),
+        describe: Callable[[], Mapping[str, object]] = dict,
+        must_go_backward: bool = True,
+    ) -> str | None:
+        """Add up what this iteration has collected, over its passes and over all processes.
+
+        Args:
+            occasion: of the meeting of the processes.
+            facts: further numbers that must be alike in all of them.
+            describe: gives what is behind these.
+            must_go_backward: see `Iteration.settle`.
+
+        Returns:
+            What is not finite in one of the passes of some process, so that nothing was added up; or None.
+        """
+        processes, is_empirical = self.solvers.processes, self.options.fisher == "empirical"
+        processes.check()
+        if processes.is_alone:
+            if is_empirical:
+                self.collect_backward()
+            return self.iteration.settle(must_go_backward)
+        bad = None if is_empirical else self.iteration.settle(must_go_backward)
+        found = self.meet(occasion, facts, {"bad": bad is not None}, describe)
+        if found.any("bad"):
+            return bad or "another process"
+        if is_empirical:
+            self.collect_backward()
+            self.iteration.settle(must_go_backward)
+        self._add_up()
+        return None
+
+    def meet(
+        self,
+        occasion: str,
+        facts: Mapping[str, float],
+        own: Mapping[str, float],
+        describe: Callable[[], Mapping[str, object]] = dict,
+    ) -> Told:
+        """Tell the other processes some numbers, see `Processes.meet`; model, options, averages must be alike, too."""
+        known = alike(self.options, self.layout, self.params, self.averages, self.inverses is not None)
+        return self.solvers.processes.meet(
+            occasion, {**known, **facts}, own, lambda: {**self.described(), **describe()}
+        )
+
+    def _add_up(self) -> None:
+        """Add up the sums of all processes; a layer that leaves in one of them leaves in all."""
+        iteration, reasons = self.iteration, self.collector.leaving
+        observes = isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None
+        sums, leaving, has_kept = exchanged(
+            self.solvers.processes,
+            self.layout,
+            iteration.sums,
+            self.solvers.coarse,
+            observes,
+            reasons,
+            bool(iteration.kept),
+        )
+        kept = iteration.kept
+        for layer in leaving:
+            self.drop(layer, reasons.get(layer, "its rows were found to be wrong in another process"))
+        iteration.sums, iteration.kept, iteration.others_kept = sums, kept, has_kept
+
+    def described(self) -> dict[str, object]:
+        """Return what must be the same in all processes, by name, for people."""
+        return {
+            **self.options.as_dict(),
+            "the list of layers": [(layer.name, layer.matrix_shape) for layer in self.layout.layers],
+            "the list of parameters' shapes": [tuple(parameter.shape) for parameter in self.params],
+            "the checksum of the parameters": checksum(self.params),
+            "the number of statistics updates": self.averages.updates,
+        }
 
     @torch.no_grad()
     def collect(
@@ -224,7 +316,7 @@ class Curvature(Readings):
         self.dropped[layer.name] = reason or "it had left K-FAC in the state that was loaded"
         self.collector.follow(self.layout.layers)
         self.iteration.forget()
-        self.iteration.kept = []
+        self.iteration.drop_kept()
         self.inverses = self._step = None
 
     # -- inverses -------------------------------------------------------------------------------------------
@@ -237,7 +329,7 @@ class Curvature(Readings):
         """
         averages, inverses = self.averages, self.inverses
         if self.iteration.sums.A:
-            sums = self.solvers.processes.add_up(self.iteration.sums)
+            sums = self.iteration.sums
             averages = averaged(self.layout, averages, sums, self.options.stat_decay, self.options.follows_spread)
             kept = kept_share(averages.updates, self.options.stat_decay)
             averages = replace(averages, coarse=self.solvers.coarse.averaged(self.layout, averages, sums, kept))
@@ -252,7 +344,8 @@ class Curvature(Readings):
         new = inverted(
             self.layout, averages, last, self.solvers, damping, options.coarse_damping, options.inverse_dtype
         )
-        return self._mended(averages, new) if self.health.at_once else new
+        looks = self.health.at_once or not self.solvers.processes.is_alone  # else one process might look before others
+        return self._mended(averages, new) if looks else new
 
     def _mended(self, averages: Averages, inverses: Inverses) -> Inverses:
         return mended(self.layout, averages, inverses, self.solvers, self.health.warn_once)
@@ -349,7 +442,7 @@ class Curvature(Readings):
         self._step = None
         if not is_same:  # what was summed is of other layers
             self.iteration.forget()
-            self.iteration.kept = []
+            self.iteration.drop_kept()
         if old.device != self.layout.device:
             self.health.move(self.layout.device)
 
@@ -382,7 +475,8 @@ class Curvature(Readings):
 
         Factors, sums and inverses keep their own dtype. On CUDA, grouped convolutions are the exception to bit
         for bit: torch adds their blocks up in no fixed order. Labels are drawn from torch's global generator: to
-        resume bit for bit, save and restore its state too.
+        resume bit for bit, save and restore its state too. Several processes draw theirs by a seed that is in the
+        state, and have the same state; it may be loaded by another number of them.
         """
         self._follow()
         self.mend()
@@ -393,6 +487,7 @@ class Curvature(Readings):
             "dropped": list(self.dropped),
             "statistics": state.from_averages(self.layout, self.averages, self.solvers),
             "inverses": state.from_inverses(self.layout, self.inverses),
+            "seed": self.solvers.processes.seed,
         }
 
     def check_state_dict(self, state_dict: Mapping[str, Any], keys: Iterable[str] = ()) -> None:
@@ -416,6 +511,8 @@ class Curvature(Readings):
         vars(self.options).update(self.options.with_saved(state_dict["options"]))
         self.iteration.discard()
         self.health.forget()
+        if state_dict.get("seed") is not None:
+            self.solvers.processes.seed = state_dict["seed"]
         inverses = state.to_inverses(state_dict["inverses"], self.layout, self.solvers)
         self.commit(state.to_averages(state_dict, self.layout, self.solvers), inverses)
         if inverses is None:  # what comes next will not lie where a CUDA graph reads

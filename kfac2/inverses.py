@@ -101,13 +101,10 @@ def inverted(
         dtype: the factors are inverted in; by default their own.
     """
     fine = solvers.fine
-    own = [number for number in range(len(layout.batches)) if solvers.processes.owns(number)]
-    A, G = ([stacks[number].to(dtype or stacks[number].dtype) for number in own] for stacks in (averages.A, averages.G))
-    fields, status = fine.invert(A, G, damping) if own else (fine.zeros(layout), [])
-    kept = {name: [_rounded(s, layout, n) for s, n in zip(stacks, own, strict=True)] for name, stacks in fields.items()}
-    fields, status = solvers.processes.share(kept, status)
-
-    is_bad = torch.cat(status) != 0 if status else layout.layer_of_block.new_zeros(0, dtype=torch.bool)
+    A, G = ([stack.to(dtype or stack.dtype) for stack in stacks] for stacks in (averages.A, averages.G))
+    fields, status = fine.invert(A, G, damping)
+    fields = _all_rounded(fields, layout)
+    is_bad = torch.cat(status) != 0
     count = len(layout.layers)
     failed = torch.zeros(count, dtype=torch.float64, device=layout.device)
     failed = failed.index_add_(0, layout.layer_of_block, is_bad.double()).clamp_(max=1)

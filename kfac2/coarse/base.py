@@ -62,6 +62,10 @@ class CoarseSpace(ABC):
             passed: the pass.
         """
 
+    def no_sums(self, layout: Layout) -> tuple[Tensor, ...]:
+        """Return `sums.coarse` of no rows: symmetric matrices, or nothing."""
+        return ()
+
     @abstractmethod
     def averaged(self, layout: Layout, averages: Averages, sums: Sums, kept: float) -> tuple[Tensor, ...]:
         """Return `averages.coarse` with the sums of one iteration averaged in.
@@ -75,11 +79,11 @@ class CoarseSpace(ABC):
 
     @abstractmethod
     def without(self, layout: Layout, averages: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
-        """Return averages without a layer.
+        """Return averages, or sums, without a layer.
 
         Args:
             layout: that it is still part of.
-            averages: `Averages.coarse`.
+            averages: `Averages.coarse`, or `Sums.coarse`.
             number: of the layer.
         """
 
