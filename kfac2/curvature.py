@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kfac2 import state
 from kfac2.coarse import coarse_space
 from kfac2.collector import Collector
+from kfac2.division import Division, check_share
 from kfac2.exchange import alike, exchanged
 from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
@@ -25,6 +26,7 @@ from kfac2.likelihood import NotFiniteError, Prediction
 from kfac2.options import CurvatureOptions, check_damping
 from kfac2.processes import WORLD, Told, check_plain, checksum, processes_of, unwrapped
 from kfac2.readings import Readings
+from kfac2.shared_inverses import inverted_together, of_own, whole
 from kfac2.solve import checked_gradients, solve_in_place
 from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
 from kfac2.step import Step
@@ -51,7 +53,8 @@ class Curvature(Readings):
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
-        process_group: as in `KFAC`. All processes of it call `accumulate`, each with its own part of the batch.
+        process_group, share: as in `KFAC`. All processes call `accumulate`, each with its own part of the batch, and
+            `solve`.
         **settings: `levels`, `inverse`, `fisher`, `stat_decay`, `downsample`, `coarse_weight`, `coarse_damping`,
             `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`.
 
@@ -77,10 +80,12 @@ class Curvature(Readings):
         skip: Iterable[str] = (),
         options: CurvatureOptions | None = None,
         process_group: object = WORLD,
+        share: str = "auto",
         **settings: Any,
     ) -> None:
         skip = [skip] if isinstance(skip, str) else list(skip)
         self.options = CurvatureOptions.of(settings) if options is None else options
+        check_share(share, self.options.inverse)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model = unwrapped(model, self.options.fisher != "empirical")
@@ -100,10 +105,12 @@ class Curvature(Readings):
                 f"got none in {type(model).__name__}"
             )
         self.layout = Layout(layers, layers[0].weight.device)
+        processes = processes_of(process_group, self.layout.device)
         self.solvers = Solvers(
             SOLVERS[self.options.inverse](),
             coarse_space(self.options.space, self.options.downsample),
-            processes_of(process_group, self.layout.device),
+            processes,
+            Division(processes, share, self.layout),
         )
         warn_of_large_factors(self.layout, self.solvers.fine)
         self.health = Health(self.layout.device)
@@ -273,6 +280,7 @@ class Curvature(Readings):
         """Return what must be the same in all processes, by name, for people."""
         return {
             **self.options.as_dict(),
+            "share": self.solvers.division.share,
             "the list of layers": [(layer.name, layer.matrix_shape) for layer in self.layout.layers],
             "the list of parameters' shapes": [tuple(parameter.shape) for parameter in self.params],
             "the checksum of the parameters": checksum(self.params),
@@ -341,9 +349,11 @@ class Curvature(Readings):
 
     def _inverted(self, averages: Averages, last: Inverses | None, damping: Damping) -> Inverses:
         options = self.options
-        new = inverted(
-            self.layout, averages, last, self.solvers, damping, options.coarse_damping, options.inverse_dtype
-        )
+        arguments = (averages, last, self.solvers, damping, options.coarse_damping, options.inverse_dtype)
+        if self.solvers.division.is_everyones:
+            new = inverted(self.layout, *arguments)
+        else:
+            new = inverted_together(self.layout, *arguments, self.health.warn_once)
         looks = self.health.at_once or not self.solvers.processes.is_alone  # else one process might look before others
         return self._mended(averages, new) if looks else new
 
@@ -438,7 +448,8 @@ class Curvature(Readings):
         coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse) if is_same else ()
         self.averages = self.averages.moved(old, self.layout, coarse)
         if self.inverses is not None:
-            self.inverses = self.inverses.moved(old, self.layout, self.solvers.fine) if is_same else None
+            held = self.solvers.division.held(old), self.solvers.division.held(self.layout)
+            self.inverses = self.inverses.moved(*held, self.solvers.fine) if is_same else None
         self._step = None
         if not is_same:  # what was summed is of other layers
             self.iteration.forget()
@@ -476,7 +487,8 @@ class Curvature(Readings):
         Factors, sums and inverses keep their own dtype. On CUDA, grouped convolutions are the exception to bit
         for bit: torch adds their blocks up in no fixed order. Labels are drawn from torch's global generator: to
         resume bit for bit, save and restore its state too. Several processes draw theirs by a seed that is in the
-        state, and have the same state; it may be loaded by another number of them.
+        state, and have the same state; it may be loaded by another number of them. With `share="gradients"` all have to
+        call this together, since each has the inverses of its own layers only.
         """
         self._follow()
         self.mend()
@@ -486,9 +498,15 @@ class Curvature(Readings):
             "layers": {name: {"in_coarse": inside} for name, inside in in_coarse},
             "dropped": list(self.dropped),
             "statistics": state.from_averages(self.layout, self.averages, self.solvers),
-            "inverses": state.from_inverses(self.layout, self.inverses),
+            "inverses": state.from_inverses(self.layout, self._whole_inverses()),
             "seed": self.solvers.processes.seed,
         }
+
+    def _whole_inverses(self) -> Inverses | None:
+        if self.inverses is None or self.solvers.division.share != "gradients":
+            return self.inverses
+        self.meet("state_dict", {}, {})
+        return whole(self.inverses, self.layout, self.solvers)
 
     def check_state_dict(self, state_dict: Mapping[str, Any], keys: Iterable[str] = ()) -> None:
         """Check that a state fits this model and these options, with further keys; a ValueError names what does not."""
@@ -514,6 +532,8 @@ class Curvature(Readings):
         if state_dict.get("seed") is not None:
             self.solvers.processes.seed = state_dict["seed"]
         inverses = state.to_inverses(state_dict["inverses"], self.layout, self.solvers)
+        if inverses is not None and self.solvers.division.share == "gradients":
+            inverses = of_own(inverses, self.layout, self.solvers)
         self.commit(state.to_averages(state_dict, self.layout, self.solvers), inverses)
         if inverses is None:  # what comes next will not lie where a CUDA graph reads
             self.inverses = self._step = None

@@ -23,12 +23,20 @@ class Meetings:
         curvature: of the model.
         schedule: says what is due.
         wants_rows: tells whether rows are wanted of an iteration.
+        wants_inverses: tells whether inverses are renewed in this one.
     """
 
-    def __init__(self, curvature: Curvature, schedule: Schedule, wants_rows: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        curvature: Curvature,
+        schedule: Schedule,
+        wants_rows: Callable[[int], bool],
+        wants_inverses: Callable[[], bool],
+    ) -> None:
         self._curvature = curvature
         self._schedule = schedule
         self._wants_rows = wants_rows
+        self._wants_inverses = wants_inverses
         self._settings: Callable[[], dict[str, object]] = dict
         if not curvature.solvers.processes.is_alone:
             schedule.meeting = 0
@@ -64,7 +72,9 @@ class Meetings:
         """Settle when the processes meet next; at the end of a meeting, when all know the same."""
         now, averages = self._schedule.iteration, self._curvature.averages
         has_to_begin = averages.updates == 0 and self._curvature.layout.layers
-        last = now + 1 if has_to_begin else self._schedule.next_statistics()
+        last = now + 1 if has_to_begin else self._schedule.next_due("cov_every")
+        if not self._curvature.solvers.division.is_everyones:
+            last = min(last, self._schedule.next_due("inv_every"))
         self._schedule.meeting = next((k for k in range(now + 1, last) if self._wants_rows(k)), last)
 
     def begin_at(self, iteration: int) -> None:
@@ -93,7 +103,9 @@ class Meetings:
     def _facts(self) -> dict[str, float]:
         return {
             "the iteration": self._schedule.iteration,
-            "when statistics are due next": self._schedule.next_statistics(),
+            "when statistics are due next": self._schedule.next_due("cov_every"),
+            "when inverses are due next": self._schedule.next_due("inv_every"),
+            "whether inverses are due": self._wants_inverses(),
             "the settings": fingerprint(sorted(self._all_settings().items())),
         }
 

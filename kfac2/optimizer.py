@@ -122,6 +122,9 @@ class KFAC(Readings, Optimizer):
             its own part of every batch: their statistics add up. Or a `ProcessGroup`, or None: each by itself.
             Gradients must have been averaged over the processes when `step` is called, as DistributedDataParallel
             does; then all have the same parameters, to the last bit, as one process on the whole batch would.
+        share: who inverts. `"all"`: each process everything; `"inverses"`: the owner of a layer inverts it, and sends
+            the result; `"gradients"`: it keeps the result, and sends what it makes of each gradient, which takes least
+            memory. Default `"auto"`: `"inverses"` where Σ n³ over all factors is at least 1e9, else `"all"`.
         check_every: passes of statistics from one self-check to the next, beside those of a set of uses that is new:
             the rows of a weight must rebuild its gradient, or it leaves K-FAC. Default 100; 0: never.
         skip: full names of modules, or regular expressions that match them in full, left to `rest`.
@@ -174,6 +177,7 @@ class KFAC(Readings, Optimizer):
         batch_dim: int = 0,
         check_every: int = 100,
         process_group: object = WORLD,
+        share: str = "auto",
         skip: Iterable[str] = (),
     ) -> None:
         arguments = dict(locals())  # the options go on under their own names
@@ -190,6 +194,7 @@ class KFAC(Readings, Optimizer):
             skip=skip,
             options=self.options,
             process_group=process_group,
+            share=share,
         )
         self.curvature = self.preconditioner.curvature
         self._is_directed = coarse == "directions"

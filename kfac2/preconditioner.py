@@ -47,7 +47,7 @@ class Preconditioner(Readings):
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
-        process_group: as in `KFAC`.
+        process_group, share: as in `KFAC`.
         **settings: `damping`, `kl_clip`, `levels`, `coarse`, `inverse`, `fisher`, `stat_decay`, `cov_every`,
             `inv_every`, `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`,
             `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim` and `check_every`, as in `KFAC`;
@@ -78,10 +78,13 @@ class Preconditioner(Readings):
         skip: Iterable[str] = (),
         options: Options | None = None,
         process_group: object = WORLD,
+        share: str = "auto",
         **settings: Any,
     ) -> None:
         self.options = Options.of(settings) if options is None else options
-        self.curvature = Curvature(model, params=params, skip=skip, options=self.options, process_group=process_group)
+        self.curvature = Curvature(
+            model, params=params, skip=skip, options=self.options, process_group=process_group, share=share
+        )
         self.curvature.scheduled = True
         self.curvature.dropping = self.check
         self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
@@ -92,7 +95,9 @@ class Preconditioner(Readings):
         self.part: Callable[[int], int] = lambda samples: samples
         self.took_statistics: Callable[[], None] = lambda: None
         self._passes = Passes(self.curvature)
-        self.meetings = Meetings(self.curvature, self.schedule, lambda iteration: self.wants_rows(iteration))
+        self.meetings = Meetings(
+            self.curvature, self.schedule, lambda iteration: self.wants_rows(iteration), self._wants_inverses
+        )
         self.iteration = 0
         if options is None:  # else who shares them tells it
             self._log_summary()
@@ -136,6 +141,8 @@ class Preconditioner(Readings):
         return self.wants_rows(self.iteration) and bool(self.curvature.layout.layers) and not captures.is_closed
 
     def _wants_inverses(self) -> bool:
+        if not (self.curvature.solvers.division.is_everyones or self.schedule.meets):
+            return False  # processes that share them out wait for each other
         return self.schedule.wants_inverses(self.curvature.averages, self.curvature.inverses, self._wants_statistics())
 
     def _damping(self, averages: Averages) -> Damping:
@@ -246,6 +253,10 @@ class Preconditioner(Readings):
         """
         curvature = self.curvature
         capturing = is_capturing(curvature.layout.device)
+        if capturing and curvature.solvers.division.share == "gradients":
+            raise RuntimeError(
+                "share must be 'all' or 'inverses' where a step is captured in a CUDA graph, got 'gradients'"
+            )
         if capturing and not self._is_ordinary():
             raise RuntimeError(
                 f"only an ordinary step can be captured in a CUDA graph, got iteration {self.iteration}, which wants "

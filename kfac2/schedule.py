@@ -53,13 +53,17 @@ class Schedule:
         """Whether all processes meet in this iteration; one that is alone always does."""
         return self.meeting is None or self.iteration >= self.meeting
 
-    def next_statistics(self) -> int:
-        """Return when statistics are due next, by the options of now; a while ahead if that is far."""
+    def next_due(self, interval: str) -> int:
+        """Return when something is due next, by the options of now; a while ahead if that is far.
+
+        Args:
+            interval: `cov_every` or `inv_every`.
+        """
         later = range(self.iteration + 1, self.iteration + FURTHEST)
-        every = self._options.cov_every
+        every = getattr(self._options, interval)
         if not callable(every):
             return min(self.iteration // every * every + every, later.stop)
-        return next((k for k in later if k % self._options.at("cov_every", k) == 0), later.stop)
+        return next((k for k in later if k % self._options.at(interval, k) == 0), later.stop)
 
     def statistics_are_due(self, averages: Averages) -> bool:
         """Each `cov_every`-th iteration, and each one while there is nothing yet."""

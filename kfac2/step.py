@@ -179,8 +179,11 @@ class Step:
             skipped: see `Health`.
             limits: of |v_i|, (L,), float64 on the device; None: none.
         """
-        matrices, work, directions = self._by_batch
-        solvers.fine.apply({**inverses.fields, **inverses.derived}, matrices, work, directions)
+        fields = {**inverses.fields, **inverses.derived}
+        if solvers.division.share == "gradients":
+            solvers.division.apply_own(self._layout, solvers.fine, fields, self._matrices, self._directions)
+        else:
+            solvers.fine.apply(fields, *self._by_batch)
         host_rates, device_rates = self._rates(rates)
         step = FineStep(
             self._matrices,

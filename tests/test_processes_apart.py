@@ -160,8 +160,9 @@ def losses_of_a_closure():
     def follow(bad):
         m, opt = built()
         for number in range(8):
+            is_bad = rank() == 1 and number == 6
 
-            def closure(factor=bad if rank() == 1 and number == 6 else 1):
+            def closure(factor=bad if is_bad else 1):
                 opt.zero_grad()
                 out = m(X[part()])
                 opt.accumulate_fisher(Categorical(logits=out))

@@ -1,6 +1,7 @@
 """Training in several processes: real ones, on loopback, beside one process on the whole batch."""
 
 import copy
+import gc
 import os
 import tempfile
 import warnings
@@ -34,6 +35,7 @@ def _member(rank: int, size: int, path: str, work: Callable[..., None], argument
     try:
         work(*arguments)
     finally:
+        gc.collect()  # DistributedDataParallel's reducers go before their group
         distributed.destroy_process_group()
 
 

@@ -55,6 +55,9 @@ class FineSolver(ABC):
     """The fields that are kept and saved, each with the shape of one block's entry: a letter for each axis, `'i'` of
     length d_in, `'o'` of length d_out."""
 
+    symmetric: ClassVar[tuple[str, ...]] = ()
+    """The fields that hold symmetric matrices, of which half is enough to be sent."""
+
     @abstractmethod
     def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:
         """Invert the blocks of all batches.

@@ -72,6 +72,16 @@ class Processes(ABC):
         """
 
     @abstractmethod
+    def send(self, what: str, flat: Tensor, owner: int) -> Callable[[], None]:
+        """Begin to send a tensor of one process to all, in place; return what waits for it.
+
+        Args:
+            what: for errors.
+            flat: what is sent, or where it is received; of one size in all processes.
+            owner: the rank that sends.
+        """
+
+    @abstractmethod
     def meet(
         self,
         occasion: str,

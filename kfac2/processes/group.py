@@ -70,18 +70,25 @@ class Group(Processes):
     def added(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Add up tensors of all ranks: one all-reduce for each dtype, the next copied while the last is on its way."""
 
-        def send(flat: Tensor) -> Callable[[], None]:
-            self._count("all_reduce", flat)
-            with self._named(f"all-reduce of {what}"):
-                work = distributed.all_reduce(flat, group=self._group, async_op=True)
+        def begin(flat: Tensor) -> Callable[[], None]:
+            return self._begin("all_reduce", f"all-reduce of {what}", flat)
 
-            def wait() -> None:
-                with self._named(f"all-reduce of {what}"):
-                    work.wait()
+        return in_buckets(tensors, begin)
 
-            return wait
+    def send(self, what: str, flat: Tensor, owner: int) -> Callable[[], None]:
+        """Begin a broadcast."""
+        return self._begin("broadcast", f"broadcast of {what} by rank {owner}", flat, group_src=owner)
 
-        return in_buckets(tensors, send)
+    def _begin(self, collective: str, what: str, flat: Tensor, **arguments: int) -> Callable[[], None]:
+        self._count(collective, flat)
+        with self._named(what):
+            work = getattr(distributed, collective)(flat, group=self._group, async_op=True, **arguments)
+
+        def wait() -> None:
+            with self._named(what):
+                work.wait()
+
+        return wait
 
     def meet(
         self,
