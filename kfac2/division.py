@@ -17,8 +17,8 @@ from kfac2.processes.packing import packed, packed_shape, unpacked
 SHARES = ("auto", "all", "inverses", "gradients")
 Received = Callable[[], dict[int, Fields]]
 WORTH_SHARING = 1e9
-"""Σ n³ over all factors from which on inverses are shared out by default. Of two processes on loopback an update with new
-inverses took as long either way at 1.1e9, and a quarter less at 2.2e9. By sizes alone, so that a run can be repeated."""
+"""Σ n³ over all factors from which on inverses are shared out by default. Of two processes on loopback an update with
+new inverses took as long either way at 1.1e9, and a quarter less at 2.2e9. By sizes alone: a run can be repeated."""
 PIECE = 2**24  # bytes of one owner's inverses that are sent while it computes the next
 MOST_PIECES = 8
 

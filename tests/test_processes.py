@@ -59,6 +59,9 @@ def _many(steps):
         except Exception as error:
             error.add_note(f"in the case {name!r}") if hasattr(error, "add_note") else None
             raise
+    division.PIECE = 64  # bytes
+    opt = _compare({"levels": 2, "share": "inverses"}, {}, 5, name="conv2d", batch=8)
+    assert len(opt.curvature.solvers.division.pieces(opt.curvature.layout, opt.curvature.solvers.fine)) > 1
 
 
 def _few(steps):
@@ -73,9 +76,6 @@ def _few(steps):
     for model in ("conv2d", "grouped", "transposed2d", "tokens", "sequence"):
         for share in ("all", "inverses", "gradients"):
             _compare({"levels": 2, "share": share}, {}, 5, name=model)
-    division.PIECE = 64  # bytes
-    opt = _compare({"levels": 2, "share": "inverses"}, {}, 5, name="conv2d", batch=8)
-    assert len(opt.curvature.solvers.division.pieces(opt.curvature.layout, opt.curvature.solvers.fine)) > 1
 
 
 @given(st.lists(st.integers(0, 10**6), max_size=20), st.integers(1, 6))

@@ -14,6 +14,7 @@ from torch import distributed
 from torch.distributions import Categorical
 
 import kfac2
+from kfac2.processes.group import Group
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(8, 6, generator=G), torch.arange(8) % 3
@@ -258,6 +259,9 @@ def what_is_built_differently():
     m = net()
     own = [*m.parameters()][rank() :]
     raises(ValueError, "the list of parameters' shapes is", lambda: kfac2.KFAC(m, params=own))
+    raises(ValueError, "share must be one of 'auto', 'all'", lambda: kfac2.KFAC(m, share="some"))
+    ekfac = {"share": "gradients", "inverse": "ekfac"}
+    raises(ValueError, "share must be 'all' or 'inverses' with inverse='ekfac'", lambda: kfac2.KFAC(m, **ekfac))
     raises(ValueError, "process_group must be 'world', a Proc.* got 'all'", lambda: kfac2.KFAC(m, process_group="all"))
     raises(TypeError, "process_group must be .* got int", lambda: kfac2.KFAC(m, process_group=1))
     static = nn.parallel.DistributedDataParallel(net(), static_graph=True)
@@ -270,6 +274,10 @@ def groups():
     m, opt = built(process_group=one)
     assert opt.curvature.solvers.processes.is_alone
     raises(ValueError, "must have this process in it", lambda: _of_another())
+    raises(
+        ValueError, "process_group must have a backend for cuda, where the layers are, got .*gloo.*'cuda:nccl'",
+        lambda: Group(distributed.group.WORLD, torch.device("cuda")),
+    )  # fmt: skip
     both = distributed.new_group([0, 1])
     m, opt = built(process_group=both)
     step(m, opt)

@@ -25,7 +25,20 @@ TIMEOUT = timedelta(seconds=30)
 def spawn(size: int, work: Callable[..., None], *arguments: object) -> None:
     """Call `work` in so many processes that are a group; what one raises fails the test."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_member, (size, os.path.join(folder, "group"), work, arguments), nprocs=size)
+        family(size, _member, size, os.path.join(folder, "group"), work, arguments)
+
+
+def family(size: int, work: Callable[..., None], *arguments: object) -> None:
+    """Call `work` with a number in so many processes; what one raises fails the test.
+
+    They are forked by one that has imported everything and done nothing: torch takes seconds to import.
+    """
+    torch.multiprocessing.spawn(_parent, (size, work, arguments), nprocs=1)
+
+
+def _parent(_: int, size: int, work: Callable[..., None], arguments: Sequence[object]) -> None:
+    torch.set_num_threads(1)
+    torch.multiprocessing.start_processes(work, tuple(arguments), nprocs=size, start_method="fork")
 
 
 def _member(rank: int, size: int, path: str, work: Callable[..., None], arguments: Sequence[object]) -> None:
