@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,26 +13,26 @@ from kfac2 import state
 from kfac2.coarse import coarse_space
 from kfac2.collector import Collector
 from kfac2.division import Division, check_share
-from kfac2.exchange import alike, exchanged
 from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
 from kfac2.inverses import Inverses, Solvers, inverted, mended, observed
 from kfac2.iteration import Iteration
+from kfac2.joint import Joint
 from kfac2.kinds import Layer
 from kfac2.layers import Found, find_layers, why_it_left
 from kfac2.layout import Layout
 from kfac2.likelihood import NotFiniteError, Prediction
 from kfac2.options import CurvatureOptions, check_damping
-from kfac2.processes import WORLD, Told, check_plain, checksum, processes_of, unwrapped
+from kfac2.processes import WORLD, check_plain, processes_of, unwrapped
 from kfac2.readings import Readings
-from kfac2.shared_inverses import inverted_together, of_own, whole
+from kfac2.shared_inverses import inverted_together, of_own
 from kfac2.solve import checked_gradients, solve_in_place
 from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
 from kfac2.step import Step
 from kfac2.summary import warn_of_large_factors
 
 
-class Curvature(Readings):
+class Curvature(Joint, Readings):
     """The two-level K-FAC approximation of a model's Fisher: statistics and inverses, used as you like.
 
     ```python
@@ -152,6 +151,10 @@ class Curvature(Readings):
     def _statistics(self) -> Curvature:
         return self
 
+    @property
+    def _parts(self) -> Curvature:
+        return self
+
     def layers_and_seen(self) -> list[tuple[Layer, bool]]:
         """Return the layers, and whether each has had rows."""
         return list(zip(self.layout.layers, self.averages.seen, strict=True))
@@ -210,82 +213,6 @@ class Curvature(Readings):
         finally:
             self.iteration.drop_kept()
             self.iteration.discard()
-
-    def take(
-        self,
-        occasion: str,
-        facts: Mapping[str, float] = MappingProxyType({}),
-        describe: Callable[[], Mapping[str, object]] = dict,
-        must_go_backward: bool = True,
-    ) -> str | None:
-        """Add up what this iteration has collected, over its passes and over all processes.
-
-        Args:
-            occasion: of the meeting of the processes.
-            facts: further numbers that must be alike in all of them.
-            describe: gives what is behind these.
-            must_go_backward: see `Iteration.settle`.
-
-        Returns:
-            What is not finite in one of the passes of some process, so that nothing was added up; or None.
-        """
-        processes, is_empirical = self.solvers.processes, self.options.fisher == "empirical"
-        processes.check()
-        if processes.is_alone:
-            if is_empirical:
-                self.collect_backward()
-            return self.iteration.settle(must_go_backward)
-        bad = None if is_empirical else self.iteration.settle(must_go_backward)
-        found = self.meet(occasion, facts, {"bad": bad is not None}, describe)
-        if found.any("bad"):
-            return bad or "another process"
-        if is_empirical:
-            self.collect_backward()
-            self.iteration.settle(must_go_backward)
-        self._add_up()
-        return None
-
-    def meet(
-        self,
-        occasion: str,
-        facts: Mapping[str, float],
-        own: Mapping[str, float],
-        describe: Callable[[], Mapping[str, object]] = dict,
-    ) -> Told:
-        """Tell the other processes some numbers, see `Processes.meet`; model, options, averages must be alike, too."""
-        known = alike(self.options, self.layout, self.params, self.averages, self.inverses is not None)
-        return self.solvers.processes.meet(
-            occasion, {**known, **facts}, own, lambda: {**self.described(), **describe()}
-        )
-
-    def _add_up(self) -> None:
-        """Add up the sums of all processes; a layer that leaves in one of them leaves in all."""
-        iteration, reasons = self.iteration, self.collector.leaving
-        observes = isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None
-        sums, leaving, has_kept = exchanged(
-            self.solvers.processes,
-            self.layout,
-            iteration.sums,
-            self.solvers.coarse,
-            observes,
-            reasons,
-            bool(iteration.kept),
-        )
-        kept = iteration.kept
-        for layer in leaving:
-            self.drop(layer, reasons.get(layer, "its rows were found to be wrong in another process"))
-        iteration.sums, iteration.kept, iteration.others_kept = sums, kept, has_kept
-
-    def described(self) -> dict[str, object]:
-        """Return what must be the same in all processes, by name, for people."""
-        return {
-            **self.options.as_dict(),
-            "share": self.solvers.division.share,
-            "the list of layers": [(layer.name, layer.matrix_shape) for layer in self.layout.layers],
-            "the list of parameters' shapes": [tuple(parameter.shape) for parameter in self.params],
-            "the checksum of the parameters": checksum(self.params),
-            "the number of statistics updates": self.averages.updates,
-        }
 
     @torch.no_grad()
     def collect(
@@ -501,12 +428,6 @@ class Curvature(Readings):
             "inverses": state.from_inverses(self.layout, self._whole_inverses()),
             "seed": self.solvers.processes.seed,
         }
-
-    def _whole_inverses(self) -> Inverses | None:
-        if self.inverses is None or self.solvers.division.share != "gradients":
-            return self.inverses
-        self.meet("state_dict", {}, {})
-        return whole(self.inverses, self.layout, self.solvers)
 
     def check_state_dict(self, state_dict: Mapping[str, Any], keys: Iterable[str] = ()) -> None:
         """Check that a state fits this model and these options, with further keys; a ValueError names what does not."""
