@@ -12,6 +12,7 @@ from kfac2.coarse.directions import TAU, Quadratic, coefficients, divergence_of,
 from kfac2.descent import Rate, times
 from kfac2.divergence import KeptPass, Matrices, derivatives
 from kfac2.kinds import Layer
+from kfac2.own_steps import OwnSteps
 from kfac2.processes import ALONE, Processes
 from kfac2.signal_share import SignalShare
 from kfac2.weight_norms import WeightNorms
@@ -78,19 +79,42 @@ class _Layers:
         return torch.maximum(self._weights.now(), self._weights.floors).square()
 
 
-class Directed:
+class Directed(OwnSteps):
     """The steps of one optimizer in the space of directions.
+
+    Args:
+        samples: gives how many samples they are measured with, at most.
 
     Attributes:
         signal: whether they pay.
         latest: coefficients of the last one, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples: Callable[[], int]) -> None:
         self.signal = SignalShare()
         self.latest: Coefficients | None = None
+        self._samples = samples
+        self._batch = 0  # samples of this iteration's largest pass
         self._correlations: tuple[tuple[str, ...], Tensor] | None = None
         self._layers: _Layers | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last step was one in the space, so that the slope along it is wanted."""
+        return self.signal.waits
+
+    def wants_step(self, iteration: int) -> bool:
+        """Tell whether an iteration's step is one in the space."""
+        return self.signal.wants_step(iteration)
+
+    def part(self, samples: int) -> int:
+        """Return how many of so many samples of a batch are measured."""
+        self._batch = max(self._batch, samples)  # an own pass is asked about as well, when the batch is known
+        return min(samples, self._samples())
+
+    def decide(self) -> None:
+        """Read what the last steps were like, and say whether steps are taken in the space from now on."""
+        self.signal.decide()
 
     def step(
         self,
@@ -117,7 +141,7 @@ class Directed:
             groups: of the optimizer: `lr`, `momentum` and `weight_decay`.
             state: the optimizer's, whose `momentum_buffer` is d, the last update.
             tau: τ; None: 3.
-            bound: K; the step's ηc holds to cᵀZᵀFZc ≤ K/5. None: to nothing.
+            bound: K; the step's ηc holds to cᵀZᵀFZc ≤ ℓ² K/5, with the signal's length ℓ. None: to nothing.
             factor: of all rates.
             found: on the device, 1 where the step is to be skipped; None where it is not.
             processes: whose rows count together.
@@ -129,12 +153,19 @@ class Directed:
             layers = [layer for layer in layers if layer in used]
         if not layers or not (has_rows or self.signal.waits):
             return set()
+        batch, self._batch = self._batch, 0
+        if batch and processes.is_alone:
+            self.signal.rows = min(1.0, self._samples() / batch)
         if self._layers is None or not self._layers.fits(layers):
             self._layers = _Layers(layers)
         own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.grad is not None]
         parts = {id(p): p for p in own}
-        last = {key: state[p].get("momentum_buffer") for key, p in parts.items()}
         group_of = {id(p): group for group in groups for p in group["params"]}
+        # one level's step without momentum is not kept: the buffer is then of a step in the space, long ago
+        last = {
+            key: state[p].get("momentum_buffer") if self.signal.waits or group_of[key]["momentum"] else None
+            for key, p in parts.items()
+        }
         if not has_rows:
             settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
             gradients = [gradient(layer) for layer in layers]
@@ -142,7 +173,8 @@ class Directed:
             self._measure(self._layers.names, slopes[:, 1], settings.rates, found)
             return set()
         matrices = self._layers.matrices.of(({key: p.grad for key, p in parts.items()}, last))
-        fisher, places = _fisher(passes, layers, matrices, processes)
+        fisher, places, taken = _fisher(passes, layers, matrices, processes, (min(batch, self._samples()), batch))
+        self.signal.rows = self.signal.rows if taken is None else taken
         of = self._layers
         if len(places) < len(layers):  # no process has rows of the others
             layers, matrices = [layers[i] for i in places], [matrices[i] for i in places]
@@ -192,7 +224,7 @@ class Directed:
 
     def _held(self, model: Quadratic, c: Tensor, rates: Tensor, bound: float | None, found: Tensor | None) -> Tensor:
         """Hold a step to its bound, and note what it was like."""
-        c = self.signal.length * c
+        c = min(1.0, self.signal.length) * c
         if bound is not None:
             most = SHARE_OF_BOUND * bound * self.signal.length**2
             divergence = divergence_of(model, c, rates)
@@ -228,19 +260,34 @@ class Directed:
 
 
 def _fisher(
-    passes: Sequence[KeptPass], layers: Sequence[Layer], matrices: Sequence[Tensor], processes: Processes
-) -> tuple[Tensor, list[int]]:
-    """Return SᵀS/M, (2L, 2L), of the L layers that have rows in some process, and which these are."""
+    passes: Sequence[KeptPass],
+    layers: Sequence[Layer],
+    matrices: Sequence[Tensor],
+    processes: Processes,
+    samples: tuple[int, int],
+) -> tuple[Tensor, list[int], float | None]:
+    """Return SᵀS/M, (2L, 2L), of the L layers that have rows in some process, and which these are.
+
+    Args:
+        passes: kept rows of this process.
+        layers: that may have rows.
+        matrices: their directions.
+        processes: whose rows count together.
+        samples: how many samples of this process's batch are kept, and how many it has.
+
+    Returns:
+        Of several processes also the share of the samples of all that is kept.
+    """
     s, cases = derivatives(passes, layers, matrices)
     if processes.is_alone:
-        return products(s) / cases, list(range(len(layers)))
+        return products(s) / cases, list(range(len(layers))), None
     used = {use.layer for one in passes for use in one.uses}
-    counts = torch.tensor([cases, *(float(layer in used) for layer in layers)], dtype=torch.float64, device=s.device)
+    counts = torch.tensor([cases, *samples, *(layer in used for layer in layers)], dtype=torch.float64, device=s.device)
     gram, counts = processes.added("the products of derivatives", [products(s), counts])
-    total, *flags = counts.tolist()
+    total, kept, of_all, *flags = counts.tolist()
     places = [i for i, flag in enumerate(flags) if flag]
     index = torch.tensor([*places, *(len(layers) + i for i in places)], device=s.device)
-    return gram[index][:, index] / total, places
+    return gram[index][:, index] / total, places, kept / of_all if of_all else None
 
 
 def _within(share: float, c: Tensor, rates: Tensor, grams: Tensor, weights: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class KFAC(Readings, Optimizer):
         check_option("rest", rest, str, lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
         groups = as_groups(model.parameters() if params is None else params)
         self._rest = rest
-        self._bound, self._rise, self._directed = Bound(), Rise(), Directed()
+        self._bound, self._rise = Bound(), Rise()
         self.options = OptimizerOptions.of({field.name: arguments[field.name] for field in fields(OptimizerOptions)})
         self.preconditioner = Preconditioner(
             model,
@@ -197,13 +197,11 @@ class KFAC(Readings, Optimizer):
             share=share,
         )
         self.curvature = self.preconditioner.curvature
+        self._directed = Directed(self._samples_of_rows)
         self._is_directed = coarse == "directions"
         if self._is_directed:
-            self.preconditioner.wants_rows = self._directed.signal.wants_step
-            self.preconditioner.part = self._part
-            self.preconditioner.took_statistics = self._directed.signal.decide
-            self.preconditioner.measures = lambda: self._directed.signal.waits
-            self.preconditioner.iteration = 0
+            self.preconditioner.own_steps = self._directed
+            self.preconditioner.iteration = 0  # its steps are looked at from the first
         self._follow_signal()
         self._handled = handled_by(self.curvature.found)
         if rest == "adamw":  # what its groups hold is none of K-FAC's, whatever becomes of it
@@ -354,16 +352,14 @@ class KFAC(Readings, Optimizer):
 
     # -- the space of directions --------------------------------------------------------------------------------
 
-    def _part(self, samples: int) -> int:
-        """Return how many of so many samples the space of directions is measured with."""
-        count = self.options.coarse_samples or PER_LAYER * len(self.curvature.layout.layers)
-        return min(samples, max(count, 1))
+    def _samples_of_rows(self) -> int:
+        return self.options.coarse_samples or max(1, PER_LAYER * len(self.curvature.layout.layers))
 
     def _follow_signal(self) -> None:
         """Say which rows are kept, and how blocks are damped, in the iteration that begins."""
-        directed = self._is_directed and self.preconditioner.wants_rows(self.preconditioner.iteration)
+        directed = self.preconditioner.own_steps.wants_step(self.preconditioner.iteration)
         bounded = quarter if self.options.kl_bound is not None else None
-        self.curvature.iteration.keeps = self._part if directed else bounded
+        self.curvature.iteration.keeps = self._directed.part if directed else bounded
         self.preconditioner.schedule.most_damping = (
             MOST_DAMPING if self._is_directed and self._directed.signal.is_on else math.inf
         )
@@ -371,7 +367,7 @@ class KFAC(Readings, Optimizer):
     def _step_directed(self, seen: Sequence[Layer]) -> set[int]:
         """Take a step in the space of directions where this iteration has its rows; return ids of what has moved."""
         step, layout, iteration = self.curvature.prepared(), self.curvature.layout, self.curvature.iteration
-        is_wanted = self._directed.signal.wants_step(self.preconditioner.iteration - 1)
+        is_wanted = self._directed.wants_step(self.preconditioner.iteration - 1)
         return self._directed.step(
             iteration.kept if is_wanted else [],
             [layer for layer in seen if layer.weight.grad is not None],

@@ -123,6 +123,11 @@ class CurvatureOptions:
         """Check what depends on several values, of those that are there."""
         if values.get("damping") == "auto" and not values.get("relative_damping", True):
             raise ValueError("damping must be a number above 0, or a callable, with relative_damping=False, got 'auto'")
+        if values.get("coarse") == "directions" and values.get("levels") == 2:
+            raise ValueError(
+                "levels must be 1 with coarse='directions', got 2, which is the paper's space, coarse='ones': leave "
+                "one of the two out"
+            )
         if values.get("coarse") != "directions":
             if values.get("coarse_damping") == math.inf:
                 raise ValueError("coarse_damping must be finite, but with coarse='directions', got inf")

@@ -17,6 +17,7 @@ from kfac2.likelihood import Prediction
 from kfac2.meetings import Meetings
 from kfac2.options import NUMBER, Options, check_option
 from kfac2.own_passes import Passes, Predict
+from kfac2.own_steps import OwnSteps
 from kfac2.processes import WORLD
 from kfac2.readings import Readings
 from kfac2.schedule import Schedule
@@ -59,10 +60,7 @@ class Preconditioner(Readings):
         scale: on the device, ν of the last step, and the sum that it bounds.
         change_limit: of each layer's direction.
         schedule: when what is due.
-        wants_rows: tells whether rows are wanted of an iteration whose statistics are not.
-        measures: tells whether an iteration whose step is ordinary is looked at all the same.
-        took_statistics: called when statistics were taken, which waits for the device, and the step was not skipped.
-        part: how many of so many samples a forward pass of statistics has, if it is one of its own.
+        own_steps: what a second level that takes steps of its own asks of an iteration.
 
     Raises:
         TypeError: if an argument has the wrong type, or an option is unknown.
@@ -90,13 +88,10 @@ class Preconditioner(Readings):
         self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
         self.change_limit = ChangeLimit()
         self.schedule = Schedule(self.options)
-        self.wants_rows: Callable[[int], bool] = lambda iteration: False
-        self.measures: Callable[[], bool] = lambda: False
-        self.part: Callable[[int], int] = lambda samples: samples
-        self.took_statistics: Callable[[], None] = lambda: None
+        self.own_steps = OwnSteps()
         self._passes = Passes(self.curvature)
         self.meetings = Meetings(
-            self.curvature, self.schedule, lambda iteration: self.wants_rows(iteration), self._wants_inverses
+            self.curvature, self.schedule, lambda iteration: self.own_steps.wants_step(iteration), self._wants_inverses
         )
         self.iteration = 0
         if options is None:  # else who shares them tells it
@@ -127,7 +122,7 @@ class Preconditioner(Readings):
         self.schedule.go_on_at(iteration)
         looks = bool(self.curvature.layout.layers) and not self._passes.are_own
         self.curvature.collector.captures.turn(
-            looks and (self.schedule.looks(self.curvature.averages) or self.wants_rows(iteration))
+            looks and (self.schedule.looks(self.curvature.averages) or self.own_steps.wants_step(iteration))
         )
 
     def _wants_statistics(self) -> bool:
@@ -137,8 +132,8 @@ class Preconditioner(Readings):
         return self.schedule.statistics_are_due(curvature.averages) or curvature.uses_new_layer()
 
     def _wants_rows(self) -> bool:
-        captures = self.curvature.collector.captures
-        return self.wants_rows(self.iteration) and bool(self.curvature.layout.layers) and not captures.is_closed
+        curvature, wants = self.curvature, self.own_steps.wants_step(self.iteration)
+        return wants and bool(curvature.layout.layers) and not curvature.collector.captures.is_closed
 
     def _wants_inverses(self) -> bool:
         if not (self.curvature.solvers.division.is_everyones or self.schedule.meets):
@@ -195,7 +190,7 @@ class Preconditioner(Readings):
             return
         if callable(distribution):
             check_option("samples", samples, int, lambda v: v >= 1, "an int of at least 1 with a function")
-            count = min(samples, self.part(samples))  # type: ignore[type-var, arg-type]
+            count = min(samples, self.own_steps.part(samples))  # type: ignore[type-var, arg-type]
             self._passes.collect_own(distribution, mask, samples, count, self._wants_statistics())  # type: ignore[arg-type]
         else:
             self._passes.collect(distribution, mask, self._wants_statistics())
@@ -281,7 +276,7 @@ class Preconditioner(Readings):
         elif curvature.health.found is None:  # and the host has looked
             curvature.health.went_on()
         if bad is None and took:
-            self.took_statistics()
+            self.own_steps.decide()
         if meets:
             self.meetings.settle_next()
         curvature.iteration.discard()
@@ -361,7 +356,7 @@ class Preconditioner(Readings):
 
     def _is_ordinary(self) -> bool:
         wants = self._wants_statistics() or self._wants_rows() or self._wants_inverses()
-        return not (wants or self.measures() or self.meetings.is_due)
+        return not (wants or self.own_steps.waits or self.meetings.is_due)
 
     def replayed(self) -> None:
         """Count an iteration whose step was the replay of a CUDA graph.

@@ -54,7 +54,8 @@ class Readings:
             and Σ n³ over all factors.
         """
         of = self._statistics
-        return summarised(of.model, of.params, of.layout, of.found.left, of.dropped, of.solvers.fine, self._rest)
+        fine, coarse = of.solvers.fine, of.solvers.coarse
+        return summarised(of.model, of.params, of.layout, of.found.left, of.dropped, fine, coarse, self._rest)
 
     def _log_summary(self) -> None:
         summary = self.summary()

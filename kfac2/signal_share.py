@@ -9,9 +9,10 @@ from torch import Tensor
 
 KEPT, KEPT_OFF = 0.93, 0.8  # of the share so far, at each measurement; while the space is left these are few
 START = 0.7  # of the share: with much noise a few steps are enough to tell
-OFF, ON = 0.45, 0.5  # below the one it is left, above the other it is taken again
+OFF, OF_ROWS, MOST_ROWS, ON = 0.45, 0.4, 0.5, 0.05  # it is left below OFF + 0.4 min(rows, ½), taken again 0.05 above
 STALL, PROGRESS = -0.5, -0.3  # s₁ / DᵀFD: a step of the model's length has come to nothing; it has gone down
 SHORTER, LONGER, LEAST = 0.7, 1.15, 0.1  # what a decision makes of the length; no step is shorter for its sake
+SURE, TRUST, MOST = 0.9, 1.2, 10.0  # above this share each step makes the length so much longer; no longer than this
 PROBE = 20  # iterations from one trial to the next while it is left
 
 
@@ -23,8 +24,13 @@ class SignalShare:
     the model is right: the share is φ = (s₁ + DᵀFD) / s₀ with s₀ = bᵀc, 1 without noise. Where it is small, one level's
     constant step, whose length noise does not move, does better.
 
-    Where the slope s₁ is so far below 0 that the step has come to nothing, s₁ < -½ DᵀFD, steps are too long for the
-    model, or for the noise, and become shorter, down to a tenth; where they go down they become longer again.
+    A step in the space costs the more, the larger the part of the batch is whose rows it takes: about twice one level's
+    where that is all of it. So it must gain more: it is left below a share of 0.45 where the part is small, and below
+    0.65 where it is half of the batch or more.
+
+    The length is a trust region. Where the slope s₁ is so far below 0 that the step has come to nothing, s₁ < -½ DᵀFD,
+    steps are too long for the model, or for the noise, and become shorter, down to a tenth; where they go down they
+    become longer again. Where next batches confirm nearly all of the slope, the bound of a step grows, to ten times.
 
     It costs nothing: s₁ is part of the next step. Trials tell when it pays again. Read from the device when statistics
     are due, which wait for it anyway.
@@ -32,11 +38,12 @@ class SignalShare:
     Attributes:
         share: the running mean of φ.
         is_on: whether the space is taken.
-        length: what steps are multiplied by, at most 1.
+        length: what steps are multiplied by where it is below 1; their bound is K/5 times its square.
+        rows: the part of the batch whose rows are taken.
     """
 
     def __init__(self) -> None:
-        self.share, self.length = START, 1.0
+        self.share, self.length, self.rows = START, 1.0, 1.0
         self.is_on = True
         self._last: Tensor | None = None  # s₀ and DᵀFD of the last step in the space; ∞ if only skipped ones are known
         self._before: Tensor | None = None  # the same, once it is measured
@@ -93,13 +100,15 @@ class SignalShare:
         kept = (KEPT if self.is_on else KEPT_OFF) ** len(numbers)
         share, slope = numbers.mean(0).tolist()
         if slope < STALL and self.length > LEAST:
-            self.length *= SHORTER
+            self.length = SHORTER * min(1.0, self.length)
             return
-        if slope > PROGRESS:
+        if share > SURE and self.is_on:
+            self.length = min(MOST, TRUST ** len(numbers) * self.length)
+        elif slope > PROGRESS and self.length < 1:
             self.length = min(1.0, LONGER * self.length)
         self.share = kept * self.share + (1 - kept) * share
         was_on = self.is_on
-        self.is_on = self.share > (OFF if self.is_on else ON)
+        self.is_on = self.share > OFF + OF_ROWS * min(self.rows, MOST_ROWS) + (0.0 if was_on else ON)
         if was_on and not self.is_on:
             self.length = 1.0  # it was not the length
 
@@ -112,6 +121,7 @@ class SignalShare:
             "last": last,
             "measured": [m.tolist() for m in self._measured],
             "length": self.length,
+            "rows": self.rows,
         }
 
     def load(
@@ -121,9 +131,10 @@ class SignalShare:
         last: Sequence[float] | None,
         measured: Sequence[Sequence[float]],
         length: float,
+        rows: float = 1.0,
     ) -> None:
         """Go on from what `state` returned."""
-        self.share, self.is_on, self.length = share, is_on, length
+        self.share, self.is_on, self.length, self.rows = share, is_on, length, rows
         self._last = None if last is None else torch.tensor(last, dtype=torch.float64)
         self._before = None
         self._measured = [torch.tensor(m, dtype=torch.float64) for m in measured]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfac2.coarse import CoarseSpace
 from kfac2.fine import FineSolver
 from kfac2.kinds import KINDS
 from kfac2.layers import SKIPPED, UNGROUPED, Left
@@ -59,6 +60,7 @@ class Summary:
         factor_bytes: memory of the running averages of all factors.
         inverse_bytes: memory of what is kept of their inverses.
         inverse_work: Σ n³ over all factors, to which the time of an inverse update is in proportion.
+        unknowns: of the second level; 0: there is none.
         misses_layers: whether a trained weight of a kind that K-FAC handles is left alone without having been named
             by `skip`.
     """
@@ -68,6 +70,7 @@ class Summary:
     factor_bytes: int
     inverse_bytes: int
     inverse_work: int
+    unknowns: int
     misses_layers: bool
 
     @property
@@ -96,7 +99,8 @@ class Summary:
             lines.append(f"{count / total:8.1%} {_count(count):>8}  in {modules} more modules; `.rows` lists all")
         lines.append(
             f"factors {_bytes(self.factor_bytes)}, inverses {_bytes(self.inverse_bytes)}, "
-            f"inverse work {self.inverse_work:.2g} (sum of n³ over factors)"
+            f"inverse work {self.inverse_work:.2g} (sum of n³ over factors), "
+            + (f"second level of {self.unknowns} unknowns" if self.unknowns else "one level")
         )
         return "\n".join(lines)
 
@@ -108,6 +112,7 @@ def summarised(
     left: Sequence[Left],
     dropped: Mapping[str, str],
     fine: FineSolver,
+    coarse: CoarseSpace,
     rest: str,
 ) -> Summary:
     """Make the summary.
@@ -119,6 +124,7 @@ def summarised(
         left: modules of a handled kind that are not.
         dropped: by name, why layers left later.
         fine: what inverts the factors.
+        coarse: the second level.
         rest: how the parameters are trained that K-FAC does not handle.
     """
     rest = _REST.get(rest, rest)
@@ -160,7 +166,8 @@ def summarised(
     factors = sum(_factor_bytes(batch) for batch in layout.batches)
     inverses = sum(_inverse_bytes(batch, layout, fine) for batch in layout.batches)
     work = sum(batch.blocks * (batch.d_in**3 + batch.d_out**3) for batch in layout.batches)
-    return Summary(type(model).__name__, tuple(ordered), factors, inverses, work, misses)
+    unknowns = coarse.per_layer * len(layout.layers)
+    return Summary(type(model).__name__, tuple(ordered), factors, inverses, work, unknowns, misses)
 
 
 def warn_of_large_factors(layout: Layout, fine: FineSolver) -> None:

@@ -334,7 +334,7 @@ def test_whole_steps_are_those_of_dense_algebra(name, tau, most, max_change):
     assert dense.one_level.layers == opt.layers and opt.layers[0] == next(
         n for n, m in task.model.named_modules() if m is first
     )
-    opt.preconditioner.took_statistics = lambda: None  # so few samples may switch it off
+    opt._directed.decide = lambda: None  # so few samples may switch it off
     before = flat(task.model.parameters())
     for seed in range(3):
         opt.zero_grad()
@@ -393,6 +393,7 @@ def test_a_deep_network_without_noise_ends_lower():
     (kfac2.Curvature, {"coarse": "directions"}, ValueError, "coarse must be None or 'ones' without an optimizer, got 'directions'"),
     (kfac2.KFAC, {"coarse": "directions", "fisher": "empirical"}, ValueError, "fisher must be 'mc' or 'exact' with coarse='directions', got 'empirical'"),
     (kfac2.KFAC, {"coarse": "directions", "nesterov": True}, ValueError, "nesterov must be False with coarse='directions'.* got True"),
+    (kfac2.KFAC, {"coarse": "directions", "levels": 2}, ValueError, "levels must be 1 with coarse='directions', got 2"),
     (kfac2.KFAC, {"coarse_damping": math.inf}, ValueError, "coarse_damping must be finite, but with coarse='directions', got inf"),
     (kfac2.KFAC, {"coarse": "ones", "coarse_damping": math.inf}, ValueError, "coarse_damping must be finite"),
     (kfac2.KFAC, {"coarse": "directions", "coarse_damping": 0.0}, ValueError, "coarse_damping must be a number above 0, or None, got 0.0"),

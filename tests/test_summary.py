@@ -180,3 +180,11 @@ def test_a_large_factor_is_warned_of_with_its_size_and_name(monkeypatch):
 
 def test_a_large_factor_is_warned_of_from_8192_rows():
     assert summary.LARGE == 8192
+
+
+@pytest.mark.parametrize("options, per_layer", [({}, 0), ({"levels": 2}, 1), ({"coarse": "directions"}, 2)])
+def test_the_second_level_is_told_with_its_unknowns(options, per_layer):
+    opt = kfac2.KFAC(nn.Sequential(nn.Linear(4, 3), nn.Conv1d(3, 2, 1), nn.Linear(2, 2)), **options)
+    made = opt.summary()
+    assert made.unknowns == 3 * per_layer
+    assert str(made).endswith(f", second level of {3 * per_layer} unknowns" if per_layer else ", one level")

@@ -52,6 +52,9 @@ class CoarseSpace(ABC):
     names: ClassVar[tuple[str, ...]] = ()
     """What the averages are called in a saved state."""
 
+    per_layer: ClassVar[int]
+    """Unknowns of each layer."""
+
     @abstractmethod
     def add(self, layout: Layout, sums: Sums, passed: Pass) -> None:
         """Add the rows of one pass to `sums.coarse`; note in `sums.misfits` a layer with a use that does not fit.

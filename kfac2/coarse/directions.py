@@ -23,6 +23,8 @@ RIDGE = 1e-6  # of the solve in units of √diag Q
 class Directions(NoSpace):
     """The space of directions. It sums nothing up over statistics updates: its Fisher is that of each step's rows."""
 
+    per_layer = 2
+
 
 class Quadratic(NamedTuple):
     """The quadratic model of the loss in the space of directions, float64 on the device.

@@ -12,6 +12,8 @@ from kfac2.statistics import Averages, Pass, Sums
 class NoSpace(CoarseSpace):
     """Plain K-FAC: sums nothing, and leaves the fine directions as they are."""
 
+    per_layer = 0
+
     def add(self, layout: Layout, sums: Sums, passed: Pass) -> None:
         """Add nothing."""
 

@@ -30,6 +30,7 @@ class Ones(CoarseSpace):
     """
 
     names = ("input_sums", "grad_sums", "fisher")
+    per_layer = 1
 
     def __init__(self, downsample: str) -> None:
         self._downsample = downsample

@@ -1,0 +1,23 @@
+"""What a second level that takes steps of its own asks of an iteration."""
+
+from __future__ import annotations
+
+
+class OwnSteps:
+    """Asks for nothing: all steps are one level's."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether an iteration whose step is ordinary is looked at all the same."""
+        return False
+
+    def wants_step(self, iteration: int) -> bool:
+        """Tell whether an iteration's step is one of its own, which rows are wanted for."""
+        return False
+
+    def part(self, samples: int) -> int:
+        """Return how many of so many samples a forward pass of statistics has, if it is one of its own."""
+        return samples
+
+    def decide(self) -> None:
+        """Called when statistics were taken, which waits for the device, and the step was not skipped."""
