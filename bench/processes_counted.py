@@ -24,7 +24,7 @@ from torch import distributed, nn
 
 import kfac2
 
-STEPS = 24
+STEPS = 16
 BATCH = 16
 
 

@@ -102,7 +102,7 @@ def test_states_are_the_same_in_each_process_and_go_on_in_another_number_of_them
 
 # -- processes that die -----------------------------------------------------------------------------------------
 
-TIMEOUT = timedelta(seconds=4)
+TIMEOUT = timedelta(seconds=15)
 # What a rank was about to do when it died, how the work is shared, and what the others say failed.
 DEATHS = {
     "statistics": (("meet", "statistics"), "all", r"all-gather of what is agreed on \(statistics\)"),
@@ -160,18 +160,16 @@ def _until_one_dies(number, path, folder, collective, share, kind):
 
 
 def _deaths(_, folder, names, kind):
-    contexts = {}
     for name in names:
         own = Path(folder, name)
         own.mkdir()
         collective, share, _ = DEATHS[name]
         arguments = (str(own / "group"), str(own), collective, share, kind)
-        contexts[name] = torch.multiprocessing.start_processes(
+        context = torch.multiprocessing.start_processes(
             _until_one_dies, arguments, nprocs=2, join=False, start_method="fork"
         )
-    for name, context in contexts.items():
         survivor, dead = context.processes
-        survivor.join(60)
+        survivor.join(120)
         dead.kill()  # where it is stuck
         dead.join(10)
         assert (name, survivor.exitcode, dead.exitcode) == (name, 3, -signal.SIGKILL)
@@ -183,7 +181,7 @@ def test_others_end_when_one_dies_and_name_the_collective(tmp_path):
     for name, (_, _, message) in DEATHS.items():
         error = Path(tmp_path, name, "error").read_text()
         assert re.search(rf"the {message} failed on rank 0 of 2: another process has ended", error), (name, error)
-        assert float(Path(tmp_path, name, "seconds").read_text()) < TIMEOUT.total_seconds() + 2
+        assert float(Path(tmp_path, name, "seconds").read_text()) < TIMEOUT.total_seconds() + 5
         state = torch.load(Path(tmp_path, name, "state"), weights_only=True)  # the last good one
         assert state["opt"]["kfac"]["iteration"] in (7, 14)
         assert not Path(tmp_path, name, "state.new").exists()
