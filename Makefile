@@ -10,7 +10,7 @@ FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/native/*.cpp t
 	tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality figures cuda-build-check device-tests gpu-check roofline lint format clean
+.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality memory figures cuda-build-check device-tests gpu-check roofline lint format clean
 
 help:  ## show what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -64,6 +64,9 @@ study: $(VENV)/installed  ## rivals over fifteen problems with an equal search (
 
 quality: $(VENV)/installed  ## how good directions are: K-FAC, EKFAC, coarse spaces against the dense Fisher (12 minutes)
 	@$(BIN)/python bench/quality.py $(ARGS)
+
+memory: $(VENV)/installed  ## peaks of memory of SGD's and K-FAC's steps, in bytes of live tensors: ARGS="--batch 16"
+	@$(BIN)/python bench/memory.py $(ARGS)
 
 figures: $(VENV)/installed  ## draw figures and tables from bench/results/records, or ARGS="--out build/results"
 	@$(BIN)/python bench/experiment.py figures $(ARGS)

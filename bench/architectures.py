@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 import kfac2
-from kfac2.collector import batch_size, with_reached
 from kfac2.kinds import KINDS, Layer, Rows
+from kfac2.reached import batch_size, with_reached
 from kfac2.statistics import Use
 
 HERE = Path(__file__).parent / "results"
@@ -63,7 +63,7 @@ def rebuilt(layer: Layer, uses: Sequence[Use]) -> Tensor:
     """Return Σ g āᵀ of the rows that count in the factors, (blocks, d_out, d_in)."""
     total = torch.zeros(layer.matrix_shape, dtype=torch.float64)
     for use in uses:
-        inputs, grads = use.counted()
+        inputs, grads = use.counted_inputs(), use.counted_grads()
         total += torch.stack([g.T @ a for a, g in zip(formed(inputs), formed(grads), strict=True)])
     return total
 

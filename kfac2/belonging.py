@@ -20,8 +20,11 @@ from kfac2.statistics import Pass, Use
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}  # of a row's gradient, relative; half types tell too little
 _GOLDEN = 0.6180339887498949  # n φ mod 1 are numbers far apart from each other
 
-Back = Callable[[Use, Tensor], dict[int, Tensor]]
-"""Takes a use and a gradient at its output, samples first, to the gradients of all uses before it, by their order."""
+_MOST_SAMPLES = 16  # whose rows are compared: the gradients of all would be as many as all inputs are, twice
+
+Part = Callable[[Use, Tensor], Tensor]
+Back = Callable[[Use, Tensor, Part], dict[int, Tensor]]
+"""Takes a use and a gradient at its output, samples first, to a part of those of all uses before it, by their order."""
 
 
 class _Numbers(NamedTuple):
@@ -63,16 +66,24 @@ def misplaced(passed: Pass, back: Back) -> set[Layer]:
     count = passed.samples if is_fitting else last.samples
     w = 1 + torch.arange(count, dtype=torch.float64, device=last.g.device).mul(_GOLDEN).frac()
     of_rows = w.to(last.g.dtype).repeat_interleave(last.samples // count)
-    plain, weighted = back(last, last.g), back(last, last.g * of_rows.reshape(-1, *(1,) * (last.g.dim() - 1)))
+    some = torch.linspace(0, passed.samples - 1, min(passed.samples, _MOST_SAMPLES), device=w.device).round().long()
+
+    def of_some(use: Use, g: Tensor) -> Tensor:
+        """Return the rows of some samples, evenly spaced."""
+        return g.unflatten(0, (passed.samples, -1))[some].flatten(0, 1) if passed.fits(use) else g[:0]
+
+    weighted_g = last.g * of_rows.reshape(-1, *(1,) * (last.g.dim() - 1))
+    plain, weighted = back(last, last.g, of_some), back(last, weighted_g, of_some)
     found = {}
     for use in before:
         if use.order in plain:
-            numbers = _numbers(use, plain[use.order], weighted[use.order], passed.samples, w, tolerance)
+            numbers = _numbers(use, plain[use.order], weighted[use.order], len(some), w, tolerance)
             if numbers is not None:
                 found[use] = numbers
     if not found:
         return set()
-    right = _Numbers(w[:, None], torch.ones_like(w[:, None], dtype=torch.bool)) if is_fitting else [*found.values()][-1]
+    known = torch.ones(len(some), 1, dtype=torch.bool, device=w.device)
+    right = _Numbers(w[some, None], known) if is_fitting else [*found.values()][-1]
     return {use.layer for use, numbers in found.items() if numbers.differ(right, 10 * tolerance)}
 
 

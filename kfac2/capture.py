@@ -280,6 +280,28 @@ def _nodes(root: Node | None) -> Iterator[Node]:
                 stack.append(child)
 
 
+def lowest_of(found: Sequence[tuple[Capture, GradientEdge]], root: Node | None) -> list[tuple[Capture, GradientEdge]]:
+    """Return those captures of a graph from which no path leads on to another.
+
+    Args:
+        found: what `Captures.reached_from` returns.
+        root: of the graph.
+    """
+    above: dict[Node, list[Node]] = {}
+    for node in _nodes(root):
+        for child, _ in node.next_functions:
+            if child is not None:
+                above.setdefault(child, []).append(node)
+    passed: set[Node] = set()
+    stack = [edge.node for _, edge in found]
+    while stack:
+        for node in above.get(stack.pop(), ()):
+            if node not in passed:
+                passed.add(node)
+                stack.append(node)
+    return [pair for pair in found if pair[1].node not in passed]
+
+
 def _not_a_view(output: Tensor) -> Any:
     """Return what an output is a view of: `F.linear` flattens positions, and a map of one sample is a batch of one.
 

@@ -5,18 +5,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from kfac2.belonging import misplaced
-from kfac2.capture import Capture, Captures, Trace
+from kfac2.arrivals import (
+    Arrivals,
+    Arrive,
+    Found,
+    Taking,
+    Wanted,
+    come_by,
+    gives_rows,
+    may_wait,
+    places_of,
+    sizes_of,
+    use_of,
+)
+from kfac2.belonging import Part, misplaced
+from kfac2.capture import Capture, Captures, Trace, lowest_of
 from kfac2.kinds import Layer
 from kfac2.likelihood import Scores
 from kfac2.processes import ALONE, Processes
-from kfac2.self_check import Reached, Rebuilt, SelfCheck, check_are_means
-from kfac2.statistics import Pass, Use, is_of_samples
+from kfac2.reached import batch_size, counted_cases, with_reached
+from kfac2.self_check import Reached, Rebuilt, RebuiltGradients, SelfCheck, check_are_means
+from kfac2.statistics import Pass, Use
 
 
 class Collector:
@@ -56,7 +71,8 @@ class Collector:
         self._drop = drop
         self._is_by_sample = is_by_sample
         self._processes = processes
-        self._misplaced: set[Layer] = set()
+        self._misplaced: frozenset[Layer] = frozenset()
+        self._samples = 0  # of the last pass
 
     @property
     def _layers(self) -> list[Layer]:
@@ -81,12 +97,15 @@ class Collector:
                 return f"the input of {capture.layer.title}"
         return None
 
-    def sample(self, scores: Scores, mask: Tensor | None = None) -> tuple[list[Pass], list[Trace]]:
+    def sample(
+        self, scores: Scores, mask: Tensor | None = None, wanted: Wanted | None = None
+    ) -> tuple[list[Pass], list[Trace]]:
         """Differentiate with respect to the captured outputs.
 
         Args:
             scores: what to differentiate.
             mask: bool, (N, S): which tokens are data. None: what the loss cannot reach is none.
+            wanted: what is taken of the gradients, which are then let go. None: they are all kept.
 
         Returns:
             A pass, and one more for each further direction, none where there are no rows; and the traces of its uses.
@@ -96,56 +115,134 @@ class Collector:
             RuntimeError: if the graph cannot be differentiated so.
         """
         found = self.captures.reached_from(scores.drawn.grad_fn)
-        first_use = found[0][0].order if found else 0
+        traces = [capture.trace for capture, _ in found]
+        all_wait = may_wait([capture for capture, _ in found])
+        graph = _Graph(found, found if all_wait else lowest_of(found, scores.drawn.grad_fn))
+        first = self._first_pass(graph, scores, mask, wanted, all_wait)
+        if first is None:
+            return [], traces
+        further = [self._again(graph, first, one(), wanted) for one in scores.directions]
+        return [first, *further], traces
+
+    def _first_pass(
+        self, graph: _Graph, scores: Scores, mask: Tensor | None, wanted: Wanted | None, all_wait: bool
+    ) -> Pass | None:
+        """Make the pass of the drawn labels. How many samples it has is guessed by sizes, and looked at afterwards."""
+        first_use = graph.found[0][0].order if graph.found else 0
         layers = [layer for layer in self._layers if self.captures.was_watched(layer, first_use)]
-        is_checked = self.check.is_due(Counter(capture.layer for capture, _ in found))
+        is_checked = self.check.is_due(Counter(capture.layer for capture, _ in graph.found))
+        giving = {capture for capture, _ in graph.found if self._why_no_rows(capture) is None}
         parameters = self.check.parameters(layers) if is_checked else []
-        edges = [edge for _, edge in found]
-        gradients = self._differentiated(scores.drawn, [*edges, *parameters])
-        reached = _with_gradients(found, gradients[: len(edges)])
-        if not reached:
+        rebuilt = RebuiltGradients() if is_checked else None
+        held: list[tuple[Capture, Tensor]] | None = None
+        gradients: Sequence[Tensor | None] = ()
+        if all_wait:
+            held = []  # then sizes need not be guessed
+            gradients = self._come_by(graph, scores.drawn, held.append, parameters)
+            uses = [use_of(*pair, self.batch_dim) for pair in held if pair[0] in giving and gives_rows(pair[0])]
+            samples = batch_size(uses, scores.leading) if uses else 1
+        else:
+            uses = [
+                sizes_of(capture, self.batch_dim)
+                for capture, _ in graph.found
+                if capture in giving and gives_rows(capture)
+            ]
+            samples = self._guessed(uses, scores.leading)
+        while True:
+            expected = Pass(self._in_order(uses), scores.cases, samples, scores.weight, misplaced=self._misplaced)
+            if is_checked and self._is_by_sample:
+                new = self._misplaced_in(graph, scores.drawn, expected)
+                expected = replace(expected, misplaced=self._misplaced | new)
+            arrivals = Arrivals(expected, giving, mask, wanted, self.batch_dim, rebuilt, lets_go=held is None)
+            if held is None:
+                gradients = self._come_by(graph, scores.drawn, arrivals.come, parameters if rebuilt else ())
+            else:
+                for pair in reversed(held):
+                    arrivals.come(pair)
+            self._check_reached(arrivals.came)
+            if rebuilt is not None:
+                self._leave(self.check.of_sample(layers, rebuilt, gradients))
+            uses = [use for use in arrivals.taking.finished() if use.layer in self._layers]
+            if not uses:
+                return None
+            samples, rebuilt = batch_size(uses, scores.leading, arrivals.share), None
+            if samples == expected.samples and places_of(uses, samples) == places_of(expected.uses, samples):
+                break
+        self._misplaced, self._samples = frozenset(expected.misplaced), samples
+        uses = arrivals.reach.applied(uses)
+        squares = arrivals.taking.squares_of(uses)
+        return replace(expected, uses=self._in_order(uses), squares=squares) if uses and scores.cases else None
+
+    def _guessed(self, uses: Sequence[Use], leading: Sequence[int]) -> int:
+        sizes = {use.samples for use in uses}
+        if len(sizes) > 1 and self._samples in sizes:
+            return self._samples
+        return batch_size(uses, leading, lambda use: 1.0) if uses else 1
+
+    def _come_by(
+        self, graph: _Graph, of: Tensor, arrive: Arrive, parameters: Sequence[Tensor] = ()
+    ) -> Sequence[Tensor | None]:
+        return come_by(graph.found, graph.lowest, parameters, lambda inputs: self._differentiated(of, inputs), arrive)
+
+    def _check_reached(self, came: Sequence[Capture]) -> None:
+        """Check that the loss reaches a use at all; a layer with one that gives no rows leaves."""
+        if not came:
             raise ValueError(
                 "distribution must come from a forward pass of the model in this iteration, with grad enabled, and in "
                 "the thread that has built the optimizer, or called its last step(); "
                 "got one whose graph holds no use of a handled layer's weight"
             )
-        reached = self._that_give_rows(reached)
-        if is_checked:
-            self._leave(self.check.of_sample(layers, reached, gradients[len(edges) :]))
-        first = self._pass_of(reached, lambda last, samples: scores.cases, scores.leading, mask)
-        traces = [capture.trace for capture, _ in found]
-        if first is None:
-            return [], traces
-        if is_checked and self._is_by_sample:
-            by_order = {capture.order: (capture, edge) for capture, edge in found}
-            self._misplaced |= misplaced(first, lambda use, g: self._back(by_order, use, g))
-        first = replace(first, misplaced=frozenset(self._misplaced))
-        passes = [replace(first, scale=scores.weight)]
-        for direction in scores.directions:
-            passes.append(self._again(first, _with_gradients(found, self._differentiated(direction(), edges))))
-        return passes, traces
+        for capture in sorted(came, key=lambda capture: capture.order):
+            reason = self._why_no_rows(capture)
+            if reason is not None:
+                self._leaves(capture.layer, reason)
 
-    def _again(self, first: Pass, reached: Reached) -> Pass:
+    def _again(self, graph: _Graph, first: Pass, direction: Tensor, wanted: Wanted | None) -> Pass:
         """Make a pass of other gradients of the same uses: what counts is known, and the inputs have been counted."""
         known = {use.order: use for use in first.uses}
-        uses = []
-        for capture, g in reached:
+        expected = Pass(first.uses, 0, first.samples, is_repeated=True, misplaced=first.misplaced)
+        taking = Taking(expected, wanted)
+
+        def come(pair: tuple[Capture, Tensor]) -> None:
+            capture, g = pair
             use = known.get(capture.order)
             if use is not None:
-                new = self._use_of(capture, g)
-                uses.append(new if use.reached is None else new.only(use.reached))
-        return Pass(self._in_order(uses), 0, first.samples, is_repeated=True, misplaced=first.misplaced)
+                new = use_of(capture, g, self.batch_dim)
+                taking.add(new if use.reached is None else new.only(use.reached))
 
-    def _back(self, captures: Mapping[int, tuple[Capture, GradientEdge]], base: Use, g: Tensor) -> dict[int, Tensor]:
+        self._come_by(graph, direction, come)
+        uses = taking.finished()
+        return replace(expected, uses=self._in_order(uses), squares=taking.squares_of(uses))
+
+    def _misplaced_in(self, graph: _Graph, drawn: Tensor, expected: Pass) -> set[Layer]:
+        """Find layers whose rows fit the samples by their number only, with gradients from the last use on."""
+        captures = {capture.order: (capture, edge) for capture, edge in graph.found}
+        uses = sorted(expected.uses, key=lambda use: use.order)
+        while uses:
+            capture, edge = captures[uses[-1].order]
+            g = self._differentiated(drawn, [edge])[0]
+            if g is not None:
+                uses[-1] = use_of(capture, g.reshape(capture.shape), self.batch_dim)
+                return misplaced(replace(expected, uses=uses), lambda *given: self._back(graph, uses, *given))
+            uses.pop()
+        return set()
+
+    def _back(self, graph: _Graph, uses: Sequence[Use], base: Use, g: Tensor, part: Part) -> dict[int, Tensor]:
         """Differentiate from the output of one use to those of the others; samples first, here and there."""
-        others = [pair for order, pair in captures.items() if order != base.order]
-        _, edge = captures[base.order]
+        by_order = {use.order: use for use in uses}
+        edge = next(edge for capture, edge in graph.found if capture.order == base.order)
+        others, lowest = ([pair for pair in some if pair[1].node is not edge.node] for some in graph)
         g = base.layer.samples_last(g, self.batch_dim).reshape(edge.node._input_metadata[edge.output_nr].shape)
-        gradients = self._differentiated(edge, [other for _, other in others], g)
-        return {
-            c.order: c.layer.samples_first(gradient, self.batch_dim)
-            for c, gradient in _with_gradients(others, gradients)
-        }
+        parts: dict[int, Tensor] = {}
+
+        def arrive(pair: tuple[Capture, Tensor]) -> None:
+            capture, gradient = pair
+            if capture.order in by_order:
+                gradient = capture.layer.samples_first(gradient, self.batch_dim)
+                parts[capture.order] = part(by_order[capture.order], gradient).clone()
+
+        come_by(others, lowest, (), lambda inputs: self._differentiated(edge, inputs, g), arrive)
+        return parts
 
     def _differentiated(
         self, of: Tensor | GradientEdge, inputs: Sequence[object], g: Tensor | None = None
@@ -178,7 +275,7 @@ class Collector:
         everything = [pair for reached in rounds.values() for pair in reached]
         factor = self._checked_backward(everything)
         passes = [
-            self._pass_of(reached, lambda last, samples: counted_cases(last, samples, cases), (), None)
+            self._pass_of(reached, lambda last, samples: counted_cases(last, samples, cases))
             for reached in rounds.values()
         ]
         made = [passed for passed in passes if passed is not None]
@@ -220,38 +317,31 @@ class Collector:
 
     # -- rows -----------------------------------------------------------------------------------------------
 
+    def _why_no_rows(self, capture: Capture) -> str | None:
+        """Return why no rows can be made of a capture, or None."""
+        if capture.x._version != capture.version:
+            return "its input was overwritten in place before its statistics were taken"
+        return capture.layer.reason_against(capture.call)
+
     def _that_give_rows(self, reached: Reached) -> list[tuple[Capture, Tensor]]:
         """Return the captures of which rows can be made; a layer that has another one leaves."""
         for capture, _ in reached:
-            reason = capture.layer.reason_against(capture.call)
-            if capture.x._version != capture.version:
-                reason = "its input was overwritten in place before its statistics were taken"
+            reason = self._why_no_rows(capture)
             if reason is not None:
                 self._leaves(capture.layer, reason)
         return [(capture, g) for capture, g in reached if capture.layer in self._layers]
 
-    def _pass_of(
-        self,
-        reached: Reached,
-        count_cases: Callable[[Use, int], int],
-        leading: Sequence[int],
-        mask: Tensor | None,
-    ) -> Pass | None:
+    def _pass_of(self, reached: Reached, count_cases: Callable[[Use, int], int]) -> Pass | None:
         """Make a pass of captures and gradients."""
         # A layer without rows (an expert without tokens) is not used in this pass.
         own = [(c, g) for c, g in reached if c.layer in self._layers and g.numel() and c.x.numel()]
-        uses = [self._use_of(capture, g) for capture, g in own]
+        uses = [use_of(capture, g, self.batch_dim) for capture, g in own]
         if not uses:
             return None
-        samples = batch_size(uses, leading)
-        uses = with_reached(uses, samples, mask)
+        samples = batch_size(uses, ())
+        uses = with_reached(uses, samples, None)
         cases = count_cases(uses[-1], samples) if uses else 0
         return Pass(self._in_order(uses), cases, samples) if cases else None
-
-    def _use_of(self, capture: Capture, g: Tensor) -> Use:
-        layer = capture.layer
-        x, g = (layer.samples_first(tensor, self.batch_dim) for tensor in (capture.x, g))
-        return Use.of(layer, x, g, capture.call, capture.order)
 
     def _in_order(self, uses: Sequence[Use]) -> list[Use]:
         """Sort uses by layer; those of one stay in the order of the forward pass."""
@@ -259,109 +349,17 @@ class Collector:
         return sorted(uses, key=lambda use: order[use.layer])
 
 
-def _with_gradients(
-    found: Sequence[tuple[Capture, object]], gradients: Sequence[Tensor | None]
-) -> list[tuple[Capture, Tensor]]:
-    """Return the captures that have a gradient, and it in the shape of the output."""
-    pairs = zip(found, gradients, strict=True)
-    return [(capture, g.reshape(capture.shape)) for (capture, _), g in pairs if g is not None]
-
-
 def _last_use(passed: Pass) -> Use:
     return max(passed.uses, key=lambda use: use.order)
 
 
-def batch_size(uses: Sequence[Use], leading: Sequence[int]) -> int:
-    """Return N, the leading size that most uses share; of two, that of the log-probabilities, then the last use's.
+class _Graph(NamedTuple):
+    """The captures of a graph.
 
-    Where they differ, a use has a vote as large as the share of its leading entries that the loss reaches: experts have
-    slots that stay empty.
+    Attributes:
+        found: all of them, in the order of their uses.
+        lowest: those from which no path leads to another; all where they may wait for each other.
     """
-    votes = dict.fromkeys((use.samples for use in uses), 0.0)
-    for use in uses:
-        reached = 1.0 if len(votes) == 1 else float((use.g != 0).reshape(use.samples, -1).any(1).double().mean())
-        votes[use.samples] += reached
-    most = max(votes.values())
-    shared = [size for size, count in votes.items() if count > most - 1e-9]
-    return next(size for size in (*leading, *(use.samples for use in reversed(uses))) if size in shared)
 
-
-def counted_cases(last: Use, samples: int, cases: int | str | None) -> int:
-    """Return M of an ordinary backward pass, whose loss says no M.
-
-    Args:
-        last: the last use of its forward pass.
-        samples: N.
-        cases: see `KFAC`.
-
-    Raises:
-        ValueError: if nobody says whether the loss is a mean over samples or over rows.
-    """
-    rows = last.row_count
-    if cases is None and rows != samples:
-        raise ValueError(
-            "cases must be given with fisher='empirical' where the last layer has another number of rows than there "
-            f"are samples, got None with {rows} rows of {last.layer.title} and {samples} samples: "
-            "cases='rows' if the loss is a mean over all of them (a token loss), 'samples' if it is one over samples, "
-            "or the number of its terms"
-        )
-    return {"rows": rows, "samples": samples, None: samples}.get(cases, cases)  # type: ignore[arg-type,return-value]
-
-
-def with_reached(uses: Sequence[Use], samples: int, mask: Tensor | None) -> list[Use]:
-    """Leave out the rows that the loss cannot reach, and those that `mask` does.
-
-    A row cannot be reached if g is exactly 0 there in every use on its grid. Where the last use has none such, as in
-    most passes, nothing else is looked at. A use that does not fit the samples (an expert, some of its slots empty)
-    is a grid of its own: others of that size hold other rows.
-
-    Args:
-        uses: in the order of the forward pass.
-        samples: N.
-        mask: bool, (N, S), or None.
-    """
-    result = list(uses)
-    if mask is not None:
-        result = _masked(result, mask)
-    grids: dict[tuple[int, ...], list[int]] = {}
-    for number, use in enumerate(result):
-        if use.layer.has_tokens:
-            own = () if is_of_samples(use, result, samples) else (number,)
-            grids.setdefault((use.samples, use.places, *own), []).append(number)
-    dead_samples = _unreached([use for use in result if use.samples == samples], whole_samples=True)
-    for number, use in enumerate(result):
-        if dead_samples is not None and use.samples == samples:
-            result[number] = use.only(~dead_samples.expand(-1, use.places))
-    for numbers in grids.values():
-        dead = _unreached([uses[number] for number in numbers], whole_samples=False)
-        if dead is not None:
-            for number in numbers:
-                result[number] = result[number].only(~dead)
-    return [use for use in result if use.reached is None or use.row_count]
-
-
-def _unreached(uses: Sequence[Use], whole_samples: bool) -> Tensor | None:
-    """Return which rows, (leading size, places), or samples, (N, 1), have no gradient in any use; None if all have."""
-    dead: Tensor | None = None
-    for use in reversed(uses):
-        none = (use.grads.tensor == 0).all(1).reshape(use.samples, -1)
-        none = none.all(1, keepdim=True) if whole_samples else none
-        dead = none if dead is None else dead & none
-        if not bool(dead.any()):
-            return None
-    return dead
-
-
-def _masked(uses: Sequence[Use], mask: Tensor) -> list[Use]:
-    if mask.dtype != torch.bool or mask.dim() != 2:
-        raise ValueError(f"mask must be a bool tensor of shape (N, S), got {mask.dtype} of shape {tuple(mask.shape)}")
-    shapes = {tuple(mask.shape), (mask.numel(), 1)}
-    if not any((use.samples, use.places) in shapes for use in uses):
-        raise ValueError(
-            f"mask must have the shape (N, S) of the tokens of a layer, got {tuple(mask.shape)}; "
-            f"the layers have {sorted({(use.samples, use.places) for use in uses})}"
-        )
-    return [
-        use.only(mask.to(use.g.device).reshape(use.samples, use.places)) if (use.samples, use.places) in shapes else use
-        for use in uses
-    ]
+    found: Found
+    lowest: Found

@@ -15,7 +15,7 @@ from kfac2.collector import Collector
 from kfac2.division import Division, check_share
 from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
-from kfac2.inverses import Inverses, Solvers, inverted, mended, observed
+from kfac2.inverses import InPlace, Inverses, Solvers, inverted, mended, observed
 from kfac2.iteration import Iteration
 from kfac2.joint import Joint
 from kfac2.kinds import Layer
@@ -27,7 +27,7 @@ from kfac2.processes import WORLD, check_plain, processes_of, unwrapped
 from kfac2.readings import Readings
 from kfac2.shared_inverses import inverted_together, of_own
 from kfac2.solve import checked_gradients, solve_in_place
-from kfac2.statistics import Averages, Pass, Sums, averaged, kept_share
+from kfac2.statistics import Averages, Pass, Use, averaged, kept_share
 from kfac2.step import Step
 from kfac2.summary import warn_of_large_factors
 
@@ -135,7 +135,7 @@ class Curvature(Joint, Readings):
             self.collector,
             self.solvers.coarse,
             self.options,
-            self._observe,
+            self._observe if isinstance(self.solvers.fine, ObservingSolver) else None,
             self.health.warn_once,
             lambda number: self.solvers.processes.labels(self.moment(), number),
         )
@@ -229,11 +229,13 @@ class Curvature(Joint, Readings):
         self._follow()
         self.iteration.collect_backward()
 
-    def _observe(self, passed: Pass, sums: Sums) -> None:
-        """Let a solver that observes see the rows, in the basis that what it sees is averaged in."""
-        if isinstance(self.solvers.fine, ObservingSolver) and self.inverses is not None:
-            self.mend()
-            self.solvers.fine.observe(self.layout, self.inverses.fields, passed, sums)
+    def _observe(self, passed: Pass, uses: Sequence[Use]) -> Tensor | None:
+        """Let the solver that observes see all rows of a layer, in the basis that what it sees is averaged in."""
+        fine = self.solvers.fine
+        if not isinstance(fine, ObservingSolver) or self.inverses is None:
+            return None
+        self.mend()
+        return fine.observe(self.layout, self.inverses.fields, passed, uses)
 
     def close(self) -> None:
         """Look at no forward pass any more, for good. What was found goes on to be used."""
@@ -256,11 +258,14 @@ class Curvature(Joint, Readings):
 
     # -- inverses -------------------------------------------------------------------------------------------
 
-    def refreshed(self, damping: Callable[[Averages], Damping] | None) -> tuple[Averages, Inverses | None]:
+    def refreshed(
+        self, damping: Callable[[Averages], Damping] | None, place: InPlace | None = None
+    ) -> tuple[Averages, Inverses | None]:
         """Return averages and inverses with what this iteration has collected; commit neither.
 
         Args:
             damping: of new inverses of these averages; None: the inverses in use go on.
+            place: new inverses take the place of those in use, as nothing will come up for which the step is skipped.
         """
         averages, inverses = self.averages, self.inverses
         if self.iteration.sums.A:
@@ -271,14 +276,16 @@ class Curvature(Joint, Readings):
             if inverses is not None:
                 inverses = observed(self.layout, inverses, self.solvers.fine, sums, self.options.stat_decay)
         if damping is not None and averages.updates and self.layout.layers:
-            inverses = self._inverted(averages, inverses, damping(averages))
+            inverses = self._inverted(averages, inverses, damping(averages), place)
         return averages, inverses
 
-    def _inverted(self, averages: Averages, last: Inverses | None, damping: Damping) -> Inverses:
+    def _inverted(
+        self, averages: Averages, last: Inverses | None, damping: Damping, place: InPlace | None = None
+    ) -> Inverses:
         options = self.options
         arguments = (averages, last, self.solvers, damping, options.coarse_damping, options.inverse_dtype)
         if self.solvers.division.is_everyones:
-            new = inverted(self.layout, *arguments)
+            new = inverted(self.layout, *arguments, place)
         else:
             new = inverted_together(self.layout, *arguments, self.health.warn_once)
         looks = self.health.at_once or not self.solvers.processes.is_alone  # else one process might look before others

@@ -15,7 +15,7 @@ from kfac2.ops.directional_derivatives import directional_derivatives
 from kfac2.ops.gather_gradients import gather_gradients
 from kfac2.ops.layer_maps import sum_dtype
 from kfac2.processes import ALONE, Processes
-from kfac2.statistics import Pass
+from kfac2.statistics import Pass, Use
 
 Direction = Callable[[Tensor], Tensor | None]
 
@@ -57,20 +57,30 @@ def kept_of(passed: Pass, count: int) -> KeptPass:
 
     Args:
         passed: the pass.
-        count: how many samples; all where there are no more.
+        count: how many samples; all where there are no more. Where the gradients were let go, as many as were taken.
     """
-    whole = passed.samples
-    count = min(whole, count)
-    uses = []
+    count, uses = min(passed.samples, count), []
     for use in passed.uses:
-        inputs, grads, samples = use.inputs, use.grads, use.samples
-        g = grads.tensor
-        if count < whole and samples > 1:
-            samples = max(1, samples * count // whole)
-            inputs, g = Rows(inputs.tensor[:samples], inputs.window), g[:samples].clone()  # else all of g would stay
-        grads = Rows(g * passed.scale if passed.scale != 1 else g, grads.window)
+        grads = first_rows(passed, use, count) if use.taken is None else use.taken.first
+        assert grads is not None
+        samples = len(grads.tensor)
+        inputs = Rows(use.inputs.tensor[:samples], use.inputs.window)
         uses.append(KeptUse(use.layer, inputs, grads, samples, passed.fits(use)))
-    return KeptPass(uses, count, passed.cases * count / whole)
+    return KeptPass(uses, count, passed.cases * count / passed.samples)
+
+
+def first_rows(passed: Pass, use: Use, count: int) -> Rows:
+    """Return the rows g of so many samples of a use, times the scale of the pass.
+
+    Args:
+        passed: the pass, whose sizes count.
+        use: of it.
+        count: how many samples.
+    """
+    g, whole = use.grads.tensor, passed.samples
+    if count < whole and use.samples > 1:
+        g = g[: max(1, use.samples * count // whole)].clone()  # else all of g would stay
+    return Rows(g * passed.scale if passed.scale != 1 else g, use.grads.window)
 
 
 def quarter(samples: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,42 @@ from torch import Tensor
 from kfac2.coarse import CoarseSpace
 from kfac2.division import Division
 from kfac2.fine import Damping, Fields, FineSolver, ObservingSolver
-from kfac2.layout import Layout
+from kfac2.layout import Layout, Stacks
 from kfac2.processes import Processes
 from kfac2.statistics import Averages, Sums, kept_share
 
+SHARE = 4  # 1 / what a refresh may need above factors and inverses, over what these need
+LEAST_BYTES = 2**22  # that a chunk may need in any case: a native call for each of many small layers would cost time
+LARGEST_STEP = 1e18  # |v| of a block that an inverse may lead to where a step is not to overflow
+
 Warn = Callable[[str, str], None]
+
+
+class Chunk(NamedTuple):
+    """Blocks of one batch that are inverted together.
+
+    Attributes:
+        batch: its number.
+        begin: of the blocks among those of the batch.
+        end: of these.
+        first: number of the first among the blocks of all batches.
+    """
+
+    batch: int
+    begin: int
+    end: int
+    first: int
+
+
+class InPlace(NamedTuple):
+    """That the last inverses are overwritten: nothing may come up afterwards for which the step is skipped.
+
+    Attributes:
+        gradients: a bound of |∇| of each block, by batch, known to be finite. An inverse that could make of it a step
+            which overflows has failed. None: the step may be skipped all the same.
+    """
+
+    gradients: Stacks | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +94,8 @@ class Inverses:
     def holding(self, new: Inverses) -> Inverses:
         """Return the new inverses, copied to where these lie: a CUDA graph reads them there."""
         for kept, value in zip(self.tensors(), new.tensors(), strict=True):
-            kept.copy_(value)
+            if kept is not value:
+                kept.copy_(value)
         return replace(new, fields=self.fields, derived=self.derived, usable=self.usable, coarse=self.coarse)
 
 
@@ -91,8 +124,13 @@ def inverted(
     damping: Damping,
     coarse_damping: float | None,
     dtype: torch.dtype | None,
+    place: InPlace | None = None,
 ) -> Inverses:
     """Invert all damped blocks and the coarse Fisher; where one fails, the last inverse stands. Reads nothing back.
+
+    Layers are inverted chunk by chunk, see `chunks`: with `place`, the peak is at most a quarter of what factors and
+    inverses need above these, or what the largest layer needs alone. All work is on the caller's stream, in the order
+    in which it is asked for: memory of one chunk goes to the next without a wait, and without `record_stream`.
 
     Args:
         layout: of the layers.
@@ -102,33 +140,45 @@ def inverted(
         damping: of the blocks.
         coarse_damping: λ_c; None: as the blocks, see `_coarse_damping`.
         dtype: the factors are inverted in; by default their own.
+        place: the fields of the last inverses are overwritten; None: new ones lie beside them.
     """
     fine = solvers.fine
-    A, G = ([stack.to(dtype or stack.dtype) for stack in stacks] for stacks in (averages.A, averages.G))
-    fields, status = fine.invert(A, G, damping)
-    fields = _all_rounded(fields, layout)
-    is_bad = torch.cat(status) != 0
-    count = len(layout.layers)
-    failed = torch.zeros(count, dtype=torch.float64, device=layout.device)
-    failed = failed.index_add_(0, layout.layer_of_block, is_bad.double()).clamp_(max=1)
+    place = None if last is None else place
+    into = fine.zeros(layout) if last is None or place is None else last.fields
+    derived = fine.zeros(layout, fine.derived) if last is None or place is None else last.derived
+    failed = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
     seen = failed.new_tensor(averages.seen)
-    failed = failed * seen  # the zeros of a layer without statistics are no failure
-    before = failed.new_zeros(count) if last is None else last.usable
-    if last is not None:
-        fields = _all_rounded(fine.carry_over(fields, last.fields, _by_batch(layout, before > 0)), layout)
-    fields = _where(_by_batch(layout, failed > 0), last, fields)
+    before = torch.zeros_like(failed) if last is None else last.usable
+    for chunk in chunks(layout, fine, dtype):
+        factors = _parts(averages.A, chunk), _parts(averages.G, chunk)
+        layers = torch.cat([layout.layer_of_block[c.first : c.first + c.end - c.begin] for c in chunk])
+        standing = None if last is None else {name: _parts(stacks, chunk) for name, stacks in last.fields.items()}
+        new, is_bad = _chunk_inverted(
+            layout, chunk, fine, damping, factors, dtype, standing, _split(before[layers] > 0, chunk)
+        )
+        if place is not None and place.gradients is not None:
+            gains = torch.cat([gain.double() for gain in fine.gains(new, damping)])
+            is_bad |= ~(gains * torch.cat(_parts(place.gradients, chunk)).double() <= LARGEST_STEP)
+        own = torch.zeros_like(failed).index_add_(0, layers, is_bad.double()).clamp_(max=1)
+        own *= seen  # the zeros of a layer without statistics are no failure
+        failed += own
+        parts = {name: _parts(stacks, chunk) for name, stacks in into.items()}
+        _write(parts, _split(own[layers] > 0, chunk), standing, new)
+        for name, stacks in fine.derive(parts, damping).items():
+            torch._foreach_copy_(_parts(derived[name], chunk), stacks)
+        del new  # before the next chunk is inverted
     usable = torch.where(failed > 0, before, seen)
 
     coarse, coarse_failed = coarse_inverted(layout, averages, last, solvers.coarse, damping, coarse_damping)
     return Inverses(
         damping,
-        fields,
+        into,
         usable,
         coarse,
-        fine.derive(fields, damping),
+        derived,
         torch.cat([failed, coarse_failed]),
         0 if last is None else last.observations,
-        (False,) * count if last is None else last.observed,
+        (False,) * len(layout.layers) if last is None else last.observed,
     )
 
 
@@ -151,6 +201,75 @@ def coarse_inverted(
     return torch.where(is_bad, standing, coarse), is_bad.double().reshape(1)
 
 
+def _chunk_inverted(
+    layout: Layout,
+    chunk: Sequence[Chunk],
+    fine: FineSolver,
+    damping: Damping,
+    factors: tuple[Stacks, Stacks],
+    dtype: torch.dtype | None,
+    standing: Fields | None,
+    had: Sequence[Tensor],
+) -> tuple[Fields, Tensor]:
+    """Return the new fields of a chunk, and of which blocks they hold no meaning."""
+    A, G = ([part.to(dtype or part.dtype) for part in stacks] for stacks in factors)
+    fields, status = fine.invert(A, G, damping)
+    fields = _all_rounded(fields, layout, chunk)
+    if standing is not None:
+        fields = _all_rounded(fine.carry_over(fields, standing, had), layout, chunk)
+    return fields, torch.cat(status) != 0
+
+
+def chunks(layout: Layout, fine: FineSolver, dtype: torch.dtype | None) -> Iterator[list[Chunk]]:
+    """Split the blocks into parts that are inverted together, by one native call.
+
+    A chunk has so many layers that what the solver needs for it, `fine.copies` times its factors, is a quarter of what
+    all factors and inverses need, or 4 MB; one layer at least.
+
+    Args:
+        layout: of the layers.
+        fine: the solver.
+        dtype: the factors are inverted in; None: their own.
+    """
+    sizes = [(batch.d_in**2 + batch.d_out**2) * batch.dtype.itemsize for batch in layout.batches]
+    held = 2 * sum(size * batch.blocks for size, batch in zip(sizes, layout.batches, strict=True))
+    most = max(held // SHARE, LEAST_BYTES) // fine.copies
+    chunk: list[Chunk] = []
+    used = first = 0
+    for number, batch in enumerate(layout.batches):
+        size = sizes[number] // batch.dtype.itemsize * (dtype or batch.dtype).itemsize
+        block = 0
+        for blocks in batch.sizes:
+            if chunk and used + size * blocks > most:
+                yield chunk
+                chunk, used = [], 0
+            if chunk and chunk[-1].batch == number:
+                chunk[-1] = chunk[-1]._replace(end=block + blocks)
+            else:
+                chunk.append(Chunk(number, block, block + blocks, first))
+            used, block, first = used + size * blocks, block + blocks, first + blocks
+    if chunk:
+        yield chunk
+
+
+def _parts(stacks: Stacks, chunk: Sequence[Chunk]) -> Stacks:
+    """View the blocks of a chunk."""
+    return [stacks[c.batch][c.begin : c.end] for c in chunk]
+
+
+def _split(flags: Tensor, chunk: Sequence[Chunk]) -> list[Tensor]:
+    """Split flags of the blocks of a chunk by batch."""
+    return list(flags.split([c.end - c.begin for c in chunk]))
+
+
+def _write(into: Fields, failed: Sequence[Tensor], standing: Fields | None, new: Fields) -> None:
+    """Write new fields, but where they failed: there the last ones stand, or zeros."""
+    for name, stacks in new.items():
+        for number, (bad, stack) in enumerate(zip(failed, stacks, strict=True)):
+            last = stack.new_zeros(()) if standing is None else standing[name][number]
+            torch.where(bad.reshape(-1, *[1] * (stack.dim() - 1)), last, stack, out=into[name][number])
+
+
 def _coarse_damping(layout: Layout, averages: Averages, damping: Damping) -> float | Tensor:
     """Return λ_c: λ; or where that is c times the mean eigenvalue of each block, c Σ_q tr A_q tr G_q of each layer.
 
@@ -169,29 +288,14 @@ def _coarse_damping(layout: Layout, averages: Averages, damping: Damping) -> flo
     return damping.value * torch.where(scales > 0, scales, 1.0)
 
 
-def _rounded(stack: Tensor, layout: Layout, batch: int) -> Tensor:
+def _all_rounded(fields: Fields, layout: Layout, chunk: Sequence[Chunk] | None = None) -> Fields:
     """Round to the dtype of the factors, row by row: so it is saved, and a resumed run computes the same."""
-    return stack.to(layout.batches[batch].dtype).to(layout.dtype).contiguous()
-
-
-def _all_rounded(fields: Fields, layout: Layout) -> Fields:
-    return {name: [_rounded(s, layout, n) for n, s in enumerate(stacks)] for name, stacks in fields.items()}
-
-
-def _by_batch(layout: Layout, flags: Tensor) -> list[Tensor]:
-    """From a flag for each layer to flags for the blocks of each batch."""
-    return list(flags[layout.layer_of_block].split([batch.blocks for batch in layout.batches]))
-
-
-def _where(failed: Sequence[Tensor], last: Inverses | None, new: Fields) -> Fields:
-    """Put the last fields, or zeros, in place of those that failed."""
-    fields: Fields = {}
-    for name, stacks in new.items():
-        fields[name] = []
-        for number, (bad, stack) in enumerate(zip(failed, stacks, strict=True)):
-            standing = stack.new_zeros(()) if last is None else last.fields[name][number]
-            fields[name].append(torch.where(bad.reshape(-1, *[1] * (stack.dim() - 1)), standing, stack))
-    return fields
+    numbers = range(len(layout.batches)) if chunk is None else [c.batch for c in chunk]
+    dtypes = [layout.batches[n].dtype for n in numbers]
+    return {
+        name: [stack.to(dtype).to(layout.dtype) for stack, dtype in zip(stacks, dtypes, strict=True)]
+        for name, stacks in fields.items()
+    }
 
 
 def observed(layout: Layout, inverses: Inverses, fine: FineSolver, sums: Sums, decay: float) -> Inverses:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from kfac2.arrivals import Wanted, taken_of
 from kfac2.capture import Trace
 from kfac2.coarse import CoarseSpace
 from kfac2.collector import Collector
@@ -16,7 +17,7 @@ from kfac2.layout import Layout
 from kfac2.likelihood import NotFiniteError, Prediction, scores_of, tensors_of
 from kfac2.options import CurvatureOptions
 from kfac2.pending import Pending, misfit, that_count
-from kfac2.statistics import Pass, Sums
+from kfac2.statistics import Pass, Sums, Use
 
 
 class Iteration:
@@ -27,7 +28,7 @@ class Iteration:
         collector: makes passes of captured uses.
         coarse: adds up its own part.
         options: `fisher`, `samples` and `cases`.
-        observe: called with each pass and the sums, for a solver that looks at the rows.
+        observe: gives what a solver that looks at the rows sees of a layer's uses; None without such a solver.
         warn_once: called with what would be said again and again.
         labels: given how many passes of this iteration there were before, draws labels as its processes are to.
 
@@ -45,7 +46,7 @@ class Iteration:
         collector: Collector,
         coarse: CoarseSpace,
         options: CurvatureOptions,
-        observe: Callable[[Pass, Sums], None],
+        observe: Callable[[Pass, Sequence[Use]], Tensor | None] | None,
         warn_once: Callable[[str, str], None],
         labels: Callable[[int], AbstractContextManager[None]],
     ) -> None:
@@ -89,7 +90,7 @@ class Iteration:
         try:
             with self._labels(self._draws):
                 scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
-                passes, traces = self._collector.sample(scores, mask)
+                passes, traces = self._collector.sample(scores, mask, self._wanted(is_summed))
         except NotFiniteError as error:
             traces = self._collector.traces_of(*tensors_of(prediction))
             bad = self._collector.not_finite_input() or error.source
@@ -100,8 +101,9 @@ class Iteration:
 
     def collect_backward(self) -> None:
         """Sum up the ordinary backward passes (the empirical Fisher), which count at once."""
+        wanted = self._wanted(is_summed=True)
         for passed in self._collector.followed_backward(self._options.cases):
-            self._take([self._summed([passed], [])])
+            self._take([self._summed([taken_of(passed, wanted)], [])])
 
     def settle(self, must_go_backward: bool = True) -> str | None:
         """Add up the passes that count; return what is not finite in one of them, or None.
@@ -110,6 +112,9 @@ class Iteration:
             must_go_backward: whether only those count whose loss has gone backward.
         """
         return self._take(that_count(self.pending, self._warn_once) if must_go_backward else self.pending)
+
+    def _wanted(self, is_summed: bool) -> Wanted:
+        return Wanted(self._coarse.maps_of, self._observe, self.keeps, is_summed)
 
     def _take(self, passes: Iterable[Pending]) -> str | None:
         bad = None
@@ -125,7 +130,6 @@ class Iteration:
         for passed in passes if is_summed else ():
             sums.add_factors(passed)
             self._coarse.add(self._layout(), sums, passed)
-            self._observe(passed, sums)
         for layer in sums.misfits:
             self._warn_once(f"misfit {layer.name}", misfit(passes[0], layer))
         keeps = self.keeps

@@ -12,6 +12,7 @@ from kfac2.change_limit import ChangeLimit
 from kfac2.curvature import Curvature
 from kfac2.fine import Damping
 from kfac2.health import is_capturing
+from kfac2.inverses import InPlace
 from kfac2.kinds import Layer
 from kfac2.likelihood import Prediction
 from kfac2.meetings import Meetings
@@ -309,7 +310,11 @@ class Preconditioner(Readings):
         """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
         curvature, health = self.curvature, self.curvature.health
         looks = health.at_once or bool(curvature.iteration.sums.A)
-        averages, inverses = curvature.refreshed(self._damping if self._wants_inverses() else None)
+        damping = self._damping if self._wants_inverses() else None
+        place = None
+        if damping is not None:  # the last inverses are overwritten where it is known that the step is taken
+            place = step.cannot_overflow(gathered) if looks else InPlace(None)
+        averages, inverses = curvature.refreshed(damping, place)
         if inverses is None:  # no layer is left: plain SGD
             first = int(gathered.first_bad)
             return curvature.source(first) if first < step.none_bad else None

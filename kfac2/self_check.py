@@ -71,19 +71,19 @@ class SelfCheck:
 
     @torch.no_grad()
     def of_sample(
-        self, layers: Sequence[Layer], reached: Reached, gradients: Sequence[Tensor | None]
+        self, layers: Sequence[Layer], rows: RebuiltGradients, gradients: Sequence[Tensor | None]
     ) -> dict[Layer, Rebuilt]:
         """Compare with autograd's gradients of the same scalar.
 
         Args:
             layers: all that are watched.
-            reached: the captures of the pass, and the gradients of their outputs.
+            rows: what the captures of the pass rebuild.
             gradients: of `parameters(layers)`.
 
         Returns:
             The layers that fail.
         """
-        rest, rows, failed = iter(gradients), _Rows(reached), {}
+        rest, failed = iter(gradients), {}
         for layer in layers:
             true = [next(rest) for _ in _parameters(layer)]
             if true[0] is None:
@@ -111,7 +111,9 @@ class SelfCheck:
         Returns:
             The layers that fail, and the factor.
         """
-        rows = _Rows(reached)
+        rows = RebuiltGradients()
+        for capture, g in reached:
+            rows.add(capture, g)
         if not processes.is_alone:
             rows.average(watched, processes)
         layers = [layer for layer in watched if layer.weight.grad is not None]
@@ -167,21 +169,24 @@ def _size_of_softmax(last: Use) -> float:
     return total if is_softmax else math.nan
 
 
-class _Rows:
-    """Gradients of weights and biases, rebuilt from captured uses."""
+class RebuiltGradients:
+    """Gradients of weights and biases, rebuilt from captured uses, one after the other."""
 
-    def __init__(self, reached: Reached) -> None:
+    def __init__(self) -> None:
         self._sums: dict[Layer, list[Tensor]] = {}
         self._bounds: dict[Layer, float] = {}  # |g| |ā|, which no rounding error exceeds times eps
         self._low: set[Layer] = set()
-        for capture, g in reached:
-            layer, parts = capture.layer, _rebuilt(capture, g)
-            old = self._sums.get(layer)
-            self._sums[layer] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
-            size = float(capture.x.double().norm()) * float(g.double().norm())
-            self._bounds[layer] = self._bounds.get(layer, 0.0) + size
-            if {capture.x.dtype, g.dtype, layer.weight.dtype} & {*_LOW}:
-                self._low.add(layer)
+
+    @torch.no_grad()
+    def add(self, capture: Capture, g: Tensor) -> None:
+        """Add the rows of one use."""
+        layer, parts = capture.layer, _rebuilt(capture, g)
+        old = self._sums.get(layer)
+        self._sums[layer] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+        size = float(capture.x.double().norm()) * float(g.double().norm())
+        self._bounds[layer] = self._bounds.get(layer, 0.0) + size
+        if {capture.x.dtype, g.dtype, layer.weight.dtype} & {*_LOW}:
+            self._low.add(layer)
 
     def average(self, layers: Sequence[Layer], processes: Processes) -> None:
         """Average over the processes, as `.grad` was.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,19 +15,35 @@ from kfac2.layout import Layout, Stacks
 from kfac2.ops.gather_gradients import first_not_finite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """What was taken of the gradients of a use while they were there.
+
+    Attributes:
+        G: Σ g gᵀ of the rows that count, (blocks, d_out, d_out); None where nothing is summed up.
+        maps: what a coarse space sums up: 1ᵀg of all rows, one for each map of the layer.
+        first: the rows g of the first samples, times the scale of their pass; None where none are kept.
+    """
+
+    G: Tensor | None = None
+    maps: Sequence[Tensor] = ()
+    first: Rows | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Use:
     """What one use of a weight contributed to a forward-backward pass.
 
     Attributes:
         layer: whose weight it is.
         x: the input, its samples first.
-        g: the gradient at the output, likewise.
+        g: the gradient at the output, likewise. Once it was let go it is on the device meta, and only has a shape.
         call: how the weight was used.
         inputs: the rows ā.
         grads: the rows g.
         order: of the use in the forward pass.
         reached: bool, (leading size, places): which rows the loss can reach; the others are no rows. None: all.
+        taken: what was taken of the gradients; None as long as they are there.
     """
 
     layer: Layer
@@ -38,32 +54,49 @@ class Use:
     grads: Rows
     order: int = 0
     reached: Tensor | None = None
+    taken: Taken | None = None
 
     @staticmethod
     def of(layer: Layer, x: Tensor, g: Tensor, call: Call, order: int = 0) -> Use:
         """Make rows of what was captured."""
         return Use(layer, x, g, call, *layer.rows(x, g, call), order)
 
+    def without_gradients(self, taken: Taken) -> Use:
+        """Return the use with its gradients let go: their shapes are left, and what was taken of them."""
+        g, grads = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (self.g, self.grads.tensor))
+        return replace(self, g=g, grads=Rows(grads, self.grads.window), taken=taken)
+
     def only(self, reached: Tensor) -> Use:
         """Return the use where just these rows are reached; the gradients of others are left out."""
         if self.reached is not None:
             reached = reached & self.reached
+        if self.taken is not None:
+            return replace(self, reached=reached)
         mask = _like(self._in_order_of_rows(reached), self.grads.tensor)
         rows = Rows(torch.where(mask, self.grads.tensor, 0), self.grads.window)
         return replace(self, grads=rows, reached=reached)
 
-    def counted(self) -> tuple[Rows, Rows]:
-        """Return the rows that count in the factors."""
-        if self.reached is None:
-            return self.inputs, self.grads
-        return self.layer.rows_at(self.inputs, self.grads, self._in_order_of_rows(self.reached))
+    def counted_inputs(self) -> Rows:
+        """Return the rows ā that count in the factors."""
+        return self._counted(self.inputs)
+
+    def counted_grads(self) -> Rows:
+        """Return the rows g that count in the factors."""
+        return self._counted(self.grads)
+
+    def _counted(self, rows: Rows) -> Rows:
+        return rows if self.reached is None else self.layer.rows_at(rows, self._in_order_of_rows(self.reached))
 
     def _in_order_of_rows(self, reached: Tensor) -> Tensor:
         return reached.flip(1) if self.layer.is_mirrored else reached
 
-    def map_rows(self) -> tuple[Rows, Rows]:
-        """Return the rows whose sums are the maps of the coarse space, those that do not count among them."""
-        return self.layer.map_rows(self.x, self.g, self.call, (self.inputs, self.grads))
+    def input_map_rows(self) -> Rows:
+        """Return the rows whose sums are the maps of inputs, those that do not count among them."""
+        return self.layer.input_map_rows(self.x, self.g, self.call, self.inputs)
+
+    def grad_map_rows(self) -> Rows:
+        """Return the rows whose sums are the maps of output gradients, those that do not count among them."""
+        return self.layer.grad_map_rows(self.g, self.grads)
 
     @property
     def samples(self) -> int:
@@ -97,6 +130,7 @@ class Pass:
         scale: what each g is to be multiplied by: M where g is the gradient of a mean.
         is_repeated: whether these are further gradients of uses whose inputs, and cases, have been counted.
         misplaced: layers whose rows are known to be others than their number says.
+        squares: what a solver that observes has seen of the rows, by layer.
     """
 
     uses: list[Use]
@@ -105,6 +139,7 @@ class Pass:
     scale: float = 1.0
     is_repeated: bool = False
     misplaced: Collection[Layer] = ()
+    squares: Mapping[Layer, Tensor] = field(default_factory=dict)
 
     def fits(self, use: Use) -> bool:
         """Tell whether a use holds rows of all samples, in their order: the leading size is N, or N·r.
@@ -112,7 +147,10 @@ class Pass:
         It is N·r where r rows of each sample follow each other, as many as another use has places (flattened tokens,
         windows of a map). Else (another axis first, the share of an expert, a table) nobody knows whose its rows are.
         """
-        return use.layer not in self.misplaced and is_of_samples(use, self.uses, self.samples)
+        if use.layer in self.misplaced or use.samples == self.samples:
+            return use.layer not in self.misplaced
+        places = {other.places for other in self.uses if other.samples == self.samples}
+        return is_of_samples(use, places, self.samples)
 
     def by_layer(self) -> dict[Layer, list[Use]]:
         """Return the uses of each layer."""
@@ -122,12 +160,17 @@ class Pass:
         return uses
 
 
-def is_of_samples(use: Use, uses: Sequence[Use], samples: int) -> bool:
-    """Tell by its sizes whether a use holds rows of all samples, see `Pass.fits`."""
+def is_of_samples(use: Use, places: Collection[int], samples: int) -> bool:
+    """Tell by its sizes whether a use holds rows of all samples, see `Pass.fits`.
+
+    Args:
+        use: the use.
+        places: that uses of N rows have.
+        samples: N.
+    """
     r, rest = divmod(use.samples, samples)
     if rest or r == 1:
         return r == 1 and not rest
-    places = {other.places for other in uses if other.samples == samples}
     return r * use.places in places or r in places
 
 
@@ -154,15 +197,17 @@ class Sums:
     squares: dict[Layer, Tensor] = field(default_factory=dict)
 
     def add_factors(self, passed: Pass) -> None:
-        """Add the rows of one pass to the sums of both factors, all layers in one native call."""
-        inputs, grads = zip(*(use.counted() for use in passed.uses), strict=True)
-        sources = [*grads, *([] if passed.is_repeated else inputs)]
-        sums = ops.covariances([rows.tensor for rows in sources], [rows.window for rows in sources])
-        for use, G in zip(passed.uses, sums, strict=False):
-            add_to(self.G, use.layer, G * passed.scale**2 if passed.scale != 1 else G)
+        """Add the rows of one pass to the sums of both factors: Σ g gᵀ was taken; all of ā āᵀ in one native call."""
+        for use in passed.uses:
+            assert use.taken is not None and use.taken.G is not None
+            add_to(self.G, use.layer, use.taken.G * passed.scale**2 if passed.scale != 1 else use.taken.G)
+        for layer, squares in passed.squares.items():
+            add_to(self.squares, layer, squares)
         if passed.is_repeated:
             return
-        for use, A in zip(passed.uses, sums[len(grads) :], strict=True):
+        inputs = [use.counted_inputs() for use in passed.uses]
+        sums = ops.covariances([rows.tensor for rows in inputs], [rows.window for rows in inputs])
+        for use, A in zip(passed.uses, sums, strict=True):
             add_to(self.A, use.layer, A)
             self.rows[use.layer] = self.rows.get(use.layer, 0) + use.row_count
         self.cases += passed.cases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from kfac2 import _C  # type: ignore[attr-defined]
 from kfac2.coarse import FineStep
 from kfac2.health import is_capturing
-from kfac2.inverses import Inverses, Solvers
+from kfac2.inverses import InPlace, Inverses, Solvers
 from kfac2.layout import Layout
 from kfac2.ops.gather_gradients import gather_gradients
 from kfac2.ops.shift_and_scale import ShiftAndScale
 from kfac2.ops.write_gradients import write_gradients
 
+LARGEST_GRADIENT = 1e12  # |∇| of a block; times `inverses.LARGEST_STEP` it is still finite in float32
 _GATHERED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -142,6 +144,18 @@ class Step:
             if values is not None and not values.isfinite().all():
                 return number
         return None
+
+    def cannot_overflow(self, gathered: Gathered) -> InPlace | None:
+        """Look whether gradients are such that the step will be finite, whatever inverses there are; waits.
+
+        Returns:
+            What inverses are held to then. None where a gradient is not finite, or so large, or of a type that holds
+            so little, that the step may be skipped.
+        """
+        if gathered.largest is not None or int(gathered.first_bad) < self.none_bad:
+            return None
+        norms = [torch.linalg.vector_norm(m, math.inf, (1, 2)) * m[0].numel() ** 0.5 for m in self._by_batch[0]]
+        return InPlace(norms) if norms and float(torch.cat(norms).amax()) <= LARGEST_GRADIENT else None
 
     def _make_table(self, present: tuple[bool, ...], others: tuple[int, ...]) -> Tensor:
         """For each gradient its place, row length, layer and number; -1 for one that is only looked at."""

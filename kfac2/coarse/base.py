@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kfac2.layout import Layout
 from kfac2.ops.shift_and_scale import ShiftAndScale, shift_and_scale
-from kfac2.statistics import Averages, Pass, Sums
+from kfac2.statistics import Averages, Pass, Sums, Use
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class CoarseSpace(ABC):
     def no_sums(self, layout: Layout) -> tuple[Tensor, ...]:
         """Return `sums.coarse` of no rows: symmetric matrices, or nothing."""
         return ()
+
+    def maps_of(self, uses: Sequence[Use]) -> list[list[Tensor]]:
+        """Return of each use what is to be known of its gradients once they are let go: here, nothing."""
+        return [[] for _ in uses]
 
     @abstractmethod
     def averaged(self, layout: Layout, averages: Averages, sums: Sums, kept: float) -> tuple[Tensor, ...]:

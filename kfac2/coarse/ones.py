@@ -7,14 +7,14 @@ inner products of maps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kfac2 import ops
 from kfac2.coarse.base import CoarseSpace
-from kfac2.kinds import Layer, Rows
+from kfac2.kinds import Layer
 from kfac2.layout import Layout
 from kfac2.ops.eigendecompose import floored_eigh
 from kfac2.statistics import Averages, Pass, Sums, Use
@@ -35,6 +35,12 @@ class Ones(CoarseSpace):
     def __init__(self, downsample: str) -> None:
         self._downsample = downsample
 
+    def maps_of(self, uses: Sequence[Use]) -> list[list[Tensor]]:
+        """Return the maps of the output gradients of all samples: of C channels, 1/C of what the gradients need."""
+        rows = [use.grad_map_rows() for use in uses]
+        maps = iter(ops.layer_maps([r.tensor for r in rows], [r.window for r in rows]))
+        return [[next(maps) for _ in range(use.layer.maps)] for use in uses]
+
     def add(self, layout: Layout, sums: Sums, passed: Pass) -> None:
         """Add the inner products of all pairs of maps, few samples at a time."""
         layers = passed.by_layer()
@@ -53,14 +59,31 @@ class Ones(CoarseSpace):
         uses = [use for of_layer in layers.values() for use in of_layer]
         numbers = sum(use.layer.maps * use.samples * use.places for use in uses)
         share = max(1, passed.samples * MAP_NUMBERS // max(numbers, 1))
-        inputs, grads = zip(*(use.map_rows() for use in uses), strict=True)
-        grad_sums = self._sums_of_maps(uses, grads, passed.samples, share, passed.scale**2)
-        sums = (
-            torch.zeros_like(grad_sums)
-            if passed.is_repeated
-            else self._sums_of_maps(uses, inputs, passed.samples, share, 1.0),
-            grad_sums,
+        grad_maps = [m for use in uses for m in (use.taken.maps if use.taken is not None else ())]
+        grad_sums = self._sums_of_maps(
+            uses,
+            lambda begin, count: [_samples_of(m, begin, count, passed.samples) for m in grad_maps],
+            passed.samples,
+            share,
+            passed.scale**2,
         )
+        if passed.is_repeated:
+            sums = torch.zeros_like(grad_sums), grad_sums
+        else:
+            inputs = [use.input_map_rows() for use in uses]
+            sums = (
+                self._sums_of_maps(
+                    uses,
+                    lambda begin, count: ops.layer_maps(
+                        [_samples_of(rows.tensor, begin, count, passed.samples) for rows in inputs],
+                        [rows.window for rows in inputs],
+                    ),
+                    passed.samples,
+                    share,
+                    1.0,
+                ),
+                grad_sums,
+            )
         firsts = [(layout.first_map[layout.number(layer)], layer.maps) for layer in layers]
         index = [first + q for first, count in firsts for q in range(count)]
         if len(index) == maps:
@@ -72,15 +95,26 @@ class Ones(CoarseSpace):
         return whole
 
     def _sums_of_maps(
-        self, uses: Sequence[Use], sources: Sequence[Rows], samples: int, share: int, factor: float
+        self,
+        uses: Sequence[Use],
+        maps_of: Callable[[int, int], Sequence[Tensor]],
+        samples: int,
+        share: int,
+        factor: float,
     ) -> Tensor:
-        """Add up one matrix of sums over all maps of one kind, `share` of the samples at a time."""
-        windows = [rows.window for rows in sources]
+        """Add up one matrix of sums over all maps of one kind, `share` of the samples at a time.
+
+        Args:
+            uses: of the pass.
+            maps_of: gives the maps of some samples: the first, and how many.
+            samples: N.
+            share: samples that are looked at together.
+            factor: what the sums are multiplied by.
+        """
         sums: Tensor | None = None
         for begin in range(0, samples, share):
             count = min(share, samples - begin)
-            parts = [_samples_of(rows.tensor, begin, count, samples) for rows in sources]
-            maps = [_on_samples(m, count) for m in _of_layers(uses, ops.layer_maps(parts, windows), begin, samples)]
+            maps = [_on_samples(m, count) for m in _of_layers(uses, maps_of(begin, count), begin, samples)]
             if len({m.dtype for m in maps}) > 1:  # layers of several precisions
                 maps = [m.double() for m in maps]
             sums = ops.cross_layer_sums(maps, self._downsample, previous=sums, kept=1.0, scale=factor)

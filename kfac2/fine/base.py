@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac2.layout import Batch, Layout, Stacks
-from kfac2.statistics import Pass, Sums
+from kfac2.statistics import Pass, Sums, Use
 
 Fields = dict[str, Stacks]
 """Fields of the inverses by name."""
@@ -54,6 +54,10 @@ class FineSolver(ABC):
     fields: ClassVar[dict[str, str]]
     """The fields that are kept and saved, each with the shape of one block's entry: a letter for each axis, `'i'` of
     length d_in, `'o'` of length d_out."""
+    derived: ClassVar[dict[str, str]] = {}
+    """Those that `derive` returns, likewise."""
+    copies: ClassVar[int]
+    """How many times the memory of factors `invert` needs for them at most, its results among it."""
 
     symmetric: ClassVar[tuple[str, ...]] = ()
     """The fields that hold symmetric matrices, of which half is enough to be sent."""
@@ -92,6 +96,10 @@ class FineSolver(ABC):
             out: of the same shapes: where the result is written.
         """
 
+    @abstractmethod
+    def gains(self, fields: Fields, damping: Damping) -> Stacks:
+        """Return a bound of |v| / |∇| of each block, (blocks,), given its fields."""
+
     def derive(self, fields: Fields, damping: Damping) -> Fields:
         """Return further fields that follow from those that are kept, and are not saved."""
         return {}
@@ -108,19 +116,27 @@ class FineSolver(ABC):
 
     def shape(self, field: str, batch: Batch) -> tuple[int, ...]:
         """Return the shape of one block's entry of a field."""
-        return tuple({"i": batch.d_in, "o": batch.d_out}[axis] for axis in self.fields[field])
+        return tuple({"i": batch.d_in, "o": batch.d_out}[axis] for axis in {**self.fields, **self.derived}[field])
 
-    def zeros(self, layout: Layout) -> Fields:
-        """Make the fields, filled with zeros, in the dtype of the matrices that they multiply."""
-        return {field: layout.stacks(partial(self.shape, field), layout.dtype) for field in self.fields}
+    def zeros(self, layout: Layout, fields: Iterable[str] | None = None) -> Fields:
+        """Make fields, by default those that are kept, of zeros, in the dtype of the matrices that they multiply."""
+        names = self.fields if fields is None else fields
+        return {field: layout.stacks(partial(self.shape, field), layout.dtype) for field in names}
 
 
 class ObservingSolver(FineSolver):
     """A solver that also looks at the rows of each statistics update, with the inverses in use."""
 
     @abstractmethod
-    def observe(self, layout: Layout, fields: Fields, passed: Pass, sums: Sums) -> None:
-        """Add what is seen of the rows of one pass to `sums.squares`."""
+    def observe(self, layout: Layout, fields: Fields, passed: Pass, uses: Sequence[Use]) -> Tensor:
+        """Return what is seen of the rows of one layer, `Sums.squares` of it.
+
+        Args:
+            layout: of the layers.
+            fields: those that are kept.
+            passed: the pass, whose sizes count.
+            uses: of the layer in it, all of them, with their gradients.
+        """
 
     @abstractmethod
     def averaged(

@@ -17,7 +17,7 @@ from kfac2.fine.base import Damping, Fields, ObservingSolver, decomposed_in_floa
 from kfac2.fine.exact import Exact, decomposed
 from kfac2.kinds.base import formed
 from kfac2.layout import Layout, Stacks
-from kfac2.statistics import Pass, Sums, add_to, mixed_in
+from kfac2.statistics import Pass, Sums, Use, mixed_in
 
 _GRADIENT_NUMBERS = 2**22  # of all gradients of single samples that are alive at a time: 16 MB
 
@@ -26,6 +26,7 @@ class EKFAC(ObservingSolver, Exact):
     """The eigenbasis comes with each inverse update, the diagonal with each statistics update."""
 
     fields = {"A_vectors": "ii", "G_vectors": "oo", "diagonal": "oi"}  # noqa: RUF012
+    copies = 7
 
     def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:
         """Decompose both factors of all blocks; the diagonal is K-FAC's for now."""
@@ -60,25 +61,25 @@ class EKFAC(ObservingSolver, Exact):
             diagonals.append(torch.where(before[:, None, None], turned, new["diagonal"][batch]))
         return {**new, "diagonal": diagonals}
 
-    def observe(self, layout: Layout, fields: Fields, passed: Pass, sums: Sums) -> None:
-        """Add Σ_n (V_Gᵀ ∇_n V_A)² of each layer, n counting the samples of the pass.
+    def observe(self, layout: Layout, fields: Fields, passed: Pass, uses: Sequence[Use]) -> Tensor:
+        """Return Σ_n (V_Gᵀ ∇_n V_A)² of a layer, n counting the samples of the pass.
 
         The rows of a sample are those of all uses of the weight; in a use that does not fit the samples (an expert's
         share of the batch) each entry of the leading axis is a sample of its own.
         """
-        for layer, uses in passed.by_layer().items():
-            i = layout.number(layer)
-            V_A, V_G = (layout.view(fields[name], i).to(layer.factor_dtype) for name in ("A_vectors", "G_vectors"))
-            blocks = []
-            for q in range(layer.blocks):
-                rows = [[formed(part, q).to(V_A.dtype) for part in (use.inputs, use.grads)] for use in uses]
-                if all(map(passed.fits, uses)):
-                    rows = [
-                        [torch.cat([m.reshape(passed.samples, -1, m.shape[2]) for m in side], 1)
-                         for side in zip(*rows, strict=True)]
-                    ]  # fmt: skip
-                blocks.append(sum((squares_in_basis(a, g, V_A[q], V_G[q]) for a, g in rows), V_A.new_zeros(())))
-            add_to(sums.squares, layer, torch.stack(blocks) * passed.scale**2)
+        layer = uses[0].layer
+        i = layout.number(layer)
+        V_A, V_G = (layout.view(fields[name], i).to(layer.factor_dtype) for name in ("A_vectors", "G_vectors"))
+        blocks = []
+        for q in range(layer.blocks):
+            rows = [[formed(part, q).to(V_A.dtype) for part in (use.inputs, use.grads)] for use in uses]
+            if all(map(passed.fits, uses)):
+                rows = [
+                    [torch.cat([m.reshape(passed.samples, -1, m.shape[2]) for m in side], 1)
+                     for side in zip(*rows, strict=True)]
+                ]  # fmt: skip
+            blocks.append(sum((squares_in_basis(a, g, V_A[q], V_G[q]) for a, g in rows), V_A.new_zeros(())))
+        return torch.stack(blocks) * passed.scale**2
 
     def averaged(
         self, layout: Layout, fields: Fields, known: Sequence[bool], sums: Sums, kept: float

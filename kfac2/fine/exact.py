@@ -14,11 +14,17 @@ class Exact(FineSolver):
     """v = V_G [(V_Gᵀ ∇ V_A) / (g aᵀ + λ)] V_Aᵀ."""
 
     fields = {"A_values": "i", "A_vectors": "ii", "G_values": "o", "G_vectors": "oo"}  # noqa: RUF012
+    derived = {"scales": "oi"}  # noqa: RUF012
+    copies = 5
 
     def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:
         """Decompose both factors of all blocks."""
         *lists, status = decomposed(A, G)
         return dict(zip(Exact.fields, lists, strict=True)), status
+
+    def gains(self, fields: Fields, damping: Damping) -> Stacks:
+        """Return the largest of what is multiplied with in the eigenbasis."""
+        return [scales.amax((1, 2)) for scales in self.derive(fields, damping)["scales"]]
 
     def mend(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor] | None:
         """Decompose in float64."""
@@ -30,7 +36,7 @@ class Exact(FineSolver):
         scales = []
         for g, a in zip(fields["G_values"], fields["A_values"], strict=True):
             eigenvalues = g.unsqueeze(-1) * a.unsqueeze(-2)
-            scales.append((eigenvalues + damping.of(eigenvalues)).reciprocal_())
+            scales.append(eigenvalues.add_(damping.of(eigenvalues)).reciprocal_())
         return {"scales": scales}
 
     def apply(self, fields: Fields, gradients: Stacks, work: Stacks, out: Stacks) -> None:

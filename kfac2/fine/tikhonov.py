@@ -17,6 +17,7 @@ class Tikhonov(FineSolver):
 
     fields = {"A_inv": "ii", "G_inv": "oo"}  # noqa: RUF012
     symmetric = ("A_inv", "G_inv")
+    copies = 3
 
     def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:
         """Invert both factors of all blocks, in one native call.
@@ -36,6 +37,14 @@ class Tikhonov(FineSolver):
                 for inverse, scale in zip(inverses, scales, strict=True):
                     inverse.div_(scale)
         return {"A_inv": A_inv, "G_inv": G_inv}, status
+
+    def gains(self, fields: Fields, damping: Damping) -> Stacks:
+        """Return |G⁻¹| |A⁻¹|, each at most d times its largest number, whose square might overflow."""
+        norms = (
+            [torch.linalg.vector_norm(m, math.inf, (1, 2)).double() * m.shape[1] for m in fields[name]]
+            for name in ("G_inv", "A_inv")
+        )
+        return [g * a for g, a in zip(*norms, strict=True)]
 
     def mend(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor] | None:
         """Invert from eigendecompositions in float64: float32 averages do become indefinite in real runs."""

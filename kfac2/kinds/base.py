@@ -161,29 +161,36 @@ class Layer(ABC):
             call: how it was used.
         """
 
-    def map_rows(self, x: Tensor, g: Tensor, call: Call, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
-        """Return the rows whose sums are the maps of the coarse space, at the places of the output as they lie.
+    def input_map_rows(self, x: Tensor, g: Tensor, call: Call, rows: Rows) -> Rows:
+        """Return the rows whose sums are the coarse space's maps of inputs, at the places of the output as they lie.
 
         Args:
             x: as in `rows`.
-            g: as in `rows`.
+            g: as in `rows`; its shape counts.
             call: as in `rows`.
-            rows: what `rows` made of them.
+            rows: what `rows` made of x.
         """
-        return self._for_maps(rows[0]), self._for_maps(rows[1])
+        return self._for_maps(rows)
 
-    def rows_at(self, inputs: Rows, grads: Rows, reached: Tensor) -> tuple[Rows, Rows]:
+    def grad_map_rows(self, g: Tensor, rows: Rows) -> Rows:
+        """Return the rows whose sums are the maps of output gradients, at the places of the output as they lie.
+
+        Args:
+            g: as in `rows`.
+            rows: what `rows` made of g.
+        """
+        return self._for_maps(rows)
+
+    def rows_at(self, rows: Rows, reached: Tensor) -> Rows:
         """Return the rows of those samples and places that the loss reaches.
 
         Args:
-            inputs: the rows ā of one use.
-            grads: its rows g.
+            rows: ā or g of one use.
             reached: bool, (samples, places), places in the order of the rows.
         """
         samples = reached.any(1)
-        inputs, grads = (Rows(rows.tensor[samples], rows.window) for rows in (inputs, grads))
-        kept = reached[samples].flatten()
-        return (inputs, grads) if bool(kept.all()) else (_formed_at(inputs, kept), _formed_at(grads, kept))
+        rows, kept = Rows(rows.tensor[samples], rows.window), reached[samples].flatten()
+        return rows if bool(kept.all()) else _formed_at(rows, kept)
 
     def samples_first(self, x: Tensor, batch_dim: int) -> Tensor:
         """Bring the axis of samples of an input, or of an output's gradient, to the front."""

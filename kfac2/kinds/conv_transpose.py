@@ -67,13 +67,15 @@ class ConvTranspose(Layer):
         mirrored = g.flip(tuple(range(2, 2 + rank)))
         return self._patches(x, g, call, mirrored=True), Rows(mirrored, places(rank, self.blocks))
 
-    def map_rows(self, x: Tensor, g: Tensor, call: Call, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
-        """Return the rows of maps that are not mirrored: the order of offsets does not count in a sum over a patch."""
+    def input_map_rows(self, x: Tensor, g: Tensor, call: Call, rows: Rows) -> Rows:
+        """Return the rows of a map that is not mirrored: the order of offsets does not count in a sum over a patch."""
+        g = batched(g, self.weight.dim() - 2)
+        return self._for_maps(self._patches(x, g, call, mirrored=False))
+
+    def grad_map_rows(self, g: Tensor, rows: Rows) -> Rows:
+        """Return the rows of a map that is not mirrored."""
         rank = self.weight.dim() - 2
-        g = batched(g, rank)
-        return self._for_maps(self._patches(x, g, call, mirrored=False)), self._for_maps(
-            Rows(g, places(rank, self.blocks))
-        )
+        return self._for_maps(Rows(batched(g, rank), places(rank, self.blocks)))
 
     def _patches(self, x: Tensor, g: Tensor, call: Call, mirrored: bool) -> Rows:
         """Stuff x with zeros, and pad it so that the patches are at the places of g (`output_size` may choose them)."""

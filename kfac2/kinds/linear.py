@@ -27,12 +27,11 @@ class Linear(Layer):
         x, g = _features_second(x), _features_second(g)
         return Rows(x, places(x.dim() - 2, 1, int(self.bias is not None))), Rows(g, places(g.dim() - 2))
 
-    def rows_at(self, inputs: Rows, grads: Rows, reached: Tensor) -> tuple[Rows, Rows]:
+    def rows_at(self, rows: Rows, reached: Tensor) -> Rows:
         """Return the rows of those positions that the loss reaches."""
-        (x, _), (g, _) = inputs, grads
-        flat = [t if t.dim() == 2 else t.transpose(1, 2).flatten(0, 1) for t in (x, g)]
-        kept = reached.flatten()
-        return Rows(flat[0][kept], places(0, 1, inputs.window.bias)), Rows(flat[1][kept], places(0))
+        x, window = rows
+        flat = x if x.dim() == 2 else x.transpose(1, 2).flatten(0, 1)
+        return Rows(flat[reached.flatten()], places(0, 1, window.bias))
 
     def samples_first(self, x: Tensor, batch_dim: int) -> Tensor:
         """Bring the axis of samples to the front, where there are positions at all."""

@@ -30,6 +30,11 @@ def blocks_of(matrix: Tensor) -> int:
     return matrix.shape[0] if matrix.dim() == 3 else 1
 
 
+def are_finite(stack: Tensor) -> Tensor:
+    """Tell of each matrix whether it is finite, (q,), without a mask as large as they are."""
+    return torch.linalg.vector_norm(stack, math.inf, (-2, -1)).isfinite()
+
+
 def check_paired(first_name: str, first: Sequence[Tensor], second_name: str, second: Sequence[Tensor]) -> None:
     """Check that two lists hold the same number of blocks for each layer, in one dtype."""
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -57,7 +62,8 @@ def by_shape(
     """Apply a batched function once for each distinct shape.
 
     Args:
-        function: takes one batch (b, ...) for each of `lists`, returns a tuple of batches.
+        function: takes one batch (b, ...) for each of `lists`, returns a tuple of batches. What it takes are copies,
+            which it may overwrite.
         lists: one entry for each layer: (...), or (q, ...) where that of `shapes` is a stack.
         shapes: matrices (n, m) or stacks (q, n, m), whose sizes and dtypes tell the classes apart; by default the
             first of `lists`.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac2 import _C  # type: ignore[attr-defined]
-from kfac2.ops._batching import blocks_of, by_shape, check_paired, checked_matrices
+from kfac2.ops._batching import are_finite, blocks_of, by_shape, check_paired, checked_matrices
 from kfac2.ops._checks import check_one_device, check_same_length, check_tensors
 
 # Sizes up to which the native call is taken on CUDA: by `eigendecompose` a choice that was not measured, by
@@ -117,8 +117,8 @@ def _by_torch(stacks: list[Tensor]) -> _Lists:
 
 
 def _torch_eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    finite = stack.isfinite().flatten(1).all(1)
-    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], stack, 0.0))
+    finite = are_finite(stack)
+    values, vectors = torch.linalg.eigh(stack.masked_fill_(~finite[:, None, None], 0.0))  # `by_shape` has copied it
     return values.clamp(min=0), vectors, (~finite).to(torch.int32)
 
 

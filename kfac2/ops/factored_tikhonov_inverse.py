@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac2.ops._batching import blocks_of, by_shape, check_damping, check_paired, checked_matrices
+from kfac2.ops._batching import are_finite, blocks_of, by_shape, check_damping, check_paired, checked_matrices
 from kfac2.ops._checks import check_one_device, check_same_length, check_tensors
 
 # On a CPU, torch's factorisations use all threads for one matrix, the native op one thread for each: from here on
@@ -93,9 +93,8 @@ def _native(A_list: Sequence[Tensor], G_list: Sequence[Tensor], damping: float) 
 
 def _composed(A_list: Sequence[Tensor], G_list: Sequence[Tensor], damping: float) -> _Inverses:
     """The same from torch's factorisations, batched by size."""
-    (A_scale,), (G_scale,) = by_shape(_mean_diagonal, A_list), by_shape(_mean_diagonal, G_list)
     root = math.sqrt(damping)
-    pi = [_pi(a, g) for a, g in zip(A_scale, G_scale, strict=True)]
+    pi = [_pi(_mean_diagonal(A), _mean_diagonal(G)) for A, G in zip(A_list, G_list, strict=True)]
     A_inv, A_status = by_shape(_inverse, A_list, [root * p for p in pi], shapes=A_list)
     G_inv, G_status = by_shape(_inverse, G_list, [root / p for p in pi], shapes=G_list)
     return A_inv, G_inv, [(a | g).reshape(-1) for a, g in zip(A_status, G_status, strict=True)]
@@ -107,8 +106,8 @@ def _(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> tuple[list[Te
     return [stack.new_empty(stack.shape) for stack in A], [stack.new_empty(stack.shape) for stack in G], status
 
 
-def _mean_diagonal(factors: Tensor) -> tuple[Tensor]:
-    return (factors.diagonal(dim1=-2, dim2=-1).mean(-1),)
+def _mean_diagonal(factors: Tensor) -> Tensor:
+    return factors.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
 def _pi(A_scale: Tensor, G_scale: Tensor) -> Tensor:
@@ -117,12 +116,17 @@ def _pi(A_scale: Tensor, G_scale: Tensor) -> Tensor:
 
 
 def _inverse(factors: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    damped = factors + torch.diag_embed(damping.unsqueeze(-1).expand(factors.shape[:-1]))
-    root, info = torch.linalg.cholesky_ex(damped)
-    positive = (root.diagonal(dim1=-2, dim2=-1) > 0).all(-1)  # False for a NaN
-    good = (info == 0) & positive & factors.isfinite().flatten(1).all(1)
-    identity = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
-    # cholesky_inverse raises for the whole batch where one root is singular: a bad one is replaced first
-    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], root, identity))
-    good = good & inverse.isfinite().flatten(1).all(1)
-    return inverse, (~good).to(torch.int32)
+    """Invert in place: large matrices fill the memory, and these are the copies that `by_shape` has made."""
+    good = are_finite(factors)
+    factors.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+    columns = factors.mT  # the same matrices in the order of LAPACK, whose results then take their place
+    info = torch.empty(len(factors), dtype=torch.int32, device=factors.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, info))
+    positive = (columns.diagonal(dim1=-2, dim2=-1) > 0).all(-1)  # False for a NaN
+    good = good & (info == 0) & positive
+    # cholesky_inverse raises for the whole batch where one root is singular: the identity takes a bad one's place
+    columns.masked_fill_(~good[:, None, None], 0.0)
+    columns.diagonal(dim1=-2, dim2=-1).masked_fill_(~good[:, None], 1.0)
+    torch.cholesky_inverse(columns, out=columns)
+    good = good & are_finite(factors)
+    return factors, (~good).to(torch.int32)
