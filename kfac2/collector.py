@@ -28,8 +28,9 @@ from kfac2.belonging import Part, misplaced
 from kfac2.capture import Capture, Captures, Trace, lowest_of
 from kfac2.kinds import Layer
 from kfac2.likelihood import Scores
+from kfac2.processes import ALONE, Processes
 from kfac2.reached import batch_size, counted_cases, with_reached
-from kfac2.self_check import Reached, Rebuilt, RebuiltGradients, SelfCheck, check_is_mean
+from kfac2.self_check import Reached, Rebuilt, RebuiltGradients, SelfCheck, check_are_means
 from kfac2.statistics import Pass, Use
 
 
@@ -43,11 +44,13 @@ class Collector:
         batch_dim: the axis of samples of what has positions.
         check_every: passes from one self-check to the next; 0: none.
         is_by_sample: whether it counts which sample a row is of: then that is looked at with each self-check.
+        processes: that train together. Where there are several, a layer that has to leave waits for their meeting.
 
     Attributes:
         captures: the uses captured so far.
         batch_dim: as above.
         check: the self-check.
+        leaving: layers that wait, and why; they have no rows any more.
     """
 
     def __init__(
@@ -58,19 +61,27 @@ class Collector:
         batch_dim: int = 0,
         check_every: int = 100,
         is_by_sample: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         self.captures = Captures(layers, follow_backward)
         self.batch_dim = batch_dim
         self.check = SelfCheck(check_every)
-        self._layers = list(layers)
+        self.leaving: dict[Layer, str] = {}
+        self._watched = list(layers)
         self._drop = drop
         self._is_by_sample = is_by_sample
+        self._processes = processes
         self._misplaced: frozenset[Layer] = frozenset()
         self._samples = 0  # of the last pass
 
+    @property
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self._watched if layer not in self.leaving] if self.leaving else self._watched
+
     def follow(self, layers: Sequence[Layer]) -> None:
         """Watch these layers from now on."""
-        self._layers = list(layers)
+        self._watched = list(layers)
+        self.leaving = {layer: reason for layer, reason in self.leaving.items() if layer in self._watched}
         self.captures.follow(layers)
 
     # -- the sampled log-likelihood -------------------------------------------------------------------------
@@ -183,8 +194,8 @@ class Collector:
             )
         for capture in sorted(came, key=lambda capture: capture.order):
             reason = self._why_no_rows(capture)
-            if reason is not None and capture.layer in self._layers:
-                self._drop(capture.layer, reason)
+            if reason is not None:
+                self._leaves(capture.layer, reason)
 
     def _again(self, graph: _Graph, first: Pass, direction: Tensor, wanted: Wanted | None) -> Pass:
         """Make a pass of other gradients of the same uses: what counts is known, and the inputs have been counted."""
@@ -262,27 +273,47 @@ class Collector:
             rounds.setdefault(capture.round, []).append((capture, capture.g))
         rounds = {number: self._that_give_rows(reached) for number, reached in rounds.items()}
         everything = [pair for reached in rounds.values() for pair in reached]
-        factor = 1.0
-        if self.check.every and everything:
-            watched = [layer for layer in self._layers if self.captures.was_watched(layer, everything[0][0].order)]
-            failed, factor = self.check.of_backward(watched, everything)
-            self._leave(failed)
+        factor = self._checked_backward(everything)
         passes = [
             self._pass_of(reached, lambda last, samples: counted_cases(last, samples, cases))
             for reached in rounds.values()
         ]
         made = [passed for passed in passes if passed is not None]
         # The losses of all passes add up to the mean over all their cases: that is what M multiplies.
-        total = sum(passed.cases for passed in made)
+        scale = factor * self._mean_cases(sum(passed.cases for passed in made))
         if not isinstance(cases, int):
-            for passed in made:
-                check_is_mean(max(passed.uses, key=lambda use: use.order), passed.cases, factor * total)
-        return [replace(passed, scale=factor * total) for passed in made]
+            check_are_means([(_last_use(passed), passed.cases) for passed in made], scale, self._processes)
+        return [replace(passed, scale=scale) for passed in made]
+
+    def _checked_backward(self, everything: Reached) -> float:
+        """Let layers leave whose rows do not rebuild `.grad`; return by what it differs from all of them alike."""
+        if not self.check.every or not (everything or not self._processes.is_alone):
+            return 1.0
+        watched = self._watched
+        if self._processes.is_alone:
+            watched = [layer for layer in self._layers if self.captures.was_watched(layer, everything[0][0].order)]
+        failed, factor = self.check.of_backward(watched, everything, self._processes)
+        self._leave(failed)
+        return factor
+
+    def _mean_cases(self, cases: int) -> float:
+        """Return M: of several processes, whose losses are averaged, the mean."""
+        if self._processes.is_alone:
+            return cases
+        (total,) = self._processes.added("the cases", [torch.tensor(float(cases), dtype=torch.float64)])
+        return float(total) / self._processes.size
 
     def _leave(self, failed: Mapping[Layer, Rebuilt]) -> None:
         for layer, rebuilt in failed.items():
-            if layer in self._layers:
-                self._drop(layer, rebuilt.reason)
+            self._leaves(layer, rebuilt.reason)
+
+    def _leaves(self, layer: Layer, reason: str) -> None:
+        if layer not in self._layers:
+            return
+        if self._processes.is_alone:
+            self._drop(layer, reason)
+        else:
+            self.leaving[layer] = reason
 
     # -- rows -----------------------------------------------------------------------------------------------
 
@@ -296,8 +327,8 @@ class Collector:
         """Return the captures of which rows can be made; a layer that has another one leaves."""
         for capture, _ in reached:
             reason = self._why_no_rows(capture)
-            if reason is not None and capture.layer in self._layers:
-                self._drop(capture.layer, reason)
+            if reason is not None:
+                self._leaves(capture.layer, reason)
         return [(capture, g) for capture, g in reached if capture.layer in self._layers]
 
     def _pass_of(self, reached: Reached, count_cases: Callable[[Use, int], int]) -> Pass | None:
@@ -316,6 +347,10 @@ class Collector:
         """Sort uses by layer; those of one stay in the order of the forward pass."""
         order = {layer: number for number, layer in enumerate(self._layers)}
         return sorted(uses, key=lambda use: order[use.layer])
+
+
+def _last_use(passed: Pass) -> Use:
+    return max(passed.uses, key=lambda use: use.order)
 
 
 class _Graph(NamedTuple):

@@ -12,24 +12,27 @@ from torch import Tensor, nn
 from kfac2 import state
 from kfac2.coarse import coarse_space
 from kfac2.collector import Collector
+from kfac2.division import Division, check_share
 from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
 from kfac2.inverses import InPlace, Inverses, Solvers, inverted, mended, observed
 from kfac2.iteration import Iteration
+from kfac2.joint import Joint
 from kfac2.kinds import Layer
 from kfac2.layers import Found, find_layers, why_it_left
 from kfac2.layout import Layout
 from kfac2.likelihood import NotFiniteError, Prediction
 from kfac2.options import CurvatureOptions, check_damping
-from kfac2.processes import Alone, check_alone
+from kfac2.processes import WORLD, check_plain, processes_of, unwrapped
 from kfac2.readings import Readings
+from kfac2.shared_inverses import inverted_together, of_own
 from kfac2.solve import checked_gradients, solve_in_place
 from kfac2.statistics import Averages, Pass, Use, averaged, kept_share
 from kfac2.step import Step
 from kfac2.summary import warn_of_large_factors
 
 
-class Curvature(Readings):
+class Curvature(Joint, Readings):
     """The two-level K-FAC approximation of a model's Fisher: statistics and inverses, used as you like.
 
     ```python
@@ -49,6 +52,8 @@ class Curvature(Readings):
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
+        process_group, share: as in `KFAC`. All processes call `accumulate`, each with its own part of the batch, and
+            `solve`.
         **settings: `levels`, `inverse`, `fisher`, `stat_decay`, `downsample`, `coarse_weight`, `coarse_damping`,
             `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim`, `check_every` and
             `step_precision`, as in `KFAC`.
@@ -58,12 +63,13 @@ class Curvature(Readings):
         own: ids of the parameters whose layers may be handled, if they are among those that are trained.
         collector: captures forward passes with grad enabled, until `close`.
         dropping: called before a layer is dropped, while what was found still has its names.
+        moment: gives the number that labels are drawn with, where there are several processes.
 
     Raises:
         TypeError: if an argument has the wrong type, or an option is unknown.
         ValueError: if an option is out of its range, `skip` matches nothing, the model has no layer to
-            handle, or its layers are on two devices; or if parameters are DTensors.
-        RuntimeError: if torch.distributed has more than one process.
+            handle, or its layers are on two devices; if parameters are DTensors, or models or options differ between
+            processes.
     """
 
     def __init__(
@@ -73,15 +79,18 @@ class Curvature(Readings):
         params: Iterable[nn.Parameter] | None = None,
         skip: Iterable[str] = (),
         options: CurvatureOptions | None = None,
+        process_group: object = WORLD,
+        share: str = "auto",
         **settings: Any,
     ) -> None:
         skip = [skip] if isinstance(skip, str) else list(skip)
         self.options = CurvatureOptions.of(settings) if options is None else options
+        check_share(share, self.options.inverse)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.model = model
+        self.model = model = unwrapped(model, self.options.fisher != "empirical")
         self.params = list(model.parameters() if params is None else params)
-        check_alone(self.params)
+        check_plain(self.params)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.own = {id(parameter) for parameter in self.params}
         self._is_regrouped = False
@@ -96,10 +105,12 @@ class Curvature(Readings):
                 f"got none in {type(model).__name__}"
             )
         self.layout = Layout(layers, layers[0].weight.device)
+        processes = processes_of(process_group, self.layout.device)
         self.solvers = Solvers(
             SOLVERS[self.options.inverse](),
             coarse_space(self.options.space, self.options.downsample),
-            Alone(),
+            processes,
+            Division(processes, share, self.layout),
         )
         warn_of_large_factors(self.layout, self.solvers.fine)
         self.health = Health(self.layout.device)
@@ -110,9 +121,16 @@ class Curvature(Readings):
         is_empirical = self.options.fisher == "empirical"
         is_by_sample = self.options.space is not None or self.options.inverse == "ekfac"
         self.collector = Collector(
-            layers, is_empirical, self.drop, self.options.batch_dim, self.options.check_every, is_by_sample
+            layers,
+            is_empirical,
+            self.drop,
+            self.options.batch_dim,
+            self.options.check_every,
+            is_by_sample,
+            self.solvers.processes,
         )
         self.collector.captures.turn(True)
+        self.moment: Callable[[], int] = lambda: self.averages.updates
         self.iteration = Iteration(
             lambda: self.layout,
             self.collector,
@@ -120,15 +138,22 @@ class Curvature(Readings):
             self.options,
             self._observe if isinstance(self.solvers.fine, ObservingSolver) else None,
             self.health.warn_once,
+            lambda number: self.solvers.processes.labels(self.moment(), number),
         )
         self._step: Step | None = None
         self.scheduled = False
         self._solved: tuple[Averages, float, float | None, Inverses] | None = None
+        if not self.solvers.processes.is_alone:
+            self.solvers.processes.check_alike(self.described())
         if options is None:  # else who shares them tells it
             self._log_summary()
 
     @property
     def _statistics(self) -> Curvature:
+        return self
+
+    @property
+    def _parts(self) -> Curvature:
         return self
 
     def layers_and_seen(self) -> list[tuple[Layer, bool]]:
@@ -146,9 +171,12 @@ class Curvature(Readings):
         return any(layer.weight.grad is not None for layer, seen in self.layers_and_seen() if not seen)
 
     def uses_new_layer(self) -> bool:
-        """Tell whether a layer that has no statistics yet is used in a forward pass of this iteration."""
+        """Tell whether a layer that has no statistics yet is used in a forward pass of this iteration.
+
+        Several processes do not look, since another may have no such use: it waits for the next statistics.
+        """
         captures = self.collector.captures
-        if all(self.averages.seen) or not captures.count:
+        if all(self.averages.seen) or not captures.count or not self.solvers.processes.is_alone:
             return False
         return any(captures.uses(layer) for layer, seen in self.layers_and_seen() if not seen)
 
@@ -177,15 +205,14 @@ class Curvature(Readings):
         try:
             for distribution in distributions:
                 self.collect(distribution)
-            if self.options.fisher == "empirical":
-                self.collect_backward()
-            bad = self.iteration.settle(must_go_backward=False) or self.iteration.sums.not_finite()
+            bad = self.take("accumulate", must_go_backward=False) or self.iteration.sums.not_finite()
             if bad is not None:
                 raise NotFiniteError(bad)
             if not self.iteration.sums.A:
                 raise RuntimeError("there is nothing to accumulate: got no distribution and no backward pass")
             self.commit(*self.refreshed(None))
         finally:
+            self.iteration.drop_kept()
             self.iteration.discard()
 
     @torch.no_grad()
@@ -227,7 +254,7 @@ class Curvature(Readings):
         self.dropped[layer.name] = reason or "it had left K-FAC in the state that was loaded"
         self.collector.follow(self.layout.layers)
         self.iteration.forget()
-        self.iteration.kept = []
+        self.iteration.drop_kept()
         self.inverses = self._step = None
 
     # -- inverses -------------------------------------------------------------------------------------------
@@ -243,7 +270,7 @@ class Curvature(Readings):
         """
         averages, inverses = self.averages, self.inverses
         if self.iteration.sums.A:
-            sums = self.solvers.processes.add_up(self.iteration.sums)
+            sums = self.iteration.sums
             averages = averaged(self.layout, averages, sums, self.options.stat_decay, self.options.follows_spread)
             kept = kept_share(averages.updates, self.options.stat_decay)
             averages = replace(averages, coarse=self.solvers.coarse.averaged(self.layout, averages, sums, kept))
@@ -257,10 +284,13 @@ class Curvature(Readings):
         self, averages: Averages, last: Inverses | None, damping: Damping, place: InPlace | None = None
     ) -> Inverses:
         options = self.options
-        new = inverted(
-            self.layout, averages, last, self.solvers, damping, options.coarse_damping, options.inverse_dtype, place
-        )
-        return self._mended(averages, new) if self.health.at_once else new
+        arguments = (averages, last, self.solvers, damping, options.coarse_damping, options.inverse_dtype)
+        if self.solvers.division.is_everyones:
+            new = inverted(self.layout, *arguments, place)
+        else:
+            new = inverted_together(self.layout, *arguments, self.health.warn_once)
+        looks = self.health.at_once or not self.solvers.processes.is_alone  # else one process might look before others
+        return self._mended(averages, new) if looks else new
 
     def _mended(self, averages: Averages, inverses: Inverses) -> Inverses:
         return mended(self.layout, averages, inverses, self.solvers, self.health.warn_once)
@@ -352,11 +382,12 @@ class Curvature(Readings):
         coarse = tuple(tensor.to(self.layout.device) for tensor in self.averages.coarse) if is_same else ()
         self.averages = self.averages.moved(old, self.layout, coarse)
         if self.inverses is not None:
-            self.inverses = self.inverses.moved(old, self.layout, self.solvers.fine) if is_same else None
+            held = self.solvers.division.held(old), self.solvers.division.held(self.layout)
+            self.inverses = self.inverses.moved(*held, self.solvers.fine) if is_same else None
         self._step = None
         if not is_same:  # what was summed is of other layers
             self.iteration.forget()
-            self.iteration.kept = []
+            self.iteration.drop_kept()
         if old.device != self.layout.device:
             self.health.move(self.layout.device)
 
@@ -389,7 +420,9 @@ class Curvature(Readings):
 
         Factors, sums and inverses keep their own dtype. On CUDA, grouped convolutions are the exception to bit
         for bit: torch adds their blocks up in no fixed order. Labels are drawn from torch's global generator: to
-        resume bit for bit, save and restore its state too.
+        resume bit for bit, save and restore its state too. Several processes draw theirs by a seed that is in the
+        state, and have the same state; it may be loaded by another number of them. With `share="gradients"` all have to
+        call this together, since each has the inverses of its own layers only.
         """
         self._follow()
         self.mend()
@@ -399,7 +432,8 @@ class Curvature(Readings):
             "layers": {name: {"in_coarse": inside} for name, inside in in_coarse},
             "dropped": list(self.dropped),
             "statistics": state.from_averages(self.layout, self.averages, self.solvers),
-            "inverses": state.from_inverses(self.layout, self.inverses),
+            "inverses": state.from_inverses(self.layout, self._whole_inverses()),
+            "seed": self.solvers.processes.seed,
         }
 
     def check_state_dict(self, state_dict: Mapping[str, Any], keys: Iterable[str] = ()) -> None:
@@ -423,7 +457,11 @@ class Curvature(Readings):
         vars(self.options).update(self.options.with_saved(state_dict["options"]))
         self.iteration.discard()
         self.health.forget()
+        if state_dict.get("seed") is not None:
+            self.solvers.processes.seed = state_dict["seed"]
         inverses = state.to_inverses(state_dict["inverses"], self.layout, self.solvers)
+        if inverses is not None and self.solvers.division.share == "gradients":
+            inverses = of_own(inverses, self.layout, self.solvers)
         self.commit(state.to_averages(state_dict, self.layout, self.solvers), inverses)
         if inverses is None:  # what comes next will not lie where a CUDA graph reads
             self.inverses = self._step = None

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac2.coarse.directions import TAU, Quadratic, coefficients, divergence_of, quadratic, with_correlations
+from kfac2.coarse.directions import TAU, Quadratic, coefficients, divergence_of, products, quadratic, with_correlations
 from kfac2.descent import Rate, times
 from kfac2.divergence import KeptPass, Matrices, derivatives
 from kfac2.kinds import Layer
 from kfac2.own_steps import OwnSteps
+from kfac2.processes import ALONE, Processes
 from kfac2.signal_share import SignalShare
 from kfac2.weight_norms import WeightNorms
 
@@ -118,7 +119,7 @@ class Directed(OwnSteps):
     def step(
         self,
         passes: Sequence[KeptPass],
-        layers: Sequence[Layer],
+        layers: list[Layer],
         gradient: Callable[[Layer], Tensor],
         groups: Sequence[Mapping[str, Any]],
         state: State,
@@ -126,6 +127,8 @@ class Directed(OwnSteps):
         bound: float | None,
         factor: Rate,
         found: Tensor | None,
+        processes: Processes = ALONE,
+        has_rows: bool | None = None,
     ) -> set[int]:
         """Take a step with the layers that have rows, and return ids of the parameters that have moved.
 
@@ -141,14 +144,18 @@ class Directed(OwnSteps):
             bound: K; the step's ηc holds to cᵀZᵀFZc ≤ ℓ² K/5, with the signal's length ℓ. None: to nothing.
             factor: of all rates.
             found: on the device, 1 where the step is to be skipped; None where it is not.
+            processes: whose rows count together.
+            has_rows: whether some process has rows; by default, whether there are `passes`.
         """
-        used = {use.layer for one in passes for use in one.uses}
-        layers = [layer for layer in layers if layer in used or not passes]
-        if not layers or not (passes or self.signal.waits):
+        has_rows = bool(passes) if has_rows is None else has_rows
+        if has_rows and processes.is_alone:
+            used = {use.layer for one in passes for use in one.uses}
+            layers = [layer for layer in layers if layer in used]
+        if not layers or not (has_rows or self.signal.waits):
             return set()
-        if self._batch:
-            self.signal.rows = min(1.0, self._samples() / self._batch)
-            self._batch = 0
+        batch, self._batch = self._batch, 0
+        if batch and processes.is_alone:
+            self.signal.rows = min(1.0, self._samples() / batch)
         if self._layers is None or not self._layers.fits(layers):
             self._layers = _Layers(layers)
         own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.grad is not None]
@@ -159,14 +166,24 @@ class Directed(OwnSteps):
             key: state[p].get("momentum_buffer") if self.signal.waits or group_of[key]["momentum"] else None
             for key, p in parts.items()
         }
-        settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
-        gradients = [gradient(layer) for layer in layers]
-        if not passes:
+        if not has_rows:
+            settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
+            gradients = [gradient(layer) for layer in layers]
             _, slopes = _inner_products(self._layers.matrices.of((last, last)), gradients)
             self._measure(self._layers.names, slopes[:, 1], settings.rates, found)
             return set()
-        fine = {key: p.grad for key, p in parts.items()}
-        self.latest = self._solved(passes, self._layers, fine, last, gradients, settings, tau, bound, found)
+        matrices = self._layers.matrices.of(({key: p.grad for key, p in parts.items()}, last))
+        fisher, places, taken = _fisher(passes, layers, matrices, processes, (min(batch, self._samples()), batch))
+        self.signal.rows = self.signal.rows if taken is None else taken
+        of = self._layers
+        if len(places) < len(layers):  # no process has rows of the others
+            layers, matrices = [layers[i] for i in places], [matrices[i] for i in places]
+            own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and id(p) in parts]
+            parts = {id(p): p for p in own}
+            of = _Layers(layers)
+        settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
+        gradients = [gradient(layer) for layer in layers]
+        self.latest = self._solved(fisher, of, matrices, gradients, settings, tau, bound, found)
         on_host = found is None and self.latest.fine.device.type == "cpu"
         fine_and_last = (list(c.tolist() if on_host else c.unbind()) for c in (self.latest.fine, self.latest.last))
         pairs = zip(layers, *fine_and_last, strict=True)
@@ -180,10 +197,9 @@ class Directed(OwnSteps):
 
     def _solved(
         self,
-        passes: Sequence[KeptPass],
+        fisher: Tensor,
         of: _Layers,
-        fine: Mapping[int, Tensor | None],
-        last: Mapping[int, Tensor | None],
+        matrices: Sequence[Tensor],
         gradients: Sequence[Tensor],
         settings: _Settings,
         tau: float | None,
@@ -191,13 +207,12 @@ class Directed(OwnSteps):
         found: Tensor | None,
     ) -> Coefficients:
         """Return the coefficients of a step; where the solve fails, those of one level, v + μ d."""
-        matrices, names = of.matrices.of((fine, last)), of.names
-        s, cases = derivatives(passes, of.layers, matrices)
+        names = of.names
         grams, slopes = _inner_products(matrices, gradients)
         self._measure(names, slopes[:, 1], settings.rates, found)
         known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
         weights = of.squares()
-        model, correlations = with_correlations(quadratic(s, cases, grams, slopes, weights), known)
+        model, correlations = with_correlations(quadratic(fisher, grams, slopes, weights), known)
         c = coefficients(model, TAU if tau is None else tau)
         c = c * _within(MOST_CHANGE, c, settings.rates, grams, weights)
         c = self._held(model, c, settings.rates.repeat(2), bound, found)
@@ -242,6 +257,37 @@ class Directed(OwnSteps):
             names, correlations = tuple(state["names"]), state["correlations"].to(device)
             self._correlations = names, correlations
             self.latest = Coefficients(names, *torch.full_like(correlations[0], torch.nan).chunk(2))
+
+
+def _fisher(
+    passes: Sequence[KeptPass],
+    layers: Sequence[Layer],
+    matrices: Sequence[Tensor],
+    processes: Processes,
+    samples: tuple[int, int],
+) -> tuple[Tensor, list[int], float | None]:
+    """Return SᵀS/M, (2L, 2L), of the L layers that have rows in some process, and which these are.
+
+    Args:
+        passes: kept rows of this process.
+        layers: that may have rows.
+        matrices: their directions.
+        processes: whose rows count together.
+        samples: how many samples of this process's batch are kept, and how many it has.
+
+    Returns:
+        Of several processes also the share of the samples of all that is kept.
+    """
+    s, cases = derivatives(passes, layers, matrices)
+    if processes.is_alone:
+        return products(s) / cases, list(range(len(layers))), None
+    used = {use.layer for one in passes for use in one.uses}
+    counts = torch.tensor([cases, *samples, *(layer in used for layer in layers)], dtype=torch.float64, device=s.device)
+    gram, counts = processes.added("the products of derivatives", [products(s), counts])
+    total, kept, of_all, *flags = counts.tolist()
+    places = [i for i, flag in enumerate(flags) if flag]
+    index = torch.tensor([*places, *(len(layers) + i for i in places)], device=s.device)
+    return gram[index][:, index] / total, places, kept / of_all if of_all else None
 
 
 def _within(share: float, c: Tensor, rates: Tensor, grams: Tensor, weights: Tensor) -> Tensor:

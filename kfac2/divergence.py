@@ -14,6 +14,7 @@ from kfac2.kinds import Layer, Rows
 from kfac2.ops.directional_derivatives import directional_derivatives
 from kfac2.ops.gather_gradients import gather_gradients
 from kfac2.ops.layer_maps import sum_dtype
+from kfac2.processes import ALONE, Processes
 from kfac2.statistics import Pass, Use
 
 Direction = Callable[[Tensor], Tensor | None]
@@ -87,25 +88,30 @@ def quarter(samples: int) -> int:
     return max(32, samples // 4)
 
 
-def divergence(passes: Sequence[KeptPass], direction: Direction) -> Tensor:
+def divergence(passes: Sequence[KeptPass], direction: Direction, processes: Processes = ALONE) -> Tensor:
     """Return dᵀFd = 1/M Σ_n (Σ_i s_ni)², s_ni = Σ_t g_ntᵀ D_i ā_nt: twice the divergence that a step d would bring.
 
     All layers are coupled, where the KL clip sees each for itself.
 
     Args:
-        passes: kept rows of this iteration.
+        passes: kept rows of this iteration; this process may have none.
         direction: gives d of a parameter; None where it does not move.
+        processes: whose rows count together.
 
     Returns:
-        float64, one number on the device.
+        float64, one number; on the device, if there are rows.
     """
     layers = dict.fromkeys(use.layer for kept in passes for use in kept.uses)
     moved = {id(p): direction(p) for layer in layers for p in (layer.weight, layer.bias) if p is not None}
     moving = [layer for layer in layers if moved[id(layer.weight)] is not None]
-    if not moving:
-        return torch.zeros((), dtype=torch.float64, device=next(iter(layers)).weight.device)
-    s, cases = derivatives(passes, moving, Matrices(moving, 1).of([moved]))
-    return s.sum(2).square().sum() / cases
+    cases = sum(kept.cases for kept in passes)
+    squares = torch.zeros((), dtype=torch.float64, device=next(iter(layers)).weight.device if layers else "cpu")
+    if moving:
+        squares = derivatives(passes, moving, Matrices(moving, 1).of([moved]))[0].sum(2).square().sum()
+    if processes.is_alone:
+        return squares / cases
+    (total,) = processes.added("the measured divergence", [torch.stack([squares, torch.full_like(squares, cases)])])
+    return total[0] / total[1]
 
 
 def derivatives(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -42,3 +42,13 @@ def check_group(settings: dict[str, Any]) -> None:
         raise TypeError(f"nesterov must be True or False, got {settings['nesterov']!r}")
     if settings["nesterov"] and settings["momentum"] == 0:
         raise ValueError("nesterov must be False without momentum, got nesterov=True with momentum=0")
+
+
+def settings_of(groups: Iterable[Mapping[str, Any]]) -> dict[str, object]:
+    """Return the settings of groups by name, for comparison; numbers that lie on a device are read."""
+    return {
+        f"{name} of group {number}": float(value) if isinstance(value, Tensor) else value
+        for number, group in enumerate(groups)
+        for name, value in group.items()
+        if name not in ("params", "kfac")
+    }

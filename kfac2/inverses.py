@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac2.coarse import CoarseSpace
+from kfac2.division import Division
 from kfac2.fine import Damping, Fields, FineSolver, ObservingSolver
 from kfac2.layout import Layout, Stacks
 from kfac2.processes import Processes
@@ -56,7 +57,7 @@ class Inverses:
 
     Attributes:
         damping: of their update.
-        fields: what the fine solver keeps, in the dtype of the matrices.
+        fields: what the fine solver keeps, in the dtype of the matrices; of the layers that `Division.held` says.
         usable: float64 on the device, (L,): 1 for a layer that has an inverse; the others keep their gradients.
         coarse: float64, (F_coarse + λ_c I)⁻¹; None without a coarse space.
         derived: what follows from the fields.
@@ -105,12 +106,14 @@ class Solvers:
     Attributes:
         fine: of the blocks.
         coarse: of the second level.
-        processes: that share the work.
+        processes: that train together.
+        division: of the work among them.
     """
 
     fine: FineSolver
     coarse: CoarseSpace
     processes: Processes
+    division: Division
 
 
 def inverted(
@@ -166,14 +169,7 @@ def inverted(
         del new  # before the next chunk is inverted
     usable = torch.where(failed > 0, before, seen)
 
-    coarse, coarse_failed = None, failed.new_zeros(1)
-    of_coarse = _coarse_damping(layout, averages, damping) if coarse_damping is None else coarse_damping
-    result = solvers.coarse.invert(averages.coarse, of_coarse)
-    if result is not None:
-        coarse, is_coarse_bad = result
-        standing_coarse = torch.zeros_like(coarse) if last is None or last.coarse is None else last.coarse
-        coarse = torch.where(is_coarse_bad, standing_coarse, coarse)
-        coarse_failed = is_coarse_bad.double().reshape(1)
+    coarse, coarse_failed = coarse_inverted(layout, averages, last, solvers.coarse, damping, coarse_damping)
     return Inverses(
         damping,
         into,
@@ -184,6 +180,25 @@ def inverted(
         0 if last is None else last.observations,
         (False,) * len(layout.layers) if last is None else last.observed,
     )
+
+
+def coarse_inverted(
+    layout: Layout,
+    averages: Averages,
+    last: Inverses | None,
+    space: CoarseSpace,
+    damping: Damping,
+    coarse_damping: float | None,
+) -> tuple[Tensor | None, Tensor]:
+    """Return the coarse inverse of `inverted`, and whether it failed, (1,); then the last one stands."""
+    nothing = torch.zeros(1, dtype=torch.float64, device=layout.device)
+    of_coarse = _coarse_damping(layout, averages, damping) if coarse_damping is None else coarse_damping
+    result = space.invert(averages.coarse, of_coarse)
+    if result is None:
+        return None, nothing
+    coarse, is_bad = result
+    standing = torch.zeros_like(coarse) if last is None or last.coarse is None else last.coarse
+    return torch.where(is_bad, standing, coarse), is_bad.double().reshape(1)
 
 
 def _chunk_inverted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from torch import Tensor
@@ -29,12 +30,14 @@ class Iteration:
         options: `fisher`, `samples` and `cases`.
         observe: gives what a solver that looks at the rows sees of a layer's uses; None without such a solver.
         warn_once: called with what would be said again and again.
+        labels: given how many passes of this iteration there were before, draws labels as its processes are to.
 
     Attributes:
         pending: passes that wait for their loss to go backward.
         sums: of those that count.
         kept: what is kept of their rows, until who asked for it clears the list.
         keeps: how many of so many samples of a pass are kept, at most; None: nothing is kept.
+        others_kept: whether another process has kept rows.
     """
 
     def __init__(
@@ -45,10 +48,12 @@ class Iteration:
         options: CurvatureOptions,
         observe: Callable[[Pass, Sequence[Use]], Tensor | None] | None,
         warn_once: Callable[[str, str], None],
+        labels: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         self.pending: list[Pending] = []
         self.sums = Sums()
         self.kept: list[KeptPass] = []
+        self.others_kept = False
         self.keeps: Callable[[int], int] | None = None
         self._layout = layout
         self._collector = collector
@@ -56,6 +61,17 @@ class Iteration:
         self._options = options
         self._observe = observe
         self._warn_once = warn_once
+        self._labels = labels
+        self._draws = 0
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether there are kept rows, in any process."""
+        return bool(self.kept) or self.others_kept
+
+    def drop_kept(self) -> None:
+        """Free what is kept of rows."""
+        self.kept, self.others_kept = [], False
 
     def collect(
         self, prediction: Prediction, mask: Tensor | None, has_loss: bool = True, is_summed: bool = True
@@ -70,14 +86,16 @@ class Iteration:
         """
         if any(one.went_backward for one in self.pending) and not _has_gradient(self._layout()):
             self.pending = [one for one in self.pending if not one.went_backward]  # their gradients were thrown away
+        self._draws += 1
         try:
-            scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
+            with self._labels(self._draws):
+                scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
+                passes, traces = self._collector.sample(scores, mask, self._wanted(is_summed))
         except NotFiniteError as error:
             traces = self._collector.traces_of(*tensors_of(prediction))
             bad = self._collector.not_finite_input() or error.source
             self.pending.append(Pending(traces, bad=bad, has_loss=has_loss))
             return
-        passes, traces = self._collector.sample(scores, mask, self._wanted(is_summed))
         if passes:
             self.pending.append(replace(self._summed(passes, traces, is_summed), has_loss=has_loss))
 
@@ -121,6 +139,7 @@ class Iteration:
     def discard(self) -> None:
         """Free what was captured and summed; what is kept of rows stays."""
         self._collector.captures.clear()
+        self._draws = 0
         self.forget()
 
     def forget(self) -> None:

@@ -17,12 +17,14 @@ from kfac2.curvature import Curvature
 from kfac2.descent import Rate, adamw_step, next_steps, sgd_step, times
 from kfac2.directed import MOST_DAMPING, PER_LAYER, Directed
 from kfac2.divergence import divergence, quarter
-from kfac2.groups import as_groups, check_group, handled_by
+from kfac2.groups import as_groups, check_group, handled_by, settings_of
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
 from kfac2.likelihood import Prediction
 from kfac2.options import OptimizerOptions, check_option
-from kfac2.preconditioner import Preconditioner, Predict
+from kfac2.own_passes import Predict
+from kfac2.preconditioner import Preconditioner
+from kfac2.processes import WORLD
 from kfac2.readings import Readings
 from kfac2.rise import Rise
 
@@ -115,6 +117,13 @@ class KFAC(Readings, Optimizer):
             `'rows'`, all rows of the last layer (a token loss); needed where these two differ.
         samples: how often labels are drawn for a statistics update with `fisher="mc"`; default 1.
         batch_dim: the axis of samples of inputs with positions: 0, or 1 for time-major models.
+        process_group: `"world"`, all processes of torch.distributed where there are several, train one model, each on
+            its own part of every batch: their statistics add up. Or a `ProcessGroup`, or None: each by itself.
+            Gradients must have been averaged over the processes when `step` is called, as DistributedDataParallel
+            does; then all have the same parameters, to the last bit, as one process on the whole batch would.
+        share: who inverts. `"all"`: each process everything; `"inverses"`: the owner of a layer inverts it, and sends
+            the result; `"gradients"`: it keeps the result, and sends what it makes of each gradient, which takes least
+            memory. Default `"auto"`: `"inverses"` where Σ n³ over all factors is at least 1e9, else `"all"`.
         check_every: passes of statistics from one self-check to the next, beside those of a set of uses that is new:
             the rows of a weight must rebuild its gradient, or it leaves K-FAC. Default 100; 0: never.
         step_precision: of float32 products of the step on a CUDA device, `'ieee'` or `'tf32'`; default: torch's own.
@@ -128,8 +137,7 @@ class KFAC(Readings, Optimizer):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if a hyper-parameter is out of its range, `skip` matches nothing, the model has no layer to handle,
-            or its parameters are DTensors.
-        RuntimeError: if torch.distributed has more than one process.
+            its parameters are DTensors, or processes that train together were not built alike.
     """
 
     def __init__(
@@ -169,6 +177,8 @@ class KFAC(Readings, Optimizer):
         batch_dim: int = 0,
         check_every: int = 100,
         step_precision: str | None = None,
+        process_group: object = WORLD,
+        share: str = "auto",
         skip: Iterable[str] = (),
     ) -> None:
         arguments = dict(locals())  # the options go on under their own names
@@ -184,6 +194,8 @@ class KFAC(Readings, Optimizer):
             params=[parameter for group in groups for parameter in group["params"]],
             skip=skip,
             options=self.options,
+            process_group=process_group,
+            share=share,
         )
         self.curvature = self.preconditioner.curvature
         self._directed = Directed(self._samples_of_rows)
@@ -198,6 +210,7 @@ class KFAC(Readings, Optimizer):
         self._known = {id(parameter) for parameter in self.curvature.params}
         names = ("lr", "momentum", "weight_decay", "nesterov", "rest_lr", "betas", "eps")
         super().__init__(groups, {**{name: arguments[name] for name in names}, "method": "kfac"})
+        self.preconditioner.meetings.agree_on(lambda: settings_of(self.param_groups))
         self._log_summary()
 
     @property
@@ -256,7 +269,8 @@ class KFAC(Readings, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self._rise.follow(loss, self.curvature.layout.device, self.curvature.health.at_once)
+            loss_of_all = self.preconditioner.meetings.mean_loss(loss)
+            self._rise.follow(loss_of_all, self.curvature.layout.device, self.curvature.health.at_once)
         if closure is None and is_for_its_state(self.param_groups, self.state):
             for group in self.param_groups:
                 self._descend(group, set(self._handled), set())
@@ -272,7 +286,7 @@ class KFAC(Readings, Optimizer):
             along = {id(parameter) for pair in with_weights for parameter in pair}
             for group in self.param_groups:
                 self._descend(group, along, moved)
-        self.curvature.iteration.kept = []
+        self.curvature.iteration.drop_kept()
         return loss
 
     def _follow_groups(self) -> dict[int, Rate]:
@@ -326,15 +340,16 @@ class KFAC(Readings, Optimizer):
 
     def _measure(self, layers: Iterable[Layer]) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
-        kept, bound = self.curvature.iteration.kept, self.options.kl_bound
-        if bound is None or not kept:
+        iteration, bound = self.curvature.iteration, self.options.kl_bound
+        if bound is None or not iteration.has_kept:
             return
         moving = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
         steps: dict[int, Tensor] = {}
         for group in self.param_groups:
             own = [p for p in group["params"] if p.grad is not None and id(p) in moving]
             steps |= zip(map(id, own), next_steps(own, self.state, group), strict=True)
-        self._bound.measured(divergence(kept, lambda p: steps.get(id(p))), bound, self.curvature.health.at_once)
+        squared = divergence(iteration.kept, lambda p: steps.get(id(p)), self.curvature.solvers.processes)
+        self._bound.measured(squared, bound, self.curvature.health.at_once)
 
     # -- the space of directions --------------------------------------------------------------------------------
 
@@ -352,9 +367,10 @@ class KFAC(Readings, Optimizer):
 
     def _step_directed(self, seen: Sequence[Layer]) -> set[int]:
         """Take a step in the space of directions where this iteration has its rows; return ids of what has moved."""
-        step, layout, iteration = self.curvature.prepared(), self.curvature.layout, self.preconditioner.iteration - 1
+        step, layout, iteration = self.curvature.prepared(), self.curvature.layout, self.curvature.iteration
+        is_wanted = self._directed.wants_step(self.preconditioner.iteration - 1)
         return self._directed.step(
-            self.curvature.iteration.kept if self._directed.wants_step(iteration) else [],
+            iteration.kept if is_wanted else [],
             [layer for layer in seen if layer.weight.grad is not None],
             lambda layer: step.gradient(layout.number(layer)),
             self.param_groups,
@@ -363,6 +379,8 @@ class KFAC(Readings, Optimizer):
             self.options.kl_bound,
             self._rise.factor(self.curvature.health.at_once),
             self.preconditioner.found,
+            self.curvature.solvers.processes,
+            is_wanted and iteration.has_kept,
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

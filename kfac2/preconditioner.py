@@ -15,16 +15,17 @@ from kfac2.health import is_capturing
 from kfac2.inverses import InPlace
 from kfac2.kinds import Layer
 from kfac2.likelihood import Prediction
+from kfac2.meetings import Meetings
 from kfac2.options import NUMBER, Options, check_option
+from kfac2.own_passes import Passes, Predict
 from kfac2.own_steps import OwnSteps
+from kfac2.processes import WORLD
 from kfac2.readings import Readings
-from kfac2.running_statistics import without_running_statistics
 from kfac2.schedule import Schedule
 from kfac2.statistics import Averages
 from kfac2.step import Gathered, Step
 
 Rate = float | Tensor
-Predict = Callable[[slice], Prediction]
 
 
 class Preconditioner(Readings):
@@ -48,6 +49,7 @@ class Preconditioner(Readings):
         params: the parameters that are trained; by default all of `model`.
         skip: full names of modules, or regular expressions that match them in full, left alone.
         options: checked options to share, in place of the following.
+        process_group, share: as in `KFAC`.
         **settings: `damping`, `kl_clip`, `levels`, `coarse`, `inverse`, `fisher`, `stat_decay`, `cov_every`,
             `inv_every`, `burn_in`, `relative_damping`, `downsample`, `coarse_weight`, `coarse_damping`,
             `coarse_max_groups`, `inverse_dtype`, `cases`, `samples`, `batch_dim`, `check_every`, `step_precision`
@@ -74,17 +76,24 @@ class Preconditioner(Readings):
         params: Iterable[nn.Parameter] | None = None,
         skip: Iterable[str] = (),
         options: Options | None = None,
+        process_group: object = WORLD,
+        share: str = "auto",
         **settings: Any,
     ) -> None:
         self.options = Options.of(settings) if options is None else options
-        self.curvature = Curvature(model, params=params, skip=skip, options=self.options)
+        self.curvature = Curvature(
+            model, params=params, skip=skip, options=self.options, process_group=process_group, share=share
+        )
         self.curvature.scheduled = True
         self.curvature.dropping = self.check
         self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
         self.change_limit = ChangeLimit()
         self.schedule = Schedule(self.options)
         self.own_steps = OwnSteps()
-        self._has_own_passes = False
+        self._passes = Passes(self.curvature)
+        self.meetings = Meetings(
+            self.curvature, self.schedule, lambda iteration: self.own_steps.wants_step(iteration), self._wants_inverses
+        )
         self.iteration = 0
         if options is None:  # else who shares them tells it
             self._log_summary()
@@ -112,7 +121,7 @@ class Preconditioner(Readings):
     @iteration.setter
     def iteration(self, iteration: int) -> None:
         self.schedule.go_on_at(iteration)
-        looks = bool(self.curvature.layout.layers) and not self._has_own_passes
+        looks = bool(self.curvature.layout.layers) and not self._passes.are_own
         self.curvature.collector.captures.turn(
             looks and (self.schedule.looks(self.curvature.averages) or self.own_steps.wants_step(iteration))
         )
@@ -128,6 +137,8 @@ class Preconditioner(Readings):
         return wants and bool(curvature.layout.layers) and not curvature.collector.captures.is_closed
 
     def _wants_inverses(self) -> bool:
+        if not (self.curvature.solvers.division.is_everyones or self.schedule.meets):
+            return False  # processes that share them out wait for each other
         return self.schedule.wants_inverses(self.curvature.averages, self.curvature.inverses, self._wants_statistics())
 
     def _damping(self, averages: Averages) -> Damping:
@@ -180,41 +191,10 @@ class Preconditioner(Readings):
             return
         if callable(distribution):
             check_option("samples", samples, int, lambda v: v >= 1, "an int of at least 1 with a function")
-            self._collect_of_its_own(distribution, mask, samples)  # type: ignore[arg-type]
+            count = min(samples, self.own_steps.part(samples))  # type: ignore[type-var, arg-type]
+            self._passes.collect_own(distribution, mask, samples, count, self._wants_statistics())  # type: ignore[arg-type]
         else:
-            self._collect(distribution, mask)
-
-    def _collect(self, distribution: Prediction, mask: Tensor | None) -> None:
-        had_own_passes, self._has_own_passes = self._has_own_passes, False
-        if had_own_passes:
-            self.curvature.collector.captures.turn(True)
-        try:
-            self.curvature.collect(distribution, mask, is_summed=self._wants_statistics())
-        except ValueError as error:
-            if not had_own_passes:
-                raise
-            raise ValueError(
-                f"{error}. The last call was given a function, so that the forward passes since then were not looked "
-                "at; those from now on are"
-            ) from error
-
-    def _collect_of_its_own(self, predict: Predict, mask: Tensor | None, samples: int) -> None:
-        """Make a forward pass of evenly spaced samples, since those of a batch may be sorted, and sum it up."""
-        count = min(samples, self.own_steps.part(samples))
-        stride = samples // count
-        part = slice(0, count * stride, stride)
-        captures = self.curvature.collector.captures
-        captures.turn(True)
-        captures.has_loss = False
-        with without_running_statistics(self.curvature.model):  # checkpoints run again as the pass is differentiated
-            try:
-                with torch.enable_grad():
-                    prediction = predict(part)
-            finally:  # no other forward pass is looked at from now on
-                self._has_own_passes = captures.has_loss = True
-                captures.turn(False)
-            of_part = None if mask is None else mask[part]
-            self.curvature.collect(prediction, of_part, has_loss=False, is_summed=self._wants_statistics())
+            self._passes.collect(distribution, mask, self._wants_statistics())
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
         """Precondition the gradients in place: statistics, inverses, both levels, KL clip, limits.
@@ -269,16 +249,22 @@ class Preconditioner(Readings):
         """
         curvature = self.curvature
         capturing = is_capturing(curvature.layout.device)
+        if capturing and curvature.solvers.division.share == "gradients":
+            raise RuntimeError(
+                "share must be 'all' or 'inverses' where a step is captured in a CUDA graph, got 'gradients'"
+            )
         if capturing and not self._is_ordinary():
             raise RuntimeError(
                 f"only an ordinary step can be captured in a CUDA graph, got iteration {self.iteration}, which wants "
                 "statistics or inverses: capture where `ordinary` is True"
             )
-        took = self._wants_statistics()
+        took, meets = self._wants_statistics(), self.meetings.is_due
         if took:
             self._take_statistics()
-        elif self._wants_rows() and curvature.iteration.settle() is not None:
-            curvature.iteration.kept = []  # a step without them is one level's
+        elif self._wants_rows():
+            self.meetings.take_rows()
+        elif meets:
+            self.meetings.hold()
         if curvature.has_unseen_gradient():
             self.schedule.look_again()
         step = curvature.prepared()
@@ -292,6 +278,8 @@ class Preconditioner(Readings):
             curvature.health.went_on()
         if bad is None and took:
             self.own_steps.decide()
+        if meets:
+            self.meetings.settle_next()
         curvature.iteration.discard()
         curvature.health.bad = None
         self.iteration += not capturing
@@ -299,9 +287,7 @@ class Preconditioner(Readings):
 
     def _take_statistics(self) -> None:
         self._look()
-        if self.options.fisher == "empirical":
-            self.curvature.collect_backward()
-        self.curvature.health.bad = self.curvature.iteration.settle()
+        self.curvature.health.bad = self.meetings.take_statistics()
         if self.curvature.layout.layers and not self.curvature.iteration.sums.A and self.curvature.health.bad is None:
             self._report_missing()
 
@@ -314,12 +300,11 @@ class Preconditioner(Readings):
         )
 
     def _bad_before(self, step: Step, gathered: Gathered) -> str | None:
-        """Name what the host of any process finds not finite before the step is computed."""
+        """Name what the host finds not finite before the step is computed; all processes find the same."""
         bad = self.curvature.health.bad or self.curvature.iteration.sums.not_finite()
         if bad is None and (number := step.bad_elsewhere(gathered)) is not None:
             bad = self.curvature.source(number)
-        is_bad = self.curvature.solvers.processes.agree(bad is not None)
-        return (bad or "another process") if is_bad else None
+        return bad
 
     def _write(self, step: Step, gathered: Gathered, rates: Callable[[Layer], Rate], capturing: bool) -> str | None:
         """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
@@ -375,7 +360,8 @@ class Preconditioner(Readings):
         return not self.curvature.health.is_stale(held) and self._is_ordinary()
 
     def _is_ordinary(self) -> bool:
-        return not (self._wants_statistics() or self._wants_rows() or self._wants_inverses() or self.own_steps.waits)
+        wants = self._wants_statistics() or self._wants_rows() or self._wants_inverses()
+        return not (wants or self.own_steps.waits or self.meetings.is_due)
 
     def replayed(self) -> None:
         """Count an iteration whose step was the replay of a CUDA graph.
@@ -438,6 +424,7 @@ class Preconditioner(Readings):
         self.curvature.load_state_dict(state_dict)
         norms = state_dict.get("bounds", {}).get("weight_norms")
         self.change_limit.load(norms, self.curvature.layout, self.options.max_change, self.curvature.averages.seen)
+        self.meetings.begin_at(state_dict["iteration"])
         self.iteration = state_dict["iteration"]
         self.schedule.look_again()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kfac2.capture import Capture
 from kfac2.kinds import Layer
+from kfac2.processes import ALONE, Processes
 from kfac2.statistics import Use
 
 Reached = Sequence[tuple[Capture, Tensor]]
@@ -93,7 +94,9 @@ class SelfCheck:
         return failed
 
     @torch.no_grad()
-    def of_backward(self, watched: Sequence[Layer], reached: Reached) -> tuple[dict[Layer, Rebuilt], float]:
+    def of_backward(
+        self, watched: Sequence[Layer], reached: Reached, processes: Processes = ALONE
+    ) -> tuple[dict[Layer, Rebuilt], float]:
         """Compare with `.grad`, into which the ordinary backward passes of this iteration have added up.
 
         A factor that all layers share does not make rows wrong: gradients were clipped after the backward pass, or an
@@ -103,6 +106,7 @@ class SelfCheck:
         Args:
             watched: all layers that are watched.
             reached: the captures of all passes, and the gradients of their outputs.
+            processes: over which `.grad` was averaged.
 
         Returns:
             The layers that fail, and the factor.
@@ -110,6 +114,8 @@ class SelfCheck:
         rows = RebuiltGradients()
         for capture, g in reached:
             rows.add(capture, g)
+        if not processes.is_alone:
+            rows.average(watched, processes)
         layers = [layer for layer in watched if layer.weight.grad is not None]
         factors = sorted(filter(math.isfinite, (rows.factor(layer) for layer in layers if layer in rows)))
         shared = factors[len(factors) // 2] if factors else 1.0
@@ -125,30 +131,42 @@ class SelfCheck:
         return failed, 2.0 ** round(exponent) if is_scale else 1.0
 
 
-def check_is_mean(last: Use, cases: int, scale: float) -> None:
-    """Check that a cross-entropy is the mean over its cases, where its output gradients show that it is one.
+def check_are_means(passes: Sequence[tuple[Use, int]], scale: float, processes: Processes = ALONE) -> None:
+    """Check that cross-entropies are means over their cases, where their output gradients show that they are some.
 
     With a softmax each row g = (p - y)/M adds up to 0, and |p - y|₁ is at most 2: so is its mean over the cases,
-    weighted or not.
+    weighted or not. Of several processes, whose losses may be averaged with other weights than their cases have, it is
+    all together that count.
 
     Args:
-        last: the last use of a forward pass.
-        cases: M of that pass.
+        passes: the last use of each forward pass, and its M.
         scale: what g is to be multiplied by.
+        processes: that have passes.
 
     Raises:
         ValueError: if the rows are larger than those of a mean.
     """
+    found = [(_size_of_softmax(last), cases) for last, cases in passes]
+    if not processes.is_alone:
+        sizes, cases = (sum(numbers) for numbers in zip(*found, strict=True)) if found else (0.0, 0)
+        (told,) = processes.added("the sizes of losses", [torch.tensor([sizes, cases], dtype=torch.float64)])
+        found = [(float(told[0]), int(told[1]))]
+    for size, cases in found:
+        if size * scale > 2.02 * cases:  # NaN where it is no softmax
+            raise ValueError(
+                "the loss must be the mean over its cases with fisher='empirical', got output gradients of a "
+                f"cross-entropy whose size is {size * scale / cases:.3g} for each of {cases} cases, where a mean gives "
+                "at most 2: take reduction='mean' and a weight of 1, or give cases= as a number to have it taken as it "
+                "is"
+            )
+
+
+def _size_of_softmax(last: Use) -> float:
+    """Return Σ |g|₁ of output gradients that are those of a softmax; NaN of others."""
     g = last.grads.tensor.detach().flatten(2).double() if last.grads.tensor.dim() > 2 else last.grads.tensor.double()
-    sizes = g.abs().sum(1)
-    total = float(sizes.sum())
+    total = float(g.abs().sum())
     is_softmax = g.shape[1] > 1 and total > 0 and float(g.sum(1).abs().sum()) < 1e-3 * total
-    if is_softmax and total * scale > 2.02 * cases:
-        raise ValueError(
-            "the loss must be the mean over its cases with fisher='empirical', got output gradients of a cross-entropy "
-            f"whose size is {total * scale / cases:.3g} for each of {cases} cases, where a mean gives at most 2: take "
-            "reduction='mean' and a weight of 1, or give cases= as a number to have it taken as it is"
-        )
+    return total if is_softmax else math.nan
 
 
 class RebuiltGradients:
@@ -169,6 +187,27 @@ class RebuiltGradients:
         self._bounds[layer] = self._bounds.get(layer, 0.0) + size
         if {capture.x.dtype, g.dtype, layer.weight.dtype} & {*_LOW}:
             self._low.add(layer)
+
+    def average(self, layers: Sequence[Layer], processes: Processes) -> None:
+        """Average over the processes, as `.grad` was.
+
+        Args:
+            layers: of which some may have rows, the same ones in all processes.
+            processes: all.
+        """
+        shapes = [(layer, _parameters(layer)) for layer in layers]
+        parts = [part for layer, own in shapes for part in self._sums.get(layer, map(torch.zeros_like, own))]
+        numbers = [
+            [float(layer in self._sums), self._bounds.get(layer, 0.0), float(layer in self._low)] for layer in layers
+        ]
+        told = torch.tensor(numbers, dtype=torch.float64).to(layers[0].weight.device)
+        told, *parts = processes.added("rebuilt gradients", [told, *(part.detach() for part in parts)])
+        rest = iter(parts)
+        rebuilt = {layer: [next(rest) / processes.size for _ in own] for layer, own in shapes}
+        flags = told.tolist()
+        self._sums = {layer: rebuilt[layer] for layer, (there, _, _) in zip(layers, flags, strict=True) if there}
+        self._bounds = {layer: bound / processes.size for layer, (_, bound, _) in zip(layers, flags, strict=True)}
+        self._low = {layer for layer, (_, _, low) in zip(layers, flags, strict=True) if low}
 
     def __contains__(self, layer: Layer) -> bool:
         return layer in self._sums

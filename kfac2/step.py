@@ -211,9 +211,12 @@ class Step:
             limits: of |v_i|, (L,), float64 on the device; None: none.
             precision: of float32 products on a CUDA device, `'ieee'` or `'tf32'`; None: torch's own setting.
         """
-        matrices, work, directions = self._by_batch
+        fields = {**inverses.fields, **inverses.derived}
         with _products_in(precision):
-            solvers.fine.apply({**inverses.fields, **inverses.derived}, matrices, work, directions)
+            if solvers.division.share == "gradients":
+                solvers.division.apply_own(self._layout, solvers.fine, fields, self._matrices, self._directions)
+            else:
+                solvers.fine.apply(fields, *self._by_batch)
         host_rates, device_rates = self._rates(rates)
         step = FineStep(
             self._matrices,

@@ -17,7 +17,7 @@ from test_bounds import sampled_pass, scores
 from torch.distributions import Categorical
 
 import kfac2
-from kfac2.coarse.directions import RIDGE, Quadratic, coefficients, quadratic, with_correlations
+from kfac2.coarse.directions import RIDGE, Quadratic, coefficients, products, quadratic, with_correlations
 from kfac2.directed import _inner_products, _Layers
 from kfac2.divergence import Matrices, derivatives, kept_of
 
@@ -107,7 +107,7 @@ def test_the_quadratic_model_is_that_of_the_dense_fisher(name):
     matrices = Matrices(layers, 2).of((v, d))
     s, cases = derivatives([kept_of(passed, passed.samples)], layers, matrices)
     gradients = [m.flatten() for m in Matrices(layers, 1).of((gradient,))]
-    model = quadratic(s, cases, *_inner_products(matrices, gradients), _Layers(layers).squares())
+    model = quadratic(products(s) / cases, *_inner_products(matrices, gradients), _Layers(layers).squares())
 
     J, count = scores(task, parameters, len(task.x))
     Z, L = as_columns(layers, v, d), len(layers)
@@ -185,7 +185,7 @@ def test_coefficients_solve_their_equations(tau, seed):
     own = torch.randn(count, 2, 3, dtype=torch.float64)
     grams, weights = own @ own.mT, torch.rand(count, dtype=torch.float64) + 0.5
     slopes = torch.randn(count, 2, dtype=torch.float64)
-    model = quadratic(S.view(40, 2, count), 40, grams, slopes, weights)
+    model = quadratic(S.T @ S / 40, grams, slopes, weights)
     c, Q, b = coefficients(model, tau), model.fisher + model.ridge, slopes.T.flatten()
     assert_equal(c, dense_coefficients(Q, b, tau, RIDGE))
     assert_equal(c, dense_coefficients(Q, b, tau, 0.0), 1e-4)

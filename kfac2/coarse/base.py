@@ -66,6 +66,10 @@ class CoarseSpace(ABC):
             passed: the pass.
         """
 
+    def no_sums(self, layout: Layout) -> tuple[Tensor, ...]:
+        """Return `sums.coarse` of no rows: symmetric matrices, or nothing."""
+        return ()
+
     def maps_of(self, uses: Sequence[Use]) -> list[list[Tensor]]:
         """Return of each use what is to be known of its gradients once they are let go: here, nothing."""
         return [[] for _ in uses]
@@ -83,11 +87,11 @@ class CoarseSpace(ABC):
 
     @abstractmethod
     def without(self, layout: Layout, averages: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
-        """Return averages without a layer.
+        """Return averages, or sums, without a layer.
 
         Args:
             layout: that it is still part of.
-            averages: `Averages.coarse`.
+            averages: `Averages.coarse`, or `Sums.coarse`.
             number: of the layer.
         """
 

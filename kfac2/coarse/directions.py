@@ -40,7 +40,17 @@ class Quadratic(NamedTuple):
     slopes: Tensor
 
 
-def quadratic(s: Tensor, cases: float, grams: Tensor, slopes: Tensor, weights: Tensor) -> Quadratic:
+def products(s: Tensor) -> Tensor:
+    """Return SᵀS, (2L, 2L), which adds up over samples, wherever these are.
+
+    Args:
+        s: derivatives of each sample's log-likelihood along v_i and d_i, (rows, 2, L).
+    """
+    S = s.flatten(1)
+    return S.T @ S
+
+
+def quadratic(fisher: Tensor, grams: Tensor, slopes: Tensor, weights: Tensor) -> Quadratic:
     """Put the model together.
 
     Layer i's part of R is ρ / |W_i|² times the Gram matrix of v_i and d_i: where the Fisher is nearly nothing (layers
@@ -48,18 +58,15 @@ def quadratic(s: Tensor, cases: float, grams: Tensor, slopes: Tensor, weights: T
     are the only scale there is.
 
     Args:
-        s: derivatives of each sample's log-likelihood along v_i and d_i, (rows, 2, L).
-        cases: M.
+        fisher: SᵀS/M, see `products`.
         grams: of v_i and d_i, (L, 2, 2).
         slopes: ⟨v_i, ∇_i⟩ and ⟨d_i, ∇_i⟩, (L, 2).
         weights: |W_i|², (L,), above 0.
     """
-    S = s.flatten(1)
     ridge = (grams.double() * (WEIGHT_SHARE / weights.double())[:, None, None]).permute(1, 2, 0)
     return Quadratic(
-        S.T @ S / cases, torch.diag_embed(ridge).permute(0, 2, 1, 3).reshape(S.shape[1], S.shape[1]),
-        slopes.double().T.flatten(),
-    )  # fmt: skip
+        fisher, torch.diag_embed(ridge).permute(0, 2, 1, 3).reshape(fisher.shape), slopes.double().T.flatten()
+    )
 
 
 def with_correlations(model: Quadratic, last: Tensor | None) -> tuple[Quadratic, Tensor]:

@@ -55,8 +55,7 @@ class Ones(CoarseSpace):
         maps = len(layout.layer_of_map)
         if not layers:
             dtype = torch.float64 if passed.uses[0].x.dtype == torch.float64 else torch.float32
-            zeros = torch.zeros(maps, maps, dtype=dtype, device=layout.device)
-            return zeros, zeros.clone()
+            return _zeros(layout, dtype)
         # One kind after the other, and few samples at a time, so that not all maps are alive together.
         uses = [use for of_layer in layers.values() for use in of_layer]
         numbers = sum(use.layer.maps * use.samples * use.places for use in uses)
@@ -140,8 +139,12 @@ class Ones(CoarseSpace):
             layer_of_block=layout.layer_of_map,
         )
 
+    def no_sums(self, layout: Layout) -> tuple[Tensor, ...]:
+        """Return two matrices of zeros."""
+        return _zeros(layout, layout.dtype)
+
     def without(self, layout: Layout, averages: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
-        """Return the averages without the rows and columns of a layer."""
+        """Return the averages, or the two sums, without the rows and columns of a layer."""
         if not averages:
             return ()
         owners = layout.layer_of_map, layout.layer_of_map, range(len(layout.layers))
@@ -153,12 +156,18 @@ class Ones(CoarseSpace):
         ]
         return tuple(
             matrix[places][:, places]
-            for matrix, places in zip(averages, (kept.to(layout.device) for kept in others), strict=True)
+            for matrix, places in zip(averages, (kept.to(layout.device) for kept in others), strict=False)
         )
 
     def invert(self, averages: tuple[Tensor, ...], damping: float | Tensor) -> tuple[Tensor, Tensor] | None:
         """Return (F_coarse + diag λ_c)⁻¹, eigenvalues floored at 0, and whether that failed."""
         return coarse_inverse(averages[2], damping) if averages else None
+
+
+def _zeros(layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    maps = len(layout.layer_of_map)
+    zeros = torch.zeros(maps, maps, dtype=dtype, device=layout.device)
+    return zeros, zeros.clone()
 
 
 def coarse_inverse(fisher: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,9 @@ class FineSolver(ABC):
     copies: ClassVar[int]
     """How many times the memory of factors `invert` needs for them at most, its results among it."""
 
+    symmetric: ClassVar[tuple[str, ...]] = ()
+    """The fields that hold symmetric matrices, of which half is enough to be sent."""
+
     @abstractmethod
     def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:
         """Invert the blocks of all batches.

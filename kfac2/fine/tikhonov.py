@@ -16,6 +16,7 @@ class Tikhonov(FineSolver):
     """The two damped factors are inverted by Cholesky factorisations; v = G⁻¹ ∇ A⁻¹."""
 
     fields = {"A_inv": "ii", "G_inv": "oo"}  # noqa: RUF012
+    symmetric = ("A_inv", "G_inv")
     copies = 3
 
     def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:

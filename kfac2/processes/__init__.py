@@ -1,6 +1,19 @@
 """Working alone or in a group of processes, one file for each."""
 
-from kfac2.processes.alone import Alone, check_alone
-from kfac2.processes.base import Processes
+from kfac2.processes.alone import ALONE, Alone
+from kfac2.processes.base import Processes, Told
+from kfac2.processes.choice import WORLD, check_plain, processes_of, unwrapped
+from kfac2.processes.fingerprints import checksum, fingerprint
 
-__all__ = ["Alone", "Processes", "check_alone"]
+__all__ = [
+    "ALONE",
+    "WORLD",
+    "Alone",
+    "Processes",
+    "Told",
+    "check_plain",
+    "checksum",
+    "fingerprint",
+    "processes_of",
+    "unwrapped",
+]

@@ -2,54 +2,61 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, distributed
 
-from kfac2.processes.base import Processes
-from kfac2.statistics import Sums
+from kfac2.processes.base import Processes, Told
 
 
 class Alone(Processes):
-    """All work is its own."""
-
-    def add_up(self, sums: Sums) -> Sums:
-        """Return the sums.
-
-        Raises:
-            RuntimeError: if there are other processes by now.
-        """
-        check_alone(())
-        return sums
-
-    def agree(self, flag: bool) -> bool:
-        """Return the flag."""
-        return flag
-
-
-def check_alone(parameters: Iterable[Tensor]) -> None:
-    """Check that this process trains the whole model by itself.
+    """All work is its own.
 
     Args:
-        parameters: of the model.
-
-    Raises:
-        RuntimeError: if torch.distributed has more than one process.
-        ValueError: if a parameter is a DTensor (FSDP2, tensor parallelism).
+        as_asked: whether `process_group=None` said so; else there were no other processes when the optimizer was built.
     """
-    count = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    if count > 1:
-        raise RuntimeError(
-            f"kfac2 trains in one process so far, got torch.distributed with {count}: statistics are not shared "
-            "between processes, so that their replicas of the model would drift apart; train in one process, or with "
-            "another optimizer"
-        )
-    tensor = sys.modules.get("torch.distributed.tensor")  # without it there is no DTensor
-    for number, parameter in enumerate(parameters):
-        if tensor is not None and isinstance(parameter, tensor.DTensor):
-            raise ValueError(
-                f"parameters must be plain tensors, got a DTensor (FSDP2, tensor parallelism) of shape "
-                f"{tuple(parameter.shape)} at number {number}: statistics of sharded weights are not there yet; build "
-                "the optimizer for a model that is not sharded, or train it with another optimizer"
+
+    def __init__(self, as_asked: bool = False) -> None:
+        self._as_asked = as_asked
+
+    def check(self) -> None:
+        """Check that no group has been made since."""
+        if not self._as_asked and world_size() > 1:
+            raise RuntimeError(
+                f"the optimizer was built before torch.distributed had its {world_size()} processes, so that it would "
+                "train in one: call init_process_group first, or give process_group=None if that is what you want"
             )
+
+    def labels(self, moment: int, number: int) -> AbstractContextManager[None]:
+        """Do nothing: labels are drawn from torch's global generator."""
+        return nullcontext()
+
+    def added(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors."""
+        return list(tensors)
+
+    def send(self, what: str, flat: Tensor, owner: int) -> Callable[[], None]:
+        """Send nothing."""
+        return lambda: None
+
+    def meet(
+        self,
+        occasion: str,
+        alike: Mapping[str, float],
+        own: Mapping[str, float],
+        describe: Callable[[], Mapping[str, object]],
+    ) -> Told:
+        """Return this process's own numbers."""
+        return Told({name: [value] for name, value in own.items()})
+
+    def check_alike(self, facts: Mapping[str, object]) -> None:
+        """Do nothing."""
+
+
+ALONE = Alone(as_asked=True)
+
+
+def world_size() -> int:
+    """Return how many processes torch.distributed has; 1 where there is no group."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

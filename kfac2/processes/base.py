@@ -1,19 +1,110 @@
-"""How several processes that train one model share the work of the statistics and of the inverses."""
+"""How the processes that train one model, each on its own part of every batch, work as one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
-from kfac2.statistics import Sums
+from torch import Tensor
+
+
+class Told(NamedTuple):
+    """What the processes have told each other at a meeting.
+
+    Attributes:
+        numbers: by name, one for each rank.
+    """
+
+    numbers: Mapping[str, Sequence[float]]
+
+    def any(self, name: str) -> bool:
+        """Tell whether a number is not 0 on any rank."""
+        return any(self.numbers[name])
+
+    def all(self, name: str) -> bool:
+        """Tell whether a number is not 0 on all ranks."""
+        return all(self.numbers[name])
 
 
 class Processes(ABC):
-    """The processes that train one model, each on its own part of every batch."""
+    """The processes that train one model.
+
+    A *meeting* is an iteration in which they talk to each other. All know beforehand which is the next one, so that
+    none waits for another that does not come; between two meetings none says a word.
+
+    Attributes:
+        rank: of this process among them.
+        size: how many there are.
+        seed: that labels are drawn with; None: they are drawn from torch's global generator.
+    """
+
+    rank: int = 0
+    size: int = 1
+    seed: int | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.size == 1
 
     @abstractmethod
-    def add_up(self, sums: Sums) -> Sums:
-        """Return the sums of all processes."""
+    def check(self) -> None:
+        """Check that these are still all processes; a RuntimeError says what is wrong."""
 
     @abstractmethod
-    def agree(self, flag: bool) -> bool:
-        """Tell whether the flag is set in any process, so that all decide alike."""
+    def labels(self, moment: int, number: int) -> AbstractContextManager[None]:
+        """Draw numbers inside of this that no other process draws, nor this one at another time.
+
+        Args:
+            moment: the iteration.
+            number: counts the draws of an iteration.
+        """
+
+    @abstractmethod
+    def added(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Add up tensors of all processes, one message for each dtype; all get the same bits.
+
+        Args:
+            what: for errors.
+            tensors: of the same shapes and dtypes in all processes.
+        """
+
+    @abstractmethod
+    def send(self, what: str, flat: Tensor, owner: int) -> Callable[[], None]:
+        """Begin to send a tensor of one process to all, in place; return what waits for it.
+
+        Args:
+            what: for errors.
+            flat: what is sent, or where it is received; of one size in all processes.
+            owner: the rank that sends.
+        """
+
+    @abstractmethod
+    def meet(
+        self,
+        occasion: str,
+        alike: Mapping[str, float],
+        own: Mapping[str, float],
+        describe: Callable[[], Mapping[str, object]],
+    ) -> Told:
+        """Tell each other some numbers: one message of a few of them, whatever the model.
+
+        Args:
+            occasion: a word of `group.OCCASIONS`.
+            alike: what must be the same in all processes; integers below 2⁵³.
+            own: what may differ.
+            describe: gives what to compare, and tell, where something is not alike.
+
+        Raises:
+            RuntimeError: in all processes, if the occasion or a number of `alike` is another in one of them.
+        """
+
+    @abstractmethod
+    def check_alike(self, facts: Mapping[str, object]) -> None:
+        """Check that facts are the same in all processes; a ValueError names those that are not, and their values.
+
+        Args:
+            facts: by name, what `pickle` takes.
+        """

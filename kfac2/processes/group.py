@@ -1,0 +1,199 @@
+"""A group of processes of torch.distributed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from torch import Tensor, distributed
+
+from kfac2.processes.base import Processes, Told
+from kfac2.processes.packing import in_buckets
+
+OCCASIONS = ("statistics", "rows", "nothing", "accumulate", "closure", "state_dict")
+WIDTH = 20  # numbers of a rank at a meeting, whatever the occasion: so no two messages have different sizes
+
+
+class Group(Processes):
+    """Processes that talk through a process group, which has DDP's messages, too.
+
+    Args:
+        group: the process group.
+        device: of the layers.
+
+    Attributes:
+        traffic: bytes that were handed to each kind of collective, and how many there were.
+
+    Raises:
+        ValueError: if the group cannot send tensors of that device.
+    """
+
+    def __init__(self, group: distributed.ProcessGroup, device: torch.device) -> None:
+        self._group = group
+        self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
+        self._device = _device_for_numbers(group, device)
+        self.traffic: Counter[tuple[str, str]] = Counter()
+        with self._named("broadcast of the seed of drawn labels"):
+            seed = torch.tensor(torch.initial_seed() % 2**63, device=self._device)
+            distributed.broadcast(seed, group=group, group_src=0)
+        self.seed = int(seed)
+
+    def check(self) -> None:
+        """Check that the group is still there."""
+        try:
+            is_there = distributed.is_initialized() and bool(distributed.get_process_group_ranks(self._group))
+        except (RuntimeError, ValueError, KeyError):
+            is_there = False
+        if not is_there:
+            raise RuntimeError(
+                "process_group must stay as long as the optimizer trains, got one that was destroyed: build the "
+                "optimizer anew, and load its state"
+            )
+
+    @contextmanager
+    def labels(self, moment: int, number: int) -> Iterator[None]:
+        """Seed torch's generators by seed, moment, number and rank; afterwards they are as they were.
+
+        So nothing but the seed is to be saved, and a run that is resumed draws the same labels.
+        """
+        text = f"{self.seed} {moment} {number} {self.rank}"
+        own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % 2**63
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(own)
+            yield
+
+    def added(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Add up tensors of all ranks: one all-reduce for each dtype, the next copied while the last is on its way."""
+
+        def begin(flat: Tensor) -> Callable[[], None]:
+            return self._begin("all_reduce", f"all-reduce of {what}", flat)
+
+        return in_buckets(tensors, begin)
+
+    def send(self, what: str, flat: Tensor, owner: int) -> Callable[[], None]:
+        """Begin a broadcast."""
+        return self._begin("broadcast", f"broadcast of {what} by rank {owner}", flat, group_src=owner)
+
+    def _begin(self, collective: str, what: str, flat: Tensor, **arguments: int) -> Callable[[], None]:
+        self._count(collective, flat)
+        with self._named(what):
+            work = getattr(distributed, collective)(flat, group=self._group, async_op=True, **arguments)
+
+        def wait() -> None:
+            with self._named(what):
+                work.wait()
+
+        return wait
+
+    def meet(
+        self,
+        occasion: str,
+        alike: Mapping[str, float],
+        own: Mapping[str, float],
+        describe: Callable[[], Mapping[str, object]],
+    ) -> Told:
+        """Gather one row of numbers from each rank, of the same size on every occasion."""
+        self.check()
+        numbers = [OCCASIONS.index(occasion), len(alike), *alike.values(), *own.values()]
+        row = torch.zeros(WIDTH, dtype=torch.float64)
+        row[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+        row = row.to(self._device)
+        rows = torch.empty(self.size, WIDTH, dtype=torch.float64, device=self._device)
+        self._count("all_gather", rows)
+        with self._named(f"all-gather of what is agreed on ({occasion})"):
+            distributed.all_gather([*rows.unbind()], row, group=self._group)
+        table = rows.tolist()
+        if len({row[0] for row in table}) > 1:
+            called = _by_rank([OCCASIONS[int(row[0])] for row in table])
+            self._differ([f"what they meet for is {called}"], describe)
+        columns = list(zip(*(row[2:] for row in table), strict=True))
+        for name, column in zip(alike, columns, strict=False):
+            if len(set(column)) > 1:
+                self._differ([], describe, f"{name} is {_by_rank([int(value) for value in column])}")
+        return Told(dict(zip(own, columns[len(alike) :], strict=False)))
+
+    def _differ(self, found: list[str], describe: Callable[[], Mapping[str, object]], or_else: str = "") -> NoReturn:
+        """Tell in all processes what is not alike; they all know by now that something is not."""
+        told = [*found, *self.different(describe())] or [or_else]
+        hint = ""
+        if any("checksum" in one for one in told):
+            hint = " (before each step, gradients must have been averaged over them, as DistributedDataParallel does)"
+        raise RuntimeError(f"all ranks must train alike, got other values on some of them: {'; '.join(told)}{hint}")
+
+    def different(self, facts: Mapping[str, object]) -> list[str]:
+        """Compare facts with those of the other ranks; return sentences about those that differ."""
+        gathered: list[Mapping[str, object]] = [{} for _ in range(self.size)]
+        with self._named("all-gather of settings"):
+            distributed.all_gather_object(gathered, dict(facts), group=self._group)
+        names = dict.fromkeys(name for one in gathered for name in one)
+        columns = {name: [one.get(name, "nothing") for one in gathered] for name in names}
+        return [
+            f"{name} is {_by_rank(values)}" for name, values in columns.items() if any(v != values[0] for v in values)
+        ]
+
+    def check_alike(self, facts: Mapping[str, object]) -> None:
+        """Compare facts with those of the other ranks."""
+        told = self.different(facts)
+        if told:
+            raise ValueError(
+                f"all ranks must be built alike, got other values on some of them: {'; '.join(told)}. Models that "
+                "differ are made alike by DistributedDataParallel, or by broadcasting their parameters, before the "
+                "optimizer is built"
+            )
+
+    def _count(self, collective: str, tensor: Tensor) -> None:
+        self.traffic[collective, "bytes"] += tensor.numel() * tensor.element_size()
+        self.traffic[collective, "messages"] += 1
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Say which collective it was that failed."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the {what} failed on rank {self.rank} of {self.size}: another process has ended, or did not come "
+                f"within the group's timeout. Start all of them again from the last checkpoint ({error})"
+            ) from error
+
+
+def _device_for_numbers(group: distributed.ProcessGroup, device: torch.device) -> torch.device:
+    """Return where what is read by the host may lie: on the CPU if the group sends from there."""
+    backends = _backends(group)
+    backend = backends.get(device.type)
+    if backend is None or (device.type == "cuda" and backend == "gloo"):
+        wanted = "nccl" if device.type == "cuda" else "gloo"
+        raise ValueError(
+            f"process_group must have a backend for {device.type}, where the layers are, got {backends}: take "
+            f"init_process_group('{device.type}:{wanted}'), or process_group=None to train each process by itself"
+        )
+    return torch.device("cpu") if "cpu" in backends else device
+
+
+def _backends(group: distributed.ProcessGroup) -> dict[str, str]:
+    """Return the backend of each type of device."""
+    backends = {}
+    for device in ("cpu", "cuda"):
+        try:
+            name = type(group._get_backend(torch.device(device))).__name__
+        except RuntimeError:
+            continue
+        backends[device] = name.removeprefix("ProcessGroup").strip("_").lower()
+    return backends
+
+
+def _by_rank(values: Sequence[object]) -> str:
+    """Write values with the ranks that have them; many ranks that have the same in one."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(repr(value), []).append(rank)
+    told = []
+    for value, own in ranks.items():
+        shown = ", ".join(map(str, own[:8])) + (", ..." if len(own) > 8 else "")
+        told.append(f"{value} on rank{'s' if len(own) > 1 else ''} {shown}")
+    return " and ".join(told)
