@@ -140,7 +140,7 @@ def train(job: Job) -> Record:
     optimizer = RIVALS[job.rival].make(model, job.settings)
     generator = torch.Generator().manual_seed(job.seed + 1000)
     problem.draw(problem.batch, torch.Generator())  # reads the data, which no run's time should have
-    torch.manual_seed(job.seed + 2000)  # of the labels that K-FAC draws
+    torch.manual_seed(job.seed + RIVALS[job.rival].labels)
     losses, in_steps, start = [], 0.0, clock.now()
     for _ in range(job.steps):
         x, y = problem.draw(problem.batch, generator)

@@ -29,6 +29,7 @@ TICKS = (  # up to which ratio of the ends of a logarithmic axis which multiples
 )
 STYLES = {  # Okabe and Ito's colours, told apart by colour-blind readers; line styles beside them for print
     "one": ("#000000", "-"),
+    "again": ("#999999", ":"),
     "ones": ("#E69F00", "--"),
     "directions": ("#D55E00", "-"),
     "pair": ("#CC79A7", "-."),

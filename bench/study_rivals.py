@@ -1,7 +1,8 @@
 """The rivals of `study.py`: what each optimizer is, which box is searched for it, and the points of that box.
 
 This is the place to change a box. Point 0 is the rival as it comes; the others are of one scrambled Sobol sequence,
-equally many for every rival.
+equally many for every rival. All kinds of K-FAC have the same box, hence the same points: what differs between them is
+their second level. `again` is one level with other labels drawn for its Fisher: what differs there is chance.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Rival(NamedTuple):
     make: Callable[[nn.Module, Settings], Optimizer]
     box: dict[str, Axis]
     missing: Callable[[], str | None] = lambda: None  # what it lacks here, if it cannot run
+    labels: int = 2000  # added to the seed of a run, the seed of the labels that K-FAC draws
 
 
 def _kfac(model: nn.Module, settings: Settings, **fixed: Any) -> Optimizer:
@@ -112,15 +114,14 @@ _LAYERWISE: dict[str, Axis] = {
     "momentum": Uniform(0.4, 0.9),
     "max_change": Choice((None, 0.02)),
 }
-_PAIR: dict[str, Axis] = {**_LAYERWISE, "kl_bound": Log(0.1, 5.0, is_divergence=True)}
-_DIRECTIONS: dict[str, Axis] = {**_PAIR, "coarse_damping": Choice((1.0, 3.0))}
 RIVALS = {
     "one": Rival("K-FAC, one level", partial(_kfac, levels=1), _LAYERWISE),
+    "again": Rival("K-FAC, one level, other labels drawn", partial(_kfac, levels=1), _LAYERWISE, labels=3000),
     "ones": Rival("K-FAC, the paper's two levels", partial(_kfac, levels=2), _LAYERWISE),
-    "directions": Rival("K-FAC, directions", partial(_kfac, coarse="directions"), _DIRECTIONS),
+    "directions": Rival("K-FAC, directions", partial(_kfac, coarse="directions"), _LAYERWISE),
     "pair": Rival(
         "K-FAC, one step size and momentum for all", partial(_kfac, coarse="directions", coarse_damping=math.inf),
-        _PAIR,
+        _LAYERWISE,
     ),
     "adamw": Rival("AdamW", _adamw, {"lr": Log(3e-4, 3e-2), "beta1": Choice((0.8, 0.9, 0.95))}),
     "soap": Rival("SOAP", _soap, {"lr": Log(1e-3, 3e-2)}, _no_soap),

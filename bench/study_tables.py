@@ -184,7 +184,7 @@ def sentence(each: dict[str, Outcomes], rival: str) -> str:
     both = {problem: found for problem, found in each.items() if rival in found}
     if not both:
         return f"`{rival}` has no records."
-    at_last, at_late, worse = [], [], []
+    at_last, at_late, worse, higher = [], [], [], []
     for problem, found in both.items():
         pairs = [
             (change(s, b), change(t, c)) for s, b, t, c in
@@ -196,11 +196,15 @@ def sentence(each: dict[str, Outcomes], rival: str) -> str:
         steps, seconds = pairs[-1]
         if steps > WORSE or seconds > WORSE:
             worse.append(f"{problem} ({percent(steps)}, {percent(seconds)})")
+        end = change(found[rival].finals[0], found[BASE].finals[0])
+        if end > WORSE:
+            higher.append(f"{problem} ({percent(end)})")
     return (
         f"`{rival}` needs at least {-100 * FEWER:.0f} % fewer steps and at least {-100 * FASTER:.0f} % less time than "
         f"`{BASE}` to the last target on {len(at_last)} of {len(both)} problems{named(at_last)}, to each of the last "
         f"{LATE} targets on {len(at_late)}; to the last target it needs over {100 * WORSE:.0f} % more steps or more "
-        f"time (steps, time; {NEVER}: never there) on {len(worse)}{named(worse)}."
+        f"time (steps, time; {NEVER}: never there) on {len(worse)}{named(worse)}; it ends at a loss over "
+        f"{100 * WORSE:.0f} % higher on {len(higher)}{named(higher)}."
     )
 
 
@@ -228,6 +232,19 @@ def effort(records: Sequence[Record]) -> str:
     return table(["problem", *RIVALS], rows)
 
 
+def sensitivity(records: Sequence[Record]) -> str:
+    """Write the median and the worst final loss of each rival over all its points on seed 0."""
+    known = [p for p in PROBLEMS if any(r["problem"] == p for r in records)]
+    rows = []
+    for problem in known:
+        row = [problem]
+        for rival in RIVALS:
+            ends = [final(r) for r in records if (r["problem"], r["rival"], r["seed"]) == (problem, rival, 0)]
+            row.append(f"{digits(float(np.median(ends)))} ({digits(max(ends))})" if ends else "")
+        rows.append(row)
+    return table(["problem", *RIVALS], rows)
+
+
 def readme(records: Sequence[Record]) -> str:
     """Write everything."""
     rivals = "\n".join(f"- `{name}`: {rival.title}" for name, rival in RIVALS.items())
@@ -242,6 +259,7 @@ Each rival has the same number of points on seed 0: as it comes, and a scrambled
 (`bench/study_rivals.py`). Its winner has the least mean training loss over the last tenth of the steps; winner and the
 rival as it comes are run on other seeds, of which all numbers here are medians. Targets are the least losses that the
 median curve of `{BASE}` (running mean over 5 % of the steps, at least 5) has had by {shares} % of its run.
+`again` is `{BASE}` with other labels drawn for its Fisher, in the search and after it: so much is chance.
 *Seconds* are steps times the median seconds of a step, drawing of batches left out; {NEVER}: never.
 
 ![by steps](tuned-steps.png)
@@ -259,6 +277,12 @@ median curve of `{BASE}` (running mean over 5 % of the steps, at least 5) has ha
 ![by seconds](untuned-seconds.png)
 
 {part(records, is_tuned=False)}
+
+## How much the settings matter
+
+Final training loss over all points that were searched, on seed 0: the median, and the worst ({NEVER}: it diverged)
+
+{sensitivity(records)}
 
 ## Points searched
 

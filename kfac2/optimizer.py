@@ -44,7 +44,8 @@ class KFAC(Readings, Optimizer):
 
     With `coarse="directions"` layer i moves by d_i ← α_i v_i + β_i d_i in place of momentum, W_i ← W_i - η d_i. The
     coefficients minimise the quadratic model of the loss, all layers coupled through the Fisher of the rows at hand
-    (`kfac2.coarse.directions`), held to η² dᵀFd ≤ K/5 and η|d_i| ≤ 0.3 |W_i|; blocks are then damped by c = 0.01 at
+    (`kfac2.coarse.directions`), held to η² dᵀFd ≤ ℓ² K/5 and η|d_i| ≤ 0.3 |W_i|, with ℓ from 0.1 to 10 that follows
+    how much of a step the next batches confirm (`kfac2.signal_share`); blocks are then damped by c = 0.01 at
     most. `accumulate_fisher` is wanted in each iteration, as long as the next batches confirm such steps; where they do
     not, as with small noisy batches, steps are one level's, but for a trial every 20th. It costs least with a function
     that makes a forward pass of some samples,

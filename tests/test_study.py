@@ -50,7 +50,8 @@ def test_steps_to_targets_and_changes():
         assert steps == math.ceil(100 * share / 2) + 1 or steps == math.ceil(100 * share / 2) + 2
     assert found["soap"].seconds == pytest.approx([0.15 * s for s in found["soap"].steps])
     text = study_tables.sentence({SMALL: found}, "soap")
-    assert f"on 1 of 1 problems: {SMALL}, to each of the last 3 targets on 1" in text and text.endswith("on 0.")
+    assert f"on 1 of 1 problems: {SMALL}, to each of the last 3 targets on 1" in text
+    assert "more time (steps, time; –: never there) on 0; it ends at a loss over 3 % higher on 0." in text  # noqa: RUF001
     _, tuned = study_tables.outcomes(slow + fast, SMALL, is_tuned=True)
     assert tuned["one"].settings == {} and tuned["soap"].settings == {"lr": 1} and tuned["soap"].runs == 1
     assert study_tables.percent(study_tables.change(65, 100)) == "-35 %"
@@ -78,10 +79,21 @@ def test_what_never_arrives_or_diverges():
     assert math.isinf(found["adamw"].steps[-1]) and found["adamw"].diverged == 1
     never = study_tables.NEVER
     text = study_tables.sentence({SMALL: found}, "adamw")
-    assert text.endswith(f"more time (steps, time; {never}: never there) on 1: {SMALL} ({never}, {never}).")
+    assert f"more time (steps, time; {never}: never there) on 1: {SMALL} ({never}, {never}); it ends" in text
+    ends = [np.mean(np.exp(-rate * np.arange(90, 100) / 100)) for rate in (0.5, 1.0)]
+    assert text.endswith(f"over 3 % higher on 1: {SMALL} ({study_tables.percent(ends[0] / ends[1] - 1)}).")
     shown = study_tables.readme(base + worse)
     assert f"{SMALL}: {PROBLEMS[SMALL].title}; 3 seeds" in shown and "1 diverged" in shown
     assert json.loads(json.dumps(base + worse, allow_nan=False)) == base + worse
+
+
+def test_how_much_the_settings_matter():
+    ends = [0.1, 0.4, 0.2]
+    runs = [record([end] * 10, seed=0, point=point) for point, end in enumerate(ends)]
+    runs += [record([0.3] * 10, "soap", 0), record([0.1] * 9 + [None], "soap", 0, point=1), record([9.0] * 10)]
+    line = next(line for line in study_tables.sensitivity(runs).splitlines() if SMALL in line)
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[2] == "0.2 (0.4)" and cells[-2] == f"{study_tables.NEVER} ({study_tables.NEVER})"
 
 
 def inside(axis, value, nats):
@@ -103,6 +115,8 @@ def test_every_rival_has_as_many_points_all_of_them_in_its_box(nats):
             assert list(point) == list(rival.box)
             assert all(inside(axis, point[side], nats) for side, axis in rival.box.items()), (name, point)
     assert study_rivals.points("one", 1, nats) == [{}]
+    of_one = study_rivals.points("one", 12, nats)
+    assert all(study_rivals.points(name, 12, nats) == of_one for name in ("again", "ones", "directions", "pair"))
 
 
 def test_a_box_with_too_few_points_is_an_error(monkeypatch):
