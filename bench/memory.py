@@ -8,6 +8,7 @@ own on a CPU, which are not.
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,7 @@ def measured(net: str, batch: int, settings: Mapping[str, Any] | None) -> dict[s
         Peaks of each kind of step; of K-FAC also `held` (factors and inverses), and `refresh above`: by how much a
         refresh of inverses goes above what was live before it.
     """
+    gc.collect()  # what the last optimizer left in cycles would be freed in the middle of the count
     meter = Meter()
     with meter.counting():
         torch.manual_seed(0)
