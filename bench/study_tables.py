@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +25,14 @@ def final(record: Record) -> float:
     return math.inf if record["diverged"] else float(np.mean(record["losses"][-last:]))
 
 
+def searched(records: Iterable[Record], problem: str, rival: str) -> list[Record]:
+    """Return the runs of a search, which are on seed 0."""
+    return [r for r in records if (r["problem"], r["rival"], r["seed"]) == (problem, rival, 0)]
+
+
 def winner(records: Iterable[Record], problem: str, rival: str) -> int | None:
     """Return the point with the least final loss on seed 0, the first of equals; None if nothing is recorded."""
-    tried = [r for r in records if (r["problem"], r["rival"], r["seed"]) == (problem, rival, 0)]
+    tried = searched(records, problem, rival)
     return min(tried, key=lambda r: (final(r), r["point"]))["point"] if tried else None
 
 
@@ -224,24 +229,23 @@ def part(records: Sequence[Record], is_tuned: bool) -> str:
 
 def effort(records: Sequence[Record]) -> str:
     """Write how many points of each rival are recorded on seed 0 of each problem: these numbers must be equal."""
-    known = [p for p in PROBLEMS if any(r["problem"] == p for r in records)]
-    rows = [
-        [p, *(str(sum((r["problem"], r["rival"], r["seed"]) == (p, rival, 0) for r in records)) for rival in RIVALS)]
-        for p in known
-    ]
-    return table(["problem", *RIVALS], rows)
+    return of_searches(records, lambda runs: str(len(runs)))
 
 
 def sensitivity(records: Sequence[Record]) -> str:
     """Write the median and the worst final loss of each rival over all its points on seed 0."""
+
+    def cell(runs: Sequence[Record]) -> str:
+        ends = [final(r) for r in runs]
+        return f"{digits(float(np.median(ends)))} ({digits(max(ends))})" if ends else ""
+
+    return of_searches(records, cell)
+
+
+def of_searches(records: Sequence[Record], cell: Callable[[Sequence[Record]], str]) -> str:
+    """Write a table, problems by rivals, of what is to be told of the runs of each search."""
     known = [p for p in PROBLEMS if any(r["problem"] == p for r in records)]
-    rows = []
-    for problem in known:
-        row = [problem]
-        for rival in RIVALS:
-            ends = [final(r) for r in records if (r["problem"], r["rival"], r["seed"]) == (problem, rival, 0)]
-            row.append(f"{digits(float(np.median(ends)))} ({digits(max(ends))})" if ends else "")
-        rows.append(row)
+    rows = [[problem, *(cell(searched(records, problem, rival)) for rival in RIVALS)] for problem in known]
     return table(["problem", *RIVALS], rows)
 
 

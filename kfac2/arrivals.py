@@ -116,7 +116,7 @@ class Taking:
         sums: Sequence[Tensor | None] = [None] * len(uses)
         maps: Sequence[Sequence[Tensor]] = [()] * len(uses)
         if wanted.is_summed:
-            sums, maps = _sums([rows for _, rows in waiting]), wanted.maps_of(uses)
+            sums, maps = _sums([rows for _, rows in waiting], self._expected.scale**2), wanted.maps_of(uses)
             if wanted.squares_of is not None:
                 for layer in dict.fromkeys(use.layer for use in uses):
                     own = sorted((use for use in uses if use.layer is layer), key=lambda use: use.order)
@@ -228,11 +228,12 @@ def taken_of(passed: Pass, wanted: Wanted) -> Pass:
     return replace(passed, uses=uses, squares=taking.squares_of(uses))
 
 
-def _sums(uses: Sequence[Use]) -> list[Tensor]:
-    """Return Σ g gᵀ of each use, in one native call; 0 where no row is left."""
+def _sums(uses: Sequence[Use], scale: float) -> list[Tensor]:
+    """Return Σ g gᵀ of each use times a scale, in one native call; 0 where no row is left."""
     rows = [use.counted_grads() for use in uses]
     some = [r for r in rows if r.tensor.numel()]
-    sums = iter(ops.covariances([r.tensor for r in some], [r.window for r in some]) if some else ())
+    scales = [scale] * len(some)
+    sums = iter(ops.covariances([r.tensor for r in some], [r.window for r in some], scales=scales) if some else ())
     return [next(sums) if r.tensor.numel() else _zeros(use, r.tensor.dtype) for use, r in zip(uses, rows, strict=True)]
 
 

@@ -142,11 +142,7 @@ class Collector:
             uses = [use_of(*pair, self.batch_dim) for pair in held if pair[0] in giving and gives_rows(pair[0])]
             samples = batch_size(uses, scores.leading) if uses else 1
         else:
-            uses = [
-                sizes_of(capture, self.batch_dim)
-                for capture, _ in graph.found
-                if capture in giving and gives_rows(capture)
-            ]
+            uses = [sizes_of(c, self.batch_dim) for c, _ in graph.found if c in giving and gives_rows(c)]
             samples = self._guessed(uses, scores.leading)
         while True:
             expected = Pass(self._in_order(uses), scores.cases, samples, scores.weight, misplaced=self._misplaced)
@@ -192,10 +188,7 @@ class Collector:
                 "the thread that has built the optimizer, or called its last step(); "
                 "got one whose graph holds no use of a handled layer's weight"
             )
-        for capture in sorted(came, key=lambda capture: capture.order):
-            reason = self._why_no_rows(capture)
-            if reason is not None:
-                self._leaves(capture.layer, reason)
+        self._leave_without_rows(sorted(came, key=lambda capture: capture.order))
 
     def _again(self, graph: _Graph, first: Pass, direction: Tensor, wanted: Wanted | None) -> Pass:
         """Make a pass of other gradients of the same uses: what counts is known, and the inputs have been counted."""
@@ -323,18 +316,22 @@ class Collector:
             return "its input was overwritten in place before its statistics were taken"
         return capture.layer.reason_against(capture.call)
 
-    def _that_give_rows(self, reached: Reached) -> list[tuple[Capture, Tensor]]:
-        """Return the captures of which rows can be made; a layer that has another one leaves."""
-        for capture, _ in reached:
+    def _leave_without_rows(self, captures: Sequence[Capture]) -> None:
+        """Let layers leave of which there is a capture that gives no rows."""
+        for capture in captures:
             reason = self._why_no_rows(capture)
             if reason is not None:
                 self._leaves(capture.layer, reason)
+
+    def _that_give_rows(self, reached: Reached) -> list[tuple[Capture, Tensor]]:
+        """Return the captures of which rows can be made; a layer that has another one leaves."""
+        self._leave_without_rows([capture for capture, _ in reached])
         return [(capture, g) for capture, g in reached if capture.layer in self._layers]
 
     def _pass_of(self, reached: Reached, count_cases: Callable[[Use, int], int]) -> Pass | None:
         """Make a pass of captures and gradients."""
         # A layer without rows (an expert without tokens) is not used in this pass.
-        own = [(c, g) for c, g in reached if c.layer in self._layers and g.numel() and c.x.numel()]
+        own = [(capture, g) for capture, g in reached if capture.layer in self._layers and gives_rows(capture)]
         uses = [use_of(capture, g, self.batch_dim) for capture, g in own]
         if not uses:
             return None

@@ -13,7 +13,7 @@ from kfac2.descent import Rate, times
 from kfac2.divergence import KeptPass, Matrices, derivatives
 from kfac2.kinds import Layer
 from kfac2.own_steps import OwnSteps
-from kfac2.processes import ALONE, Processes
+from kfac2.processes import Processes
 from kfac2.signal_share import SignalShare
 from kfac2.weight_norms import WeightNorms
 
@@ -127,8 +127,8 @@ class Directed(OwnSteps):
         bound: float | None,
         factor: Rate,
         found: Tensor | None,
-        processes: Processes = ALONE,
-        has_rows: bool | None = None,
+        processes: Processes,
+        has_rows: bool,
     ) -> set[int]:
         """Take a step with the layers that have rows, and return ids of the parameters that have moved.
 
@@ -145,9 +145,8 @@ class Directed(OwnSteps):
             factor: of all rates.
             found: on the device, 1 where the step is to be skipped; None where it is not.
             processes: whose rows count together.
-            has_rows: whether some process has rows; by default, whether there are `passes`.
+            has_rows: whether some process has rows.
         """
-        has_rows = bool(passes) if has_rows is None else has_rows
         if has_rows and processes.is_alone:
             used = {use.layer for one in passes for use in one.uses}
             layers = [layer for layer in layers if layer in used]
@@ -158,17 +157,20 @@ class Directed(OwnSteps):
             self.signal.rows = min(1.0, self._samples() / batch)
         if self._layers is None or not self._layers.fits(layers):
             self._layers = _Layers(layers)
-        own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.grad is not None]
-        parts = {id(p): p for p in own}
+        parts = _with_gradients(layers)
         group_of = {id(p): group for group in groups for p in group["params"]}
         # one level's step without momentum is not kept: the buffer is then of a step in the space, long ago
         last = {
             key: state[p].get("momentum_buffer") if self.signal.waits or group_of[key]["momentum"] else None
             for key, p in parts.items()
         }
-        if not has_rows:
+
+        def given(layers: Sequence[Layer]) -> tuple[_Settings, list[Tensor]]:
             settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
-            gradients = [gradient(layer) for layer in layers]
+            return settings, [gradient(layer) for layer in layers]
+
+        if not has_rows:
+            settings, gradients = given(layers)
             _, slopes = _inner_products(self._layers.matrices.of((last, last)), gradients)
             self._measure(self._layers.names, slopes[:, 1], settings.rates, found)
             return set()
@@ -178,11 +180,8 @@ class Directed(OwnSteps):
         of = self._layers
         if len(places) < len(layers):  # no process has rows of the others
             layers, matrices = [layers[i] for i in places], [matrices[i] for i in places]
-            own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and id(p) in parts]
-            parts = {id(p): p for p in own}
-            of = _Layers(layers)
-        settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
-        gradients = [gradient(layer) for layer in layers]
+            parts, of = _with_gradients(layers), _Layers(layers)
+        settings, gradients = given(layers)
         self.latest = self._solved(fisher, of, matrices, gradients, settings, tau, bound, found)
         on_host = found is None and self.latest.fine.device.type == "cpu"
         fine_and_last = (list(c.tolist() if on_host else c.unbind()) for c in (self.latest.fine, self.latest.last))
@@ -257,6 +256,12 @@ class Directed(OwnSteps):
             names, correlations = tuple(state["names"]), state["correlations"].to(device)
             self._correlations = names, correlations
             self.latest = Coefficients(names, *torch.full_like(correlations[0], torch.nan).chunk(2))
+
+
+def _with_gradients(layers: Sequence[Layer]) -> dict[int, Tensor]:
+    """Return the parameters of layers that have a gradient, by id."""
+    parameters = (p for layer in layers for p in (layer.weight, layer.bias) if p is not None)
+    return {id(p): p for p in parameters if p.grad is not None}
 
 
 def _fisher(

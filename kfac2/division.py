@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from kfac2.fine import Fields, FineSolver
 from kfac2.kinds import Layer
-from kfac2.layout import Layout
+from kfac2.layout import Batch, Layout
 from kfac2.options import check_option
 from kfac2.processes import Processes
 from kfac2.processes.packing import packed, packed_shape, unpacked
@@ -165,22 +166,19 @@ def _share(layers: Sequence[Layer], number: int, count: int) -> list[Layer]:
     return [layer for place, layer in enumerate(layers) if place % count == number]
 
 
-def _is_symmetric(name: str, fine: FineSolver) -> bool:
-    return name in fine.symmetric
-
-
 def _flat_fields(fields: Fields, fine: FineSolver) -> list[Tensor]:
-    return [packed(s) if _is_symmetric(name, fine) else s for name, stacks in fields.items() for s in stacks]
+    return [packed(s) if name in fine.symmetric else s for name, stacks in fields.items() for s in stacks]
+
+
+def _sent_shape(batch: Batch, name: str, fine: FineSolver) -> tuple[int, ...]:
+    """Return the shape in which the entries of a field of a batch are sent."""
+    shape = fine.shape(name, batch)
+    return batch.blocks, *(packed_shape(shape[0]) if name in fine.symmetric else shape)
 
 
 def _size(layout: Layout, name: str, fine: FineSolver) -> int:
     """Return how many numbers of a field are sent."""
-    total = 0
-    for batch in layout.batches:
-        shape = fine.shape(name, batch)
-        shape = packed_shape(shape[0]) if _is_symmetric(name, fine) else shape
-        total += batch.blocks * torch.Size(shape).numel()
-    return total
+    return sum(math.prod(_sent_shape(batch, name, fine)) for batch in layout.batches)
 
 
 def _bytes(layout: Layout, fine: FineSolver) -> int:
@@ -194,10 +192,9 @@ def _fields_of(flat: Tensor, layout: Layout, fine: FineSolver) -> Fields:
     for name in fine.fields:
         fields[name] = []
         for batch in layout.batches:
-            shape = fine.shape(name, batch)
-            sent = packed_shape(shape[0]) if _is_symmetric(name, fine) else shape
-            end = begin + batch.blocks * torch.Size(sent).numel()
-            part = flat[begin:end].view(batch.blocks, *sent)
-            fields[name].append(unpacked(part, shape[0]) if _is_symmetric(name, fine) else part)
+            sent = _sent_shape(batch, name, fine)
+            end = begin + math.prod(sent)
+            part = flat[begin:end].view(sent)
+            fields[name].append(unpacked(part, fine.shape(name, batch)[0]) if name in fine.symmetric else part)
             begin = end
     return fields

@@ -20,7 +20,8 @@ class Taken:
     """What was taken of the gradients of a use while they were there.
 
     Attributes:
-        G: Σ g gᵀ of the rows that count, (blocks, d_out, d_out); None where nothing is summed up.
+        G: Σ g gᵀ of the rows that count, (blocks, d_out, d_out), times the squared scale of their pass; None where
+            nothing is summed up.
         maps: what a coarse space sums up: 1ᵀg of all rows, one for each map of the layer.
         first: the rows g of the first samples, times the scale of their pass; None where none are kept.
     """
@@ -200,18 +201,14 @@ class Sums:
         """Add the rows of one pass to the sums of both factors: Σ g gᵀ was taken; all of ā āᵀ in one native call."""
         for use in passed.uses:
             assert use.taken is not None and use.taken.G is not None
-            add_to(self.G, use.layer, use.taken.G * passed.scale**2 if passed.scale != 1 else use.taken.G)
+            add_to(self.G, use.layer, use.taken.G)
         for layer, squares in passed.squares.items():
             add_to(self.squares, layer, squares)
         if passed.is_repeated:
             return
         inputs = [use.counted_inputs() for use in passed.uses]
-        new = ops.covariances(
-            [rows.tensor for rows in inputs],
-            [rows.window for rows in inputs],
-            previous=[self.A.pop(use.layer, None) for use in passed.uses],  # a layer's further uses come behind
-        )
-        for use, A in zip(passed.uses, new, strict=True):
+        sums = ops.covariances([rows.tensor for rows in inputs], [rows.window for rows in inputs])
+        for use, A in zip(passed.uses, sums, strict=True):
             add_to(self.A, use.layer, A)
             self.rows[use.layer] = self.rows.get(use.layer, 0) + use.row_count
         self.cases += passed.cases

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfac2.coarse import CoarseSpace
+from kfac2.division import work_of
 from kfac2.fine import FineSolver
 from kfac2.kinds import KINDS
 from kfac2.layers import SKIPPED, UNGROUPED, Left
@@ -165,7 +166,7 @@ def summarised(
     ordered = sorted(rows.values(), key=lambda row: (order.index(row.treatment), -row.parameters))
     factors = sum(_factor_bytes(batch) for batch in layout.batches)
     inverses = sum(_inverse_bytes(batch, layout, fine) for batch in layout.batches)
-    work = sum(batch.blocks * (batch.d_in**3 + batch.d_out**3) for batch in layout.batches)
+    work = sum(map(work_of, layout.layers))
     unknowns = coarse.per_layer * len(layout.layers)
     return Summary(type(model).__name__, tuple(ordered), factors, inverses, work, unknowns, misses)
 
