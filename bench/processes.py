@@ -9,7 +9,21 @@ from pathlib import Path
 import matplotlib
 from output import into_place, table, write
 from processes_counted import counted
-from processes_plan import KINDS, SHARES, Device, Link, Work, gradients, messages, plan
+from processes_plan import (
+    FLOAT,
+    KINDS,
+    SHARES,
+    Device,
+    Link,
+    Message,
+    Share,
+    Work,
+    gradients,
+    held_by,
+    messages,
+    plan,
+    taken_part_in,
+)
 from roofline_nets import Net, gpt2_small, linear, resnet_50
 
 matplotlib.use("Agg")
@@ -19,7 +33,7 @@ PROCESSES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LINKS = (Link("100 Gbit/s", 12.5e9, 10e-6), Link("NVLink", 450e9, 3e-6))
 DEVICE = Device(5e12)  # of a batched Cholesky inverse on a large device: a guess, nothing was measured
 COUNTED = ("transformer", "resnet-20")
-STYLES = {"all": ("#000000", "-"), "inverses": ("#D55E00", "--"), "gradients": ("#0072B2", "-.")}
+STYLES = {"all": ("#000000", "-"), "inverses": ("#D55E00", "--"), 0.5: ("#009E73", ":"), "gradients": ("#0072B2", "-.")}
 
 
 def transformer_1b() -> Net:
@@ -37,14 +51,19 @@ def work_of(net: Net) -> Work:
     return Work(net.title.split(", batch")[0], layers, net.parameters)
 
 
+def shares(processes: int) -> list[Share]:
+    """Return what `share` may be, but for a number that is one of the words."""
+    return [share for share in SHARES if isinstance(share, str) or share * processes > 1]
+
+
 def planned(work: Work) -> str:
     """Write the table of a network."""
     rows = []
     for processes in (2, 8, 64, 1024):
-        for share in SHARES:
+        for share in shares(processes):
             fast, slow = (plan(work, share, processes, link, DEVICE) for link in reversed(LINKS))
             rows.append([
-                str(processes), share, *(f"{slow.sent[kind] / 1e6:.4g}" for kind in KINDS),
+                str(processes), str(share), *(f"{slow.sent[kind] / 1e6:.4g}" for kind in KINDS),
                 f"{gradients(work, processes) / 1e6:.4g}", f"{slow.memory / 1e9:.3g}", f"{slow.inverting * 1e3:.3g}",
                 f"{slow.mean() * 1e3:.3g}", f"{fast.mean() * 1e3:.3g}",
             ])  # fmt: skip
@@ -53,15 +72,25 @@ def planned(work: Work) -> str:
     return f"### {work.title}\n\n{table(header, rows)}\n"
 
 
+def refused(works: Sequence[Work]) -> str:
+    """Write what EKFAC would send where not all processes hold all inverses, of 8."""
+    rows = []
+    for work in works:
+        bases = Message("broadcast", sum(map(held_by, work.layers)) * FLOAT).sent(8)
+        rows.append([work.title, f"{bases / 1e6:.4g}", f"{gradients(work, 8) / 1e6:.4g}"])
+    return table(["network", "bases, at each statistics update, MB", "DDP's gradients, at each step, MB"], rows)
+
+
 def compared(names: Sequence[str], sizes: Sequence[int]) -> tuple[str, float]:
     """Count, and write the table beside the plan; return the largest difference, too."""
     rows, worst = [], 0.0
     for name in names:
         for processes in sizes:
-            for share in SHARES:
+            for share in shares(processes):
                 found = counted(name, share, processes)
                 work = Work(name, [tuple(layer) for layer in found["layers"]], found["parameters"])
-                expected = {k: sum(m.sent(processes) for m in messages(work, share, k, processes)) for k in KINDS}
+                sent = {k: messages(work, share, k, processes) for k in KINDS}
+                expected = {k: sum(m.sent(processes) for m in own) for k, own in sent.items()}
                 expected["gradients"] = gradients(work, processes)
                 for kind, size in expected.items():
                     off = found[kind] / size - 1 if size else 0.0
@@ -70,8 +99,8 @@ def compared(names: Sequence[str], sizes: Sequence[int]) -> tuple[str, float]:
                     ratio = found.get(f"{kind}, time over SGD's")
                     cells.append("" if ratio is None else f"{ratio:.2f}")
                     told = "DDP's gradients" if kind == "gradients" else kind
-                    count = "" if kind == "gradients" else str(len(messages(work, share, kind, processes)))
-                    rows.append([name, str(processes), share, told, count, *cells])
+                    count = str(taken_part_in(sent[kind], processes)) if kind in sent else ""
+                    rows.append([name, str(processes), str(share), told, count, *cells])
     header = [
         "network",
         "processes",
@@ -93,8 +122,8 @@ def draw(works: Sequence[Work], path: Path) -> None:
         for share in SHARES:
             plans = [plan(work, share, processes, LINKS[0], DEVICE) for processes in PROCESSES]
             color, line = STYLES[share]
-            axes[0, column].plot(PROCESSES, [1e3 * p.mean() for p in plans], line, color=color, label=share)
-            axes[1, column].plot(PROCESSES, [p.memory / 1e9 for p in plans], line, color=color, label=share)
+            axes[0, column].plot(PROCESSES, [1e3 * p.mean() for p in plans], line, color=color, label=str(share))
+            axes[1, column].plot(PROCESSES, [p.memory / 1e9 for p in plans], line, color=color, label=str(share))
         axes[0, column].set(title=work.title, xscale="log", yscale="log")
         axes[1, column].set(xlabel="processes", xscale="log", yscale="log")
     axes[0, 0].set_ylabel("inverting and sending, ms a step\n(100 Gbit/s, every 5 and 10)")
@@ -113,11 +142,21 @@ DistributedDataParallel sends for the mean of gradients in each step; memory of 
 message, of the process that has most; milliseconds of the slowest process in an update of inverses, at {rate:.0e}
 operations a second (a guess, measured nowhere); and of inverting and sending in the mean step, with statistics every 5
 and inverses every 10, nothing hidden behind other work. Beyond 8 processes NVLink stands for a network that is as fast.
-One process inverts all of a layer: where one layer is most of the work, more processes do not help.
+One process inverts all of a layer: where one layer is most of the work, more processes do not help. `share=0.5`: half
+of the processes hold each inverse, and send what they make of gradients to the other half.
 
 ![mean time and memory](processes.png)
 
 {tables}
+## EKFAC where not all hold all inverses
+
+is refused. Its diagonal is a mean over the rows of all processes, in the eigenbases of all layers. So each process
+would need all bases at each statistics update: all at once, which is the memory that was to be saved, or one after the
+other, and then keep its rows until the processes meet, since in a backward pass, where they come by layers at different
+times or not at all, none may wait for another. Sending rows instead takes more, but for a batch of few rows. What each
+of 8 processes would send in the mean beside all else:
+
+{refused}
 ## Counted here
 
 Bytes over the loopback device (in a network namespace of its own, where there may be one) as gloo sends them, headers
@@ -139,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     works = [work_of(net) for net in (resnet_50(), gpt2_small(), transformer_1b())]
     counts, worst = compared(options.counted, options.processes)
     tables = "\n".join(map(planned, works))
-    write(options.out / "processes.md", TEXT.format(rate=DEVICE.rate, tables=tables, worst=worst, counts=counts))
+    parts = {"tables": tables, "refused": refused(works), "counts": counts, "worst": worst, "rate": DEVICE.rate}
+    write(options.out / "processes.md", TEXT.format(**parts))
     draw(works, options.out / "processes.png")
     print(f"{options.out / 'processes.md'}: the largest difference from the plan is {worst:.1%}")
 

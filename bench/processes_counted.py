@@ -28,9 +28,9 @@ STEPS = 16
 BATCH = 16
 
 
-def counted(name: str, share: str, processes: int) -> dict[str, Any]:
+def counted(name: str, share: str | float, processes: int) -> dict[str, Any]:
     """Train, and return bytes that one process sends in the mean, by kind of step; and what else is to be told."""
-    command = [sys.executable, __file__, name, share, str(processes)]
+    command = [sys.executable, __file__, name, str(share), str(processes)]
     can_unshare = subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
     if can_unshare:
         command = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
@@ -56,7 +56,7 @@ def _between() -> int:
     return _bytes()
 
 
-def _built(name: str, share: str | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _built(name: str, share: str | float | None) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(NETWORKS[name].make())
     if share is None:
@@ -64,7 +64,7 @@ def _built(name: str, share: str | None) -> tuple[nn.Module, torch.optim.Optimiz
     return model, kfac2.KFAC(model, share=share, burn_in=0)
 
 
-def _train(rank: int, name: str, share: str, processes: int, path: str) -> None:
+def _train(rank: int, name: str, share: str | float, processes: int, path: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{path}/group", rank=rank, world_size=processes)
     model, opt = _built(name, share)
@@ -109,7 +109,7 @@ def _train(rank: int, name: str, share: str, processes: int, path: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
-    parser.add_argument("share")
+    parser.add_argument("share", type=lambda word: word if word.isalpha() else float(word))
     parser.add_argument("processes", type=int)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from kfac2.division import owners_of
 from kfac2.processes.group import WIDTH
 
-SHARES = ("all", "inverses", "gradients")
+SHARES = ("all", "inverses", 0.5, "gradients")
+Share = str | float
 KINDS = ("ordinary", "statistics", "inverses")
 FLOAT = 4  # bytes of a number of factors, inverses, gradients
 
@@ -54,27 +55,31 @@ class Device(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A collective: every process hands in, or receives, so many bytes.
+    """A collective: every process that takes part hands in, or receives, so many bytes.
 
     Attributes:
         collective: its name in torch.distributed.
         size: bytes.
+        members: how many processes take part; None: all.
     """
 
     collective: str
     size: float
+    members: int | None = None
 
     def sent(self, processes: int) -> float:
-        """Return bytes that a process sends, in the mean: a ring, or a tree.
+        """Return bytes that a process sends, in the mean over all: a ring, or a tree.
 
-        An all-reduce passes each part around twice. Of a broadcast each process but one receives everything once.
+        An all-reduce passes each part around twice. Of a broadcast each member but one receives everything once.
         """
-        share = (processes - 1) / processes
-        return {"all_reduce": 2 * share, "broadcast": share, "all_gather": processes - 1}[self.collective] * self.size
+        others = (self.members or processes) - 1
+        shares = {"all_reduce": 2 * others, "broadcast": others, "all_gather": others * processes}
+        return shares[self.collective] / processes * self.size
 
     def hops(self, processes: int) -> float:
         """Return messages to a neighbour that follow each other."""
-        return {"all_reduce": 2, "broadcast": 1, "all_gather": 1}[self.collective] * (processes - 1)
+        others = (self.members or processes) - 1
+        return {"all_reduce": 2, "broadcast": 1, "all_gather": 1}[self.collective] * others
 
 
 def half(d: int) -> int:
@@ -82,7 +87,14 @@ def half(d: int) -> int:
     return d * (d + 1) // 2
 
 
-def messages(work: Work, share: str, kind: str, processes: int) -> list[Message]:
+def holders_of(share: Share, processes: int) -> int:
+    """Return how many processes have the inverse of a layer."""
+    if isinstance(share, str):
+        return 1 if share == "gradients" else processes
+    return round(share * processes)
+
+
+def messages(work: Work, share: Share, kind: str, processes: int) -> list[Message]:
     """Return what is sent in a step of K-FAC, one level with `kl_bound` and Cholesky inverses.
 
     Args:
@@ -104,11 +116,20 @@ def messages(work: Work, share: str, kind: str, processes: int) -> list[Message]
         ]
     if kind == "inverses" and share != "all":
         result.append(Message("all_reduce", 16 * len(work.layers)))
-    if kind == "inverses" and share == "inverses":
-        result += [Message("broadcast", size * FLOAT) for size in owned(work, processes, factors_of) if size]
-    if share == "gradients":
-        result += [Message("broadcast", size * FLOAT) for size in owned(work, processes, matrix_of) if size]
+    holders = holders_of(share, processes)
+    columns = processes // holders
+    if kind == "inverses" and share != "all" and holders > 1:  # from each owner along its column
+        sizes = owned(work, processes, factors_of)
+        result += [Message("broadcast", size * FLOAT, holders) for size in sizes if size]
+    if columns > 1:  # from each column along all rows
+        sizes = held(work, processes, columns, matrix_of)
+        result += [Message("broadcast", size * FLOAT, columns) for size in sizes if size for _ in range(holders)]
     return result
+
+
+def taken_part_in(messages: Sequence[Message], processes: int) -> int:
+    """Return of how many collectives a process is a member, in the mean."""
+    return round(sum((m.members or processes) / processes for m in messages))
 
 
 def factors_of(layer: tuple[int, int, int]) -> int:
@@ -144,6 +165,12 @@ def owned(work: Work, processes: int, size_of: Callable[[tuple[int, int, int]], 
     return sizes
 
 
+def held(work: Work, processes: int, columns: int, size_of: Callable[[tuple[int, int, int]], int]) -> list[float]:
+    """Return by column of holders the sum of a size over its layers."""
+    sizes = owned(work, processes, size_of)
+    return [sum(sizes[column::columns]) for column in range(columns)]
+
+
 class Plan(NamedTuple):
     """What one process does.
 
@@ -168,7 +195,7 @@ class Plan(NamedTuple):
         return sum(weights[kind] * self.seconds[kind] for kind in KINDS) + self.inverting / inv_every
 
 
-def plan(work: Work, share: str, processes: int, link: Link, device: Device) -> Plan:
+def plan(work: Work, share: Share, processes: int, link: Link, device: Device) -> Plan:
     """Return the plan of one strategy."""
     of_kind = {kind: messages(work, share, kind, processes) for kind in KINDS}
     sent = {kind: sum(m.sent(processes) for m in own) for kind, own in of_kind.items()}
@@ -177,11 +204,12 @@ def plan(work: Work, share: str, processes: int, link: Link, device: Device) -> 
     }
     loads = [sum(map(cubes, work.layers))] if share == "all" else owned(work, processes, cubes)
     factors = sum(map(held_by, work.layers)) * FLOAT
-    inverses = max(owned(work, processes, held_by)) * FLOAT if share == "gradients" else factors
+    columns = processes // holders_of(share, processes)
+    inverses = max(held(work, processes, columns, held_by)) * FLOAT
     largest = max((m.size for own in of_kind.values() for m in own), default=0)
     return Plan(
         sent,
-        {kind: len(own) for kind, own in of_kind.items()},
+        {kind: taken_part_in(own, processes) for kind, own in of_kind.items()},
         seconds,
         2 * max(loads) / device.rate,
         factors + inverses + largest,

@@ -22,10 +22,11 @@ from kfac2.kinds import Layer
 from kfac2.layers import Found, find_layers, why_it_left
 from kfac2.layout import Layout
 from kfac2.likelihood import NotFiniteError, Prediction
+from kfac2.measured_share import settle_share
 from kfac2.options import CurvatureOptions, check_damping
 from kfac2.processes import WORLD, check_plain, processes_of, unwrapped
 from kfac2.readings import Readings
-from kfac2.shared_inverses import inverted_together, of_own
+from kfac2.shared_inverses import inverted_together, of_held
 from kfac2.solve import checked_gradients, solve_in_place
 from kfac2.statistics import Averages, Pass, Use, averaged, kept_share
 from kfac2.step import Step
@@ -80,7 +81,7 @@ class Curvature(Joint, Readings):
         skip: Iterable[str] = (),
         options: CurvatureOptions | None = None,
         process_group: object = WORLD,
-        share: str = "auto",
+        share: str | float = "auto",
         **settings: Any,
     ) -> None:
         skip = [skip] if isinstance(skip, str) else list(skip)
@@ -110,7 +111,7 @@ class Curvature(Joint, Readings):
             SOLVERS[self.options.inverse](),
             coarse_space(self.options.space, self.options.downsample),
             processes,
-            Division(processes, share, self.layout),
+            Division(processes, share),
         )
         warn_of_large_factors(self.layout, self.solvers.fine)
         self.health = Health(self.layout.device)
@@ -143,8 +144,9 @@ class Curvature(Joint, Readings):
         self._step: Step | None = None
         self.scheduled = False
         self._solved: tuple[Averages, float, float | None, Inverses] | None = None
-        if not self.solvers.processes.is_alone:
-            self.solvers.processes.check_alike(self.described())
+        if not processes.is_alone:
+            processes.check_alike(self.described())
+            settle_share(self.solvers, self.layout, self.options.inverse_dtype)
         if options is None:  # else who shares them tells it
             self._log_summary()
 
@@ -288,7 +290,7 @@ class Curvature(Joint, Readings):
         if self.solvers.division.is_everyones:
             new = inverted(self.layout, *arguments, place)
         else:
-            new = inverted_together(self.layout, *arguments, self.health.warn_once)
+            new = inverted_together(self.layout, *arguments, self.health.warn_once, place)
         looks = self.health.at_once or not self.solvers.processes.is_alone  # else one process might look before others
         return self._mended(averages, new) if looks else new
 
@@ -421,8 +423,8 @@ class Curvature(Joint, Readings):
         Factors, sums and inverses keep their own dtype. On CUDA, grouped convolutions are the exception to bit
         for bit: torch adds their blocks up in no fixed order. Labels are drawn from torch's global generator: to
         resume bit for bit, save and restore its state too. Several processes draw theirs by a seed that is in the
-        state, and have the same state; it may be loaded by another number of them. With `share="gradients"` all have to
-        call this together, since each has the inverses of its own layers only.
+        state, and have the same state; it may be loaded by another number of them. Where not all have all inverses
+        (`share="gradients"`, or a part) all have to call this together.
         """
         self._follow()
         self.mend()
@@ -459,9 +461,8 @@ class Curvature(Joint, Readings):
         self.health.forget()
         if state_dict.get("seed") is not None:
             self.solvers.processes.seed = state_dict["seed"]
-        inverses = state.to_inverses(state_dict["inverses"], self.layout, self.solvers)
-        if inverses is not None and self.solvers.division.share == "gradients":
-            inverses = of_own(inverses, self.layout, self.solvers)
-        self.commit(state.to_averages(state_dict, self.layout, self.solvers), inverses)
+        known = self.layout, self.solvers
+        inverses = state.to_inverses(state_dict["inverses"], *known)
+        self.commit(state.to_averages(state_dict, *known), of_held(inverses, *known))
         if inverses is None:  # what comes next will not lie where a CUDA graph reads
             self.inverses = self._step = None

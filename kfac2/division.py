@@ -1,8 +1,7 @@
-"""Who inverts what, of several processes that train one model, and what they send each other for it."""
+"""Who inverts what, of several processes that train one model, and who holds and applies what comes of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,99 +9,121 @@ from torch import Tensor
 
 from kfac2.fine import Fields, FineSolver
 from kfac2.kinds import Layer
-from kfac2.layout import Batch, Layout
-from kfac2.options import check_option
-from kfac2.processes import Processes
-from kfac2.processes.packing import packed, packed_shape, unpacked
+from kfac2.layout import Layout
+from kfac2.options import NUMBER, check_option
+from kfac2.processes import Part, Processes
 
 SHARES = ("auto", "all", "inverses", "gradients")
-Received = Callable[[], dict[int, Fields]]
-WORTH_SHARING = 1e9
-"""Σ n³ over all factors from which on inverses are shared out by default. Of two processes on loopback an update with
-new inverses took as long either way at 1.1e9, and a quarter less at 2.2e9. By sizes alone: a run can be repeated."""
-PIECE = 2**24  # bytes of one owner's inverses that are sent while it computes the next
-MOST_PIECES = 8
+Share = str | float
 
 
 class Division:
     """Which layers each process inverts: the largest first, each to the one that has least to do so far.
 
+    The processes are a grid (KAISA, Pauloski et al. 2021), row after row: of c columns, rank r stands in row r // c
+    and column r % c. A *column* are the holders of a layer's inverse: its owner, who inverts it, sends it along the
+    column. In each *row* the holder there multiplies the layer's gradient by it, and sends the result along the row.
+    With one column all hold everything; with one row, nobody what another does. Processes of a row have ranks that
+    follow each other, so that what is sent at each step may stay within a machine.
+
     Args:
         processes: that share the work.
-        share: `'all'`: each process inverts everything, and nothing is sent. `'inverses'`: the owner of a layer inverts
-            it, and sends the result to all. `'gradients'`: it keeps the result, and sends preconditioned gradients, at
-            each step. `'auto'`: the first, or the second where there is a lot to invert.
-        layout: of the layers now.
+        share: `'all'`: each process inverts everything, and nothing is sent. `'inverses'`: one column. `'gradients'`:
+            one row. A number: the part of all processes that a column has; 1 and 1/W are the last two. `'auto'`: the
+            first or the second, as `settle` is told.
 
     Attributes:
-        share: one of these, not `'auto'`.
+        share: one of these; a number only where it is none of the words.
+        columns: of the grid.
+        why: a sentence that says who inverts, and why; empty for one that is alone.
+
+    Raises:
+        ValueError: if a number does not split the processes into columns of one size.
     """
 
-    def __init__(self, processes: Processes, share: str, layout: Layout) -> None:
+    def __init__(self, processes: Processes, share: Share) -> None:
         self._processes = processes
-        if share == "auto":
-            share = "inverses" if sum(map(work_of, layout.layers)) >= WORTH_SHARING else "all"
-        self.share = "all" if processes.is_alone else share
-        self._known: tuple[Layout, list[int], dict[int, Layout]] | None = None
+        self.share: Share = "all" if processes.is_alone else _named(share, processes.size)
+        self.columns, self.why = 1, ""
+        self._column: Part = None
+        self._row: Part = None
+        self._known: tuple[Layout, dict[int, Layout], dict[int, Layout]] | None = None
+
+    def settle(self, share: Share, why: str) -> None:
+        """Fix who inverts, and make the groups that this needs; all processes call it together, with the same."""
+        self.share, self.why = share, why
+        size = self._processes.size
+        self.columns = _columns(share, size)
+        if 1 < self.columns < size:
+            ranks = range(size)
+            rows = [ranks[begin : begin + self.columns] for begin in range(0, size, self.columns)]
+            self._column = self._processes.parts([list(ranks[c :: self.columns]) for c in range(self.columns)])
+            self._row = self._processes.parts([list(row) for row in rows])
+
+    def __str__(self) -> str:
+        if self._processes.is_alone:
+            return ""
+        return f"of {self._processes.size} processes {self.holders} hold each inverse, share={self.share!r}: {self.why}"
 
     @property
     def is_everyones(self) -> bool:
         """Whether each process inverts everything."""
         return self.share == "all"
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether each process has the inverses of all layers."""
+        return self.columns == 1
+
+    @property
+    def holders(self) -> int:
+        """How many processes have the inverse of a layer."""
+        return self._processes.size // self.columns
+
+    @property
+    def column(self) -> int:
+        """The column of this process."""
+        return self._processes.rank % self.columns
+
     def held(self, layout: Layout) -> Layout:
         """Return the layout of the layers whose inverses this process has."""
-        return self.layouts(layout)[self._processes.rank] if self.share == "gradients" else layout
+        return layout if self.holds_all else self.held_by(layout)[self.column]
 
-    def layouts(self, layout: Layout) -> dict[int, Layout]:
-        """Return the layout of each owner's layers, by rank; of this process in any case."""
+    def held_by(self, layout: Layout) -> dict[int, Layout]:
+        """Return the layout of the layers that each column holds."""
+        return self._layouts(layout)[1]
+
+    def owned_by(self, layout: Layout) -> dict[int, Layout]:
+        """Return the layout of the layers that each owner of this process's column inverts, by rank."""
+        return self._layouts(layout)[0]
+
+    def _layouts(self, layout: Layout) -> tuple[dict[int, Layout], dict[int, Layout]]:
         if self._known is None or self._known[0] is not layout:
             owners = owners_of([work_of(layer) for layer in layout.layers], self._processes.size)
-            ranks = sorted({*owners, self._processes.rank})
-            of_rank = {r: [layer for layer, o in zip(layout.layers, owners, strict=True) if o == r] for r in ranks}
-            self._known = layout, owners, {r: Layout(layers, layout.device) for r, layers in of_rank.items()}
-        return self._known[2]
+            mine = [r for r in sorted(set(owners)) if r % self.columns == self.column]
+            owned = {r: [layer for layer, o in zip(layout.layers, owners, strict=True) if o == r] for r in mine}
+            held = {
+                c: [layer for layer, o in zip(layout.layers, owners, strict=True) if o % self.columns == c]
+                for c in range(self.columns)
+            }
+            owned_layouts, held_layouts = (
+                {key: Layout(layers, layout.device) for key, layers in own.items()} for own in (owned, held)
+            )
+            self._known = layout, owned_layouts, held_layouts
+        return self._known[1:]
 
-    def pieces(self, layout: Layout, fine: FineSolver) -> list[dict[int, Layout]]:
-        """Return the layouts of each owner in pieces, of which one is on its way while the next is computed."""
-        whole = self.layouts(layout)
-        most = max(_bytes(own, fine) for own in whole.values())
-        count = max(1, min(MOST_PIECES, most // PIECE, max(len(own.layers) for own in whole.values())))
-        if count == 1:
-            return [whole]
-        return [
-            {rank: Layout(_share(own.layers, number, count), layout.device) for rank, own in whole.items()}
-            for number in range(count)
-        ]
+    def send_along_column(self, flat: Tensor, owner: int) -> Callable[[], None]:
+        """Begin to send fields of an owner's layers to the others of this column, see `Processes.send`."""
+        return self._processes.send("inverses", flat, owner, self._column)
 
-    def send_fields(self, own: dict[int, Layout], fields: Fields, fine: FineSolver) -> Received:
-        """Begin to send the fields of this process's layers to all, and to receive those of the others.
+    def send_to_all(self, flat: Tensor, column: int) -> Callable[[], None]:
+        """Begin to send fields of all layers that a column holds to all processes, see `Processes.send`."""
+        return self._processes.send("inverses", flat, column)  # from the first row
 
-        Args:
-            own: the layout of each owner.
-            fields: of this process's layers.
-            fine: the solver.
-        """
-        flats, waits = {}, []
-        for rank, layout in own.items():
-            if not layout.layers:
-                continue
-            if rank == self._processes.rank:
-                flats[rank] = torch.cat([t.reshape(-1) for t in _flat_fields(fields, fine)])
-            else:
-                size = sum(_size(layout, name, fine) for name in fine.fields)
-                flats[rank] = torch.empty(size, dtype=layout.dtype, device=layout.device)
-            waits.append(self._processes.send("inverses", flats[rank], rank))
-
-        def received() -> dict[int, Fields]:
-            for wait in waits:
-                wait()
-            return {rank: _fields_of(flat, own[rank], fine) for rank, flat in flats.items()}
-
-        return received
-
-    def apply_own(self, layout: Layout, fine: FineSolver, fields: Fields, matrices: Tensor, directions: Tensor) -> None:
-        """Multiply by the inverses that each process holds, and bring the directions to all.
+    def apply_held(
+        self, layout: Layout, fine: FineSolver, fields: Fields, matrices: Tensor, directions: Tensor
+    ) -> None:
+        """Multiply by the inverses that each process holds, and bring the directions to all of its row.
 
         Args:
             layout: of all layers.
@@ -111,22 +132,23 @@ class Division:
             matrices: gradients of all layers.
             directions: where the result is written.
         """
-        parts = self.layouts(layout)
-        mine = parts[self._processes.rank]
+        parts = self.held_by(layout)
+        mine = parts[self.column]
         gradients, work, out = (torch.zeros(mine.size, dtype=mine.dtype, device=mine.device) for _ in range(3))
         if mine.layers:
             _copy_matrices(mine, gradients, layout, matrices, back=True)
             fine.apply(fields, *(mine.of_batches(m) for m in (gradients, work, out)))
+        first = self._processes.rank - self.column
         flats, waits = {}, []
-        for rank, part in parts.items():
+        for column, part in parts.items():
             if part.layers:
                 empty = torch.empty(part.size, dtype=part.dtype, device=part.device)
-                flats[rank] = out if part is mine else empty
-                waits.append(self._processes.send("preconditioned gradients", flats[rank], rank))
+                flats[column] = out if part is mine else empty
+                waits.append(self._processes.send("preconditioned gradients", flats[column], first + column, self._row))
         for wait in waits:
             wait()
-        for rank, flat in flats.items():
-            _copy_matrices(parts[rank], flat, layout, directions)
+        for column, flat in flats.items():
+            _copy_matrices(parts[column], flat, layout, directions)
 
 
 def _copy_matrices(part: Layout, matrices: Tensor, whole: Layout, target: Tensor, back: bool = False) -> None:
@@ -138,13 +160,40 @@ def _copy_matrices(part: Layout, matrices: Tensor, whole: Layout, target: Tensor
 
 
 def check_share(share: object, inverse: str) -> None:
-    """Check `share=`, see `KFAC`."""
-    check_option("share", share, str, lambda v: v in SHARES, "one of " + ", ".join(map(repr, SHARES)))
-    if share == "gradients" and inverse == "ekfac":
+    """Check `share=`, see `KFAC`, as far as that is possible without knowing how many processes there are."""
+    words = ", ".join(map(repr, SHARES))
+    check_option(
+        "share",
+        share,
+        (str, *NUMBER),
+        lambda v: v in SHARES if isinstance(v, str) else 0 < v <= 1,
+        f"one of {words}, or a number above 0 and at most 1: the part of the processes that hold each inverse",
+    )
+    if inverse == "ekfac" and (share == "gradients" or (not isinstance(share, str) and share != 1)):
         raise ValueError(
-            "share must be 'all' or 'inverses' with inverse='ekfac', got 'gradients': each process looks at its rows "
+            f"share must be 'all', 'inverses' or 1 with inverse='ekfac', got {share!r}: each process looks at its rows "
             "in the eigenbases of all layers"
         )
+
+
+def _named(share: Share, size: int) -> Share:
+    """Return the word for a number that is one, and check the number."""
+    if isinstance(share, str):
+        return share
+    holders = round(share * size)
+    if abs(share * size - holders) > 1e-6 * size or not holders or size % holders:
+        wanted = ", ".join(f"{h / size:.4g}" for h in range(1, size + 1) if size % h == 0)
+        raise ValueError(
+            f"share must be a part of the {size} processes that splits them into groups of one size, one of {wanted}, "
+            f"got {share!r}"
+        )
+    return {1: "gradients", size: "inverses"}.get(holders, holders / size)
+
+
+def _columns(share: Share, size: int) -> int:
+    if isinstance(share, str):
+        return size if share == "gradients" else 1
+    return size // round(share * size)
 
 
 def work_of(layer: Layer) -> int:
@@ -160,41 +209,3 @@ def owners_of(work: Sequence[float], size: int) -> list[int]:
         owners[number] = loads.index(min(loads))
         loads[owners[number]] += work[number]
     return owners
-
-
-def _share(layers: Sequence[Layer], number: int, count: int) -> list[Layer]:
-    return [layer for place, layer in enumerate(layers) if place % count == number]
-
-
-def _flat_fields(fields: Fields, fine: FineSolver) -> list[Tensor]:
-    return [packed(s) if name in fine.symmetric else s for name, stacks in fields.items() for s in stacks]
-
-
-def _sent_shape(batch: Batch, name: str, fine: FineSolver) -> tuple[int, ...]:
-    """Return the shape in which the entries of a field of a batch are sent."""
-    shape = fine.shape(name, batch)
-    return batch.blocks, *(packed_shape(shape[0]) if name in fine.symmetric else shape)
-
-
-def _size(layout: Layout, name: str, fine: FineSolver) -> int:
-    """Return how many numbers of a field are sent."""
-    return sum(math.prod(_sent_shape(batch, name, fine)) for batch in layout.batches)
-
-
-def _bytes(layout: Layout, fine: FineSolver) -> int:
-    return sum(_size(layout, name, fine) for name in fine.fields) * layout.dtype.itemsize
-
-
-def _fields_of(flat: Tensor, layout: Layout, fine: FineSolver) -> Fields:
-    """Read what `_flat_fields` wrote."""
-    fields: Fields = {}
-    begin = 0
-    for name in fine.fields:
-        fields[name] = []
-        for batch in layout.batches:
-            sent = _sent_shape(batch, name, fine)
-            end = begin + math.prod(sent)
-            part = flat[begin:end].view(sent)
-            fields[name].append(unpacked(part, fine.shape(name, batch)[0]) if name in fine.symmetric else part)
-            begin = end
-    return fields

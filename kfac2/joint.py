@@ -119,7 +119,7 @@ class Joint:
         }
 
     def _whole_inverses(self) -> Inverses | None:
-        if self._parts.inverses is None or self._parts.solvers.division.share != "gradients":
+        if self._parts.inverses is None or self._parts.solvers.division.holds_all:
             return self._parts.inverses
         self.meet("state_dict", {}, {})
         return whole(self._parts.inverses, self._parts.layout, self._parts.solvers)

@@ -47,9 +47,8 @@ class KFAC(Readings, Optimizer):
     (`kfac2.coarse.directions`), held to η² dᵀFd ≤ ℓ² K/5 and η|d_i| ≤ 0.3 |W_i|, with ℓ from 0.1 to 10 that follows
     how much of a step the next batches confirm (`kfac2.signal_share`); blocks are then damped by c = 0.01 at
     most. `accumulate_fisher` is wanted in each iteration, as long as the next batches confirm such steps; where they do
-    not, as with small noisy batches, steps are one level's, but for a trial every 20th. It costs least with a function
-    that makes a forward pass of some samples,
-    `opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))`.
+    not, as with small noisy batches, steps are one level's, but for a trial every 20th. It costs least with a forward
+    pass of some samples: `opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))`.
 
     ```python
     opt = kfac2.KFAC(model)
@@ -87,8 +86,7 @@ class KFAC(Readings, Optimizer):
         max_change: ρ > 0, bounds |v_i| by ρ |W_i|, or 1e-3 an element where that is more; None: off. Default 0.02.
         rest: `'adamw'` for the parameters that K-FAC does not handle, or `'sgd'`, which steps along their plain
             gradients at the rate of their group.
-        rest_lr: the rate of AdamW; default 1e-3.
-        betas, eps: of AdamW; default (0.9, 0.999) and 1e-8.
+        rest_lr, betas, eps: the rate of AdamW, and its others; default 1e-3, (0.9, 0.999) and 1e-8.
         levels: 1 for plain K-FAC, the default; 2 for two-level K-FAC with the paper's space.
         coarse: the space of the second level: `'ones'` is the paper's, `'directions'` that of v_i and the last update
             d_i of all layers (see above); by default what `levels` says.
@@ -122,9 +120,11 @@ class KFAC(Readings, Optimizer):
             its own part of every batch: their statistics add up. Or a `ProcessGroup`, or None: each by itself.
             Gradients must have been averaged over the processes when `step` is called, as DistributedDataParallel
             does; then all have the same parameters, to the last bit, as one process on the whole batch would.
-        share: who inverts. `"all"`: each process everything; `"inverses"`: the owner of a layer inverts it, and sends
-            the result; `"gradients"`: it keeps the result, and sends what it makes of each gradient, which takes least
-            memory. Default `"auto"`: `"inverses"` where Σ n³ over all factors is at least 1e9, else `"all"`.
+        share: who inverts. `"all"`: each of W processes everything; `"inverses"`: the owner of a layer, who sends the
+            result; `"gradients"`: it keeps that, and sends what it makes of each gradient, which takes least memory. A
+            number h/W, h dividing W: h processes hold each inverse, and send such gradients to the rest. Not below 1
+            with `"ekfac"`. Default `"auto"`: `"all"` or `"inverses"`, by times measured once, see `summary`; give one
+            where runs must be the same to the last bit, as they are in any case with Cholesky inverses on CPUs.
         check_every: passes of statistics from one self-check to the next, beside those of a set of uses that is new:
             the rows of a weight must rebuild its gradient, or it leaves K-FAC. Default 100; 0: never.
         step_precision: of float32 products of the step on a CUDA device, `'ieee'` or `'tf32'`; default: torch's own.
@@ -179,7 +179,7 @@ class KFAC(Readings, Optimizer):
         check_every: int = 100,
         step_precision: str | None = None,
         process_group: object = WORLD,
-        share: str = "auto",
+        share: str | float = "auto",
         skip: Iterable[str] = (),
     ) -> None:
         arguments = dict(locals())  # the options go on under their own names

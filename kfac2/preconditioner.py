@@ -77,7 +77,7 @@ class Preconditioner(Readings):
         skip: Iterable[str] = (),
         options: Options | None = None,
         process_group: object = WORLD,
-        share: str = "auto",
+        share: str | float = "auto",
         **settings: Any,
     ) -> None:
         self.options = Options.of(settings) if options is None else options
@@ -249,10 +249,8 @@ class Preconditioner(Readings):
         """
         curvature = self.curvature
         capturing = is_capturing(curvature.layout.device)
-        if capturing and curvature.solvers.division.share == "gradients":
-            raise RuntimeError(
-                "share must be 'all' or 'inverses' where a step is captured in a CUDA graph, got 'gradients'"
-            )
+        if capturing and not (division := curvature.solvers.division).holds_all:
+            raise RuntimeError(f"share must be 'all' or 'inverses' to capture a step, got {division.share!r}")
         if capturing and not self._is_ordinary():
             raise RuntimeError(
                 f"only an ordinary step can be captured in a CUDA graph, got iteration {self.iteration}, which wants "

@@ -51,11 +51,11 @@ class Readings:
 
         Returns:
             Rows of parameters by treatment, class of the modules and reason; the memory of factors and of inverses;
-            and Σ n³ over all factors.
+            and Σ n³ over all factors; of several processes, who inverts.
         """
         of = self._statistics
-        fine, coarse = of.solvers.fine, of.solvers.coarse
-        return summarised(of.model, of.params, of.layout, of.found.left, of.dropped, fine, coarse, self._rest)
+        solvers = of.solvers.fine, of.solvers.coarse, of.solvers.division
+        return summarised(of.model, of.params, of.layout, of.found.left, of.dropped, *solvers, self._rest)
 
     def _log_summary(self) -> None:
         summary = self.summary()

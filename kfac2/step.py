@@ -213,8 +213,8 @@ class Step:
         """
         fields = {**inverses.fields, **inverses.derived}
         with _products_in(precision):
-            if solvers.division.share == "gradients":
-                solvers.division.apply_own(self._layout, solvers.fine, fields, self._matrices, self._directions)
+            if not solvers.division.holds_all:
+                solvers.division.apply_held(self._layout, solvers.fine, fields, self._matrices, self._directions)
             else:
                 solvers.fine.apply(fields, *self._by_batch)
         host_rates, device_rates = self._rates(rates)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfac2.coarse import CoarseSpace
-from kfac2.division import work_of
+from kfac2.division import Division, work_of
 from kfac2.fine import FineSolver
 from kfac2.kinds import KINDS
 from kfac2.layers import SKIPPED, UNGROUPED, Left
@@ -59,11 +59,12 @@ class Summary:
         model: the class of the model.
         rows: the parameters, by treatment, class of the modules, and reason; the largest rows of a treatment first.
         factor_bytes: memory of the running averages of all factors.
-        inverse_bytes: memory of what is kept of their inverses.
+        inverse_bytes: memory of what this process keeps of their inverses.
         inverse_work: Σ n³ over all factors, to which the time of an inverse update is in proportion.
         unknowns: of the second level; 0: there is none.
         misses_layers: whether a trained weight of a kind that K-FAC handles is left alone without having been named
             by `skip`.
+        sharing: of several processes, who inverts and why, and what was measured for that; empty for one alone.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Summary:
     inverse_work: int
     unknowns: int
     misses_layers: bool
+    sharing: str = ""
 
     @property
     def parameters(self) -> int:
@@ -103,6 +105,7 @@ class Summary:
             f"inverse work {self.inverse_work:.2g} (sum of n³ over factors), "
             + (f"second level of {self.unknowns} unknowns" if self.unknowns else "one level")
         )
+        lines += [self.sharing] if self.sharing else []
         return "\n".join(lines)
 
 
@@ -114,6 +117,7 @@ def summarised(
     dropped: Mapping[str, str],
     fine: FineSolver,
     coarse: CoarseSpace,
+    division: Division,
     rest: str,
 ) -> Summary:
     """Make the summary.
@@ -126,6 +130,7 @@ def summarised(
         dropped: by name, why layers left later.
         fine: what inverts the factors.
         coarse: the second level.
+        division: of the work among processes.
         rest: how the parameters are trained that K-FAC does not handle.
     """
     rest = _REST.get(rest, rest)
@@ -165,10 +170,11 @@ def summarised(
     order = [KFAC, rest, UNTRAINED]
     ordered = sorted(rows.values(), key=lambda row: (order.index(row.treatment), -row.parameters))
     factors = sum(_factor_bytes(batch) for batch in layout.batches)
-    inverses = sum(_inverse_bytes(batch, layout, fine) for batch in layout.batches)
+    held = division.held(layout)
+    inverses = sum(_inverse_bytes(batch, held, fine) for batch in held.batches)
     work = sum(map(work_of, layout.layers))
     unknowns = coarse.per_layer * len(layout.layers)
-    return Summary(type(model).__name__, tuple(ordered), factors, inverses, work, unknowns, misses)
+    return Summary(type(model).__name__, tuple(ordered), factors, inverses, work, unknowns, misses, str(division))
 
 
 def warn_of_large_factors(layout: Layout, fine: FineSolver) -> None:

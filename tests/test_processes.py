@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from together import Batches, assert_alike, assert_replicas_are_equal, size, spawn, train
+from together import assert_trains_as_one, size, spawn
 
-from kfac2 import division
 from kfac2.division import owners_of
 from kfac2.processes.packing import packed, packed_shape, unpacked
 
@@ -41,27 +40,16 @@ UNEVEN = {2: (9, 3), 4: (5, 1, 4, 2)}
 EMPTY = {2: (12, 0), 4: (6, 0, 0, 6)}
 
 
-def _compare(settings, how, steps, **batches):
-    one, _ = train(Batches(**batches), settings, steps, alone=True, **how)
-    together, opt = train(Batches(**batches), settings, steps, alone=False, **how)
-    assert_replicas_are_equal(together)
-    assert_alike(together, one)
-    return opt
-
-
 def _many(steps):
     for name, (settings, how) in CASES.items():
         try:
-            _compare(settings, how, steps)
+            assert_trains_as_one(settings, how, steps)
             if name in ("two levels", "empirical", "directions"):
                 for sizes in (UNEVEN, EMPTY):
-                    _compare(settings, how, steps // 2, sizes=sizes[size()])
+                    assert_trains_as_one(settings, how, steps // 2, sizes=sizes[size()])
         except Exception as error:
             error.add_note(f"in the case {name!r}") if hasattr(error, "add_note") else None
             raise
-    division.PIECE = 64  # bytes
-    opt = _compare({"levels": 2, "share": "inverses"}, {}, 5, name="conv2d", batch=8)
-    assert len(opt.curvature.solvers.division.pieces(opt.curvature.layout, opt.curvature.solvers.fine)) > 1
 
 
 def _few(steps):
@@ -72,10 +60,10 @@ def _few(steps):
         "empirical with DDP",
         "owners invert, eigh",
     ):
-        _compare(*CASES[name], steps)
+        assert_trains_as_one(*CASES[name], steps)
     for model in ("conv2d", "grouped", "transposed2d", "tokens", "sequence"):
         for share in ("all", "inverses", "gradients"):
-            _compare({"levels": 2, "share": share}, {}, 5, name=model)
+            assert_trains_as_one({"levels": 2, "share": share}, {}, 5, name=model)
 
 
 @given(st.lists(st.integers(0, 10**6), max_size=20), st.integers(1, 6))

@@ -18,6 +18,7 @@ from kfac2.processes.group import Group
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(8, 6, generator=G), torch.arange(8) % 3
+SHARES = "all", 0.5  # of two processes the second is "gradients"
 
 
 def part():
@@ -260,8 +261,15 @@ def what_is_built_differently():
     own = [*m.parameters()][rank() :]
     raises(ValueError, "the list of parameters' shapes is", lambda: kfac2.KFAC(m, params=own))
     raises(ValueError, "share must be one of 'auto', 'all'", lambda: kfac2.KFAC(m, share="some"))
+    for part in (0, 1.5, float("nan")):
+        raises(ValueError, "or a number above 0 and at most 1: the part", lambda part=part: kfac2.KFAC(m, share=part))
+    raises(TypeError, "share must be one of .* got True of type bool", lambda: kfac2.KFAC(m, share=True))
+    raises(ValueError, "groups of one size, one of 0.5, 1, got 0.3", lambda: kfac2.KFAC(m, share=0.3))
+    raises(
+        ValueError, "share is 'all' on rank 0 and 'gradients' on rank 1", lambda: kfac2.KFAC(m, share=SHARES[rank()])
+    )
     ekfac = {"share": "gradients", "inverse": "ekfac"}
-    raises(ValueError, "share must be 'all' or 'inverses' with inverse='ekfac'", lambda: kfac2.KFAC(m, **ekfac))
+    raises(ValueError, "share must be 'all', 'inverses' or 1 with inverse='ekfac'", lambda: kfac2.KFAC(m, **ekfac))
     raises(ValueError, "process_group must be 'world', a Proc.* got 'all'", lambda: kfac2.KFAC(m, process_group="all"))
     raises(TypeError, "process_group must be .* got int", lambda: kfac2.KFAC(m, process_group=1))
     static = nn.parallel.DistributedDataParallel(net(), static_graph=True)

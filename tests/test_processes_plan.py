@@ -3,7 +3,7 @@
 import processes
 import processes_plan
 import pytest
-from processes_plan import Device, Link, Work, gradients, messages, plan
+from processes_plan import Device, Link, Work, gradients, messages, plan, taken_part_in
 
 WORK = Work("three layers", [(1, 4, 5), (2, 3, 10), (1, 8, 9)], 4 * 5 + 2 * 3 * 10 + 8 * 9)
 
@@ -16,6 +16,22 @@ def test_a_plan_counts_what_is_sent():
     assert not messages(WORK, "all", "ordinary", 2)
     assert sum(m.size for m in messages(WORK, "gradients", "ordinary", 3)) == 4 * WORK.parameters
     assert gradients(WORK, 4) == 2 * 3 / 4 * 4 * WORK.parameters
+
+
+def test_a_plan_of_groups_lies_between_the_others():
+    """Of four processes two hold each inverse: one receives it, and both send what they make of a gradient to one."""
+    ordinary, new = (messages(WORK, 0.5, kind, 4) for kind in ("ordinary", "inverses"))
+    assert {m.members for m in ordinary} == {2} and sum(m.size for m in ordinary) == 2 * 4 * WORK.parameters
+    assert sum(m.sent(4) for m in ordinary) == 4 * WORK.parameters / 2  # half of the processes receive each matrix
+    factors = 4 * (10 + 15 + 2 * (6 + 55) + 36 + 45)
+    along_columns = new[5 : len(new) - len(ordinary)]
+    assert sum(m.sent(4) for m in along_columns) == factors / 4  # one of four receives each inverse
+    assert taken_part_in(ordinary, 4) == 2
+    link, device = Link("a link", 1e9, 1e-6), Device(1e9)
+    most, some, least = (plan(WORK, share, 4, link, device) for share in ("inverses", 0.5, "gradients"))
+    assert most.memory > some.memory >= least.memory
+    assert most.sent["ordinary"] == 0 < some.sent["ordinary"] < least.sent["ordinary"]
+    assert plan(WORK, 1 / 4, 4, link, device) == least and plan(WORK, 1.0, 4, link, device) == most
 
 
 def test_more_processes_hold_and_invert_less():
@@ -32,4 +48,4 @@ def test_what_is_counted_is_within_a_twentieth_of_the_plan(tmp_path):
     text = (tmp_path / "processes.md").read_text()
     assert float(text.split("difference from the plan is ")[1].split("%")[0]) < 5
     assert (tmp_path / "processes.png").stat().st_size > 10_000
-    assert processes_plan.SHARES == ("all", "inverses", "gradients")
+    assert processes_plan.SHARES == ("all", "inverses", 0.5, "gradients")

@@ -149,3 +149,12 @@ def assert_alike(one: nn.Module, other: nn.Module, tolerance: float = 1e-9) -> N
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         assert p.isfinite().all()
         assert_equal(p, q, tolerance)
+
+
+def assert_trains_as_one(settings: dict, how: dict, steps: int, **batches: object) -> kfac2.KFAC:
+    """Train in all processes, and in this one alone on the whole batch; return the optimizer of the former."""
+    one, _ = train(Batches(**batches), settings, steps, alone=True, **how)
+    together, opt = train(Batches(**batches), settings, steps, alone=False, **how)
+    assert_replicas_are_equal(together)
+    assert_alike(together, one)
+    return opt

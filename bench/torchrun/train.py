@@ -53,12 +53,16 @@ def save(path: Path, model: nn.Module, opt: kfac2.KFAC, step: int) -> None:
         os.replace(new, path)
 
 
+def as_share(word: str) -> str | float:
+    return word if word.isalpha() else float(word)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=512, help="of all processes together")
-    parser.add_argument("--share", default="auto", help="who inverts: all, inverses, gradients")
+    parser.add_argument("--share", default="auto", type=as_share, help="who inverts: all, inverses, gradients, 0.5")
     parser.add_argument("--checkpoint", type=Path, default=Path("build/torchrun.pt"))
     options = parser.parse_args()
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, distributed
 
-from kfac2.processes.base import Processes, Told
+from kfac2.processes.base import Part, Processes, Told
 
 
 class Alone(Processes):
@@ -36,7 +36,11 @@ class Alone(Processes):
         """Return the tensors."""
         return list(tensors)
 
-    def send(self, what: str, flat: Tensor, owner: int) -> Callable[[], None]:
+    def parts(self, ranks: Sequence[Sequence[int]]) -> Part:
+        """Return all there is."""
+        return None
+
+    def send(self, what: str, flat: Tensor, owner: int, part: Part = None) -> Callable[[], None]:
         """Send nothing."""
         return lambda: None
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Part = object  # some of the processes, as `Processes.parts` has made them a group; None: all of them
+
 
 class Told(NamedTuple):
     """What the processes have told each other at a meeting.
@@ -72,13 +74,28 @@ class Processes(ABC):
         """
 
     @abstractmethod
-    def send(self, what: str, flat: Tensor, owner: int) -> Callable[[], None]:
-        """Begin to send a tensor of one process to all, in place; return what waits for it.
+    def parts(self, ranks: Sequence[Sequence[int]]) -> Part:
+        """Make groups of some processes each, that `send` takes; all processes call it together, with the same.
+
+        Args:
+            ranks: of each group; each process is in one of them.
+
+        Returns:
+            The group that this process is in.
+
+        Raises:
+            ValueError: if there are further processes, which would have to take part.
+        """
+
+    @abstractmethod
+    def send(self, what: str, flat: Tensor, owner: int, part: Part = None) -> Callable[[], None]:
+        """Begin to send a tensor of one process to others, in place; return what waits for it.
 
         Args:
             what: for errors.
             flat: what is sent, or where it is received; of one size in all processes.
-            owner: the rank that sends.
+            owner: the rank that sends, among all.
+            part: those it is sent to, of `parts`; None: all. They call it in the same order.
         """
 
     @abstractmethod

@@ -6,16 +6,20 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed
 
-from kfac2.processes.base import Processes, Told
+from kfac2.processes.base import Part, Processes, Told
 from kfac2.processes.packing import in_buckets
 
-OCCASIONS = ("statistics", "rows", "nothing", "accumulate", "closure", "state_dict")
+OCCASIONS = ("statistics", "rows", "nothing", "accumulate", "closure", "state_dict", "share")
 WIDTH = 20  # numbers of a rank at a meeting, whatever the occasion: so no two messages have different sizes
+_PARTS: WeakKeyDictionary[distributed.ProcessGroup, dict[object, distributed.ProcessGroup]] = WeakKeyDictionary()
+"""Groups of some processes of a group, by their ranks: they last as long as that, made once for all optimizers."""
 
 
 class Group(Processes):
@@ -75,14 +79,38 @@ class Group(Processes):
 
         return in_buckets(tensors, begin)
 
-    def send(self, what: str, flat: Tensor, owner: int) -> Callable[[], None]:
-        """Begin a broadcast."""
-        return self._begin("broadcast", f"broadcast of {what} by rank {owner}", flat, group_src=owner)
+    def parts(self, ranks: Sequence[Sequence[int]]) -> Part:
+        """Make groups, of which all processes of torch.distributed make each; or return those that were made."""
+        world = distributed.get_world_size()
+        if self.size != world:
+            raise ValueError(
+                f"process_group must have all {world} processes of torch.distributed, or share must be 'all', "
+                f"'inverses' or 'gradients', got a group of {self.size}: all processes have to make the smaller groups"
+            )
+        known, key = _PARTS.setdefault(self._group, {}), repr(ranks)
+        if key not in known:
+            numbers = distributed.get_process_group_ranks(self._group)
+            backends, timeout = distributed.get_backend_config(self._group), _timeout(self._group, self._device)
+            with self._named("making of groups of processes"):
+                made = [
+                    distributed.new_group([numbers[rank] for rank in own], timeout, backends)  # in one order in all
+                    for own in ranks
+                ]
+            known[key] = next(group for own, group in zip(ranks, made, strict=True) if self.rank in own)
+        return known[key]
 
-    def _begin(self, collective: str, what: str, flat: Tensor, **arguments: int) -> Callable[[], None]:
+    def send(self, what: str, flat: Tensor, owner: int, part: Part = None) -> Callable[[], None]:
+        """Begin a broadcast."""
+        source = distributed.get_global_rank(self._group, owner)
+        group = part if isinstance(part, distributed.ProcessGroup) else self._group
+        return self._begin("broadcast", f"broadcast of {what} by rank {owner}", flat, group=group, src=source)
+
+    def _begin(
+        self, collective: str, what: str, flat: Tensor, group: distributed.ProcessGroup | None = None, **source: int
+    ) -> Callable[[], None]:
         self._count(collective, flat)
         with self._named(what):
-            work = getattr(distributed, collective)(flat, group=self._group, async_op=True, **arguments)
+            work = getattr(distributed, collective)(flat, group=group or self._group, async_op=True, **source)
 
         def wait() -> None:
             with self._named(what):
@@ -173,6 +201,11 @@ def _device_for_numbers(group: distributed.ProcessGroup, device: torch.device) -
             f"init_process_group('{device.type}:{wanted}'), or process_group=None to train each process by itself"
         )
     return torch.device("cpu") if "cpu" in backends else device
+
+
+def _timeout(group: distributed.ProcessGroup, device: torch.device) -> timedelta | None:
+    """Return the timeout of a group, which groups of its processes are to have, too; None: torch's own."""
+    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
 
 
 def _backends(group: distributed.ProcessGroup) -> dict[str, str]:

@@ -35,13 +35,15 @@ def unpacked(rectangles: Tensor, d: int) -> Tensor:
         d: their size.
     """
     h, shift = _half(d)
-    result = torch.zeros(len(rectangles), d, d, dtype=rectangles.dtype, device=rectangles.device)
-    result[:, :h] = rectangles[..., shift:]
-    result[:, :h, :h].triu_()
     rest = d - h
-    result[:, h:, h:] = rectangles[:, h - rest :, :rest].tril().mT
-    upper = result.triu(1)
-    return result.add_(upper.mT)
+    result = torch.empty(len(rectangles), d, d, dtype=rectangles.dtype, device=rectangles.device)
+    result[:, :h, h:] = rectangles[..., shift + h :]
+    result[:, h:, :h] = result[:, :h, h:].mT
+    result[:, :h, :h] = rectangles[..., shift : shift + h]
+    result[:, h:, h:] = rectangles[:, h - rest :, :rest].mT
+    for corner in (result[:, :h, :h], result[:, h:, h:]):
+        corner.triu_().add_(corner.triu(1).mT)
+    return result
 
 
 def packed_shape(d: int) -> tuple[int, int]:
