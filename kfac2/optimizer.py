@@ -15,7 +15,7 @@ from kfac2.bound import Bound
 from kfac2.checkpoint import in_groups_too, is_for_its_state, out_of_groups
 from kfac2.curvature import Curvature
 from kfac2.descent import Rate, adamw_step, next_steps, sgd_step, times
-from kfac2.directed import MOST_DAMPING, PER_LAYER, Directed
+from kfac2.directed import MOST_DAMPING, PER_LAYER, Directed, Work
 from kfac2.divergence import divergence, quarter
 from kfac2.groups import as_groups, check_group, handled_by, settings_of
 from kfac2.kinds import Layer
@@ -46,9 +46,9 @@ class KFAC(Readings, Optimizer):
     coefficients minimise the quadratic model of the loss, all layers coupled through the Fisher of the rows at hand
     (`kfac2.coarse.directions`), held to η² dᵀFd ≤ ℓ² K/5 and η|d_i| ≤ 0.3 |W_i|, with ℓ from 0.1 to 10 that follows
     how much of a step the next batches confirm (`kfac2.signal_share`); blocks are then damped by c = 0.01 at
-    most. `accumulate_fisher` is wanted in each iteration, as long as the next batches confirm such steps; where they do
-    not, as with small noisy batches, steps are one level's, but for a trial every 20th. It costs least with a function
-    that makes a forward pass of some samples,
+    most. `accumulate_fisher` is wanted in each iteration, as long as the next batches confirm such steps. The first step,
+    and all where they do not, as with small noisy batches, are one level's; the space is then only looked at, in the
+    20th iteration and more and more rarely. It costs least with a function that makes a forward pass of some samples,
     `opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))`.
 
     ```python
@@ -283,6 +283,7 @@ class KFAC(Readings, Optimizer):
             moved = self._step_directed(seen) if self._is_directed else set()
             if not moved:
                 self._measure(seen)
+                self._directed.signal.shortened(self._bounded(1.0))
             with_weights = ((weight, layer.bias) for layer in seen if (weight := layer.weight).grad is not None)
             along = {id(parameter) for pair in with_weights for parameter in pair}
             for group in self.param_groups:
@@ -370,19 +371,20 @@ class KFAC(Readings, Optimizer):
         """Take a step in the space of directions where this iteration has its rows; return ids of what has moved."""
         step, layout, iteration = self.curvature.prepared(), self.curvature.layout, self.curvature.iteration
         is_wanted = self._directed.wants_step(self.preconditioner.iteration - 1)
-        return self._directed.step(
-            iteration.kept if is_wanted else [],
-            [layer for layer in seen if layer.weight.grad is not None],
-            lambda layer: step.gradient(layout.number(layer)),
-            self.param_groups,
-            self.state,
-            self.options.coarse_damping,
-            self.options.kl_bound,
-            self._rise.factor(self.curvature.health.at_once),
-            self.preconditioner.found,
-            self.curvature.solvers.processes,
-            is_wanted and iteration.has_kept,
+        work = Work(
+            passes=iteration.kept if is_wanted else [],
+            layers=[layer for layer in seen if layer.weight.grad is not None],
+            gradient=lambda layer: step.gradient(layout.number(layer)),
+            groups=self.param_groups,
+            state=self.state,
+            tau=self.options.coarse_damping,
+            bound=self.options.kl_bound,
+            factor=self._rise.factor(self.curvature.health.at_once),
+            found=self.preconditioner.found,
+            processes=self.curvature.solvers.processes,
+            has_rows=is_wanted and iteration.has_kept,
         )
+        return self._directed.step(work)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied or pickled whole: the hooks belong to the model's own modules."""
