@@ -46,9 +46,9 @@ class KFAC(Readings, Optimizer):
     coefficients minimise the quadratic model of the loss, all layers coupled through the Fisher of the rows at hand
     (`kfac2.coarse.directions`), held to η² dᵀFd ≤ ℓ² K/5 and η|d_i| ≤ 0.3 |W_i|, with ℓ from 0.1 to 10 that follows
     how much of a step the next batches confirm (`kfac2.signal_share`); blocks are then damped by c = 0.01 at
-    most. `accumulate_fisher` is wanted in each iteration, as long as the next batches confirm such steps. The first step,
-    and all where they do not, as with small noisy batches, are one level's; the space is then only looked at, in the
-    20th iteration and more and more rarely. It costs least with a function that makes a forward pass of some samples,
+    most. `accumulate_fisher` is wanted in each iteration, as long as the next batches confirm such steps. The first is
+    one level's, and so are all where they do not confirm them, as with small noisy batches; the space is then only looked
+    at, more and more rarely. It costs least with a function that makes a forward pass of some samples,
     `opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))`.
 
     ```python
