@@ -33,7 +33,7 @@ def set_factor(opt, name, matrix, factor="A"):
 def directed(model, **options):
     """A KFAC whose steps are in the space of directions from the first one on, which by itself begins with a look."""
     opt = kfac2.KFAC(model, coarse="directions", **options)
-    signal = opt._directed.signal
+    signal = opt._whole_step.directed.signal
     signal.is_new, signal.is_on = False, True
-    opt._follow_signal()
+    opt._whole_step.begin()
     return opt

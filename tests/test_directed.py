@@ -76,12 +76,12 @@ def test_a_factorisation_that_fails_leaves_a_step_of_one_level(monkeypatch):
     opt = directed(model, lr=0.8, momentum=0.6)
     for _ in range(3):
         iterate(model, opt, x, y)
-    correlations = opt._directed.state()["correlations"]
+    correlations = opt._whole_step.directed.state()["correlations"]
     cholesky = torch.linalg.cholesky_ex
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "cholesky_ex", lambda Q: (cholesky(Q)[0], torch.ones((), dtype=torch.int32)))
         assert_next_step_is_that_of_one_level(model, opt, lambda: iterate(model, opt, x, y))
-    assert torch.equal(opt._directed.state()["correlations"], correlations)
+    assert torch.equal(opt._whole_step.directed.state()["correlations"], correlations)
     assert_differs_from_one_level(model, opt, lambda: iterate(model, opt, x, y))
 
 
@@ -126,13 +126,13 @@ def test_a_gradient_of_nan_that_the_host_does_not_see_changes_nothing(at):
         torch.manual_seed(1)
         for _ in range(at):
             iterate(one, its, x, y)
-    signal, weights = opt._directed.signal, flat(model.parameters())
+    signal, weights = opt._whole_step.directed.signal, flat(model.parameters())
     buffers = flat([opt.state[p]["momentum_buffer"] for p in model.parameters()])
-    before, correlations = signal.state(), opt._directed.state()["correlations"]
+    before, correlations = signal.state(), opt._whole_step.directed.state()["correlations"]
     iterate(model, opt, x, y, at_gradients=spoil)
     assert torch.equal(flat(model.parameters()), weights)
     assert torch.equal(flat([opt.state[p]["momentum_buffer"] for p in model.parameters()]), buffers)
-    assert torch.equal(opt._directed.state()["correlations"], correlations)
+    assert torch.equal(opt._whole_step.directed.state()["correlations"], correlations)
     after = signal.state()
     assert after["last"] == before["last"] and all(map(math.isnan, after["measured"][-1]))
     assert after["measured"][:-1] == before["measured"]
@@ -142,7 +142,9 @@ def test_a_gradient_of_nan_that_the_host_does_not_see_changes_nothing(at):
     assert (signal.share, signal.is_on, signal._measured) == (share, True, [])
     iterate(model, opt, x, y)
     iterate(twin, other, x, y)  # which has skipped nothing
-    assert signal.state()["measured"][-1] == pytest.approx(other._directed.signal.state()["measured"][-1], rel=1e-6)
+    assert signal.state()["measured"][-1] == pytest.approx(
+        other._whole_step.directed.signal.state()["measured"][-1], rel=1e-6
+    )
 
 
 # -- as on a device, by other ways, and after the end --------------------------------------------------------
@@ -167,7 +169,7 @@ def test_it_reads_nothing_back_where_it_may_not_and_is_the_same():
             with Calls() as calls:
                 opt.step()
             assert calls.names and not [n for n in calls.names if "_local_scalar_dense" in n or "nonzero" in n]
-            solved.append(opt._directed.latest.fine.isfinite().all())
+            solved.append(opt._whole_step.directed.latest.fine.isfinite().all())
     assert_equal(ends[1], ends[0], 1e-9)
     assert all(solved)
 
@@ -197,7 +199,7 @@ def test_other_options_and_dtypes_train(dtype, options):
         losses.append(F.cross_entropy(out, y))
         losses[-1].backward()
         opt.step()
-    assert losses[-1] < 0.9 * losses[0] and opt._directed.latest.last.abs().sum() > 0
+    assert losses[-1] < 0.9 * losses[0] and opt._whole_step.directed.latest.last.abs().sum() > 0
 
 
 def test_steps_after_close_are_those_of_one_level():
@@ -242,12 +244,12 @@ def noisy(model, opt, own_passes):
 def test_resumed_training_equals_uninterrupted_training(own_passes, make, monkeypatch):
     monkeypatch.setattr("kfac2.signal_share.SOON", 7)
     model, opt = build(make)
-    assert opt._directed.signal.interval == 7
+    assert opt._whole_step.directed.signal.interval == 7
     saved, is_on, looks = [], [], []
     for k in range(40):
         saved.append(through_a_file([model.state_dict(), opt.state_dict(), torch.get_rng_state()]))
-        is_on.append(opt._directed.signal.is_on)
-        looks += [k] * (opt._directed.signal.wants_step(k) and not is_on[k])
+        is_on.append(opt._whole_step.directed.signal.is_on)
+        looks += [k] * (opt._whole_step.directed.signal.wants_step(k) and not is_on[k])
         noisy(model, opt, own_passes)
     off = is_on.index(False)
     assert off == 0 if make is with_looks else off > 2  # the first that is off
@@ -260,7 +262,7 @@ def test_resumed_training_equals_uninterrupted_training(own_passes, make, monkey
         other.load_state_dict(saved[at][1])
         torch.set_rng_state(saved[at][2])
         for k in range(at, 40):
-            assert other._directed.signal.is_on == is_on[k]
+            assert other._whole_step.directed.signal.is_on == is_on[k]
             noisy(resumed, other, own_passes)
         assert torch.equal(flat(model.state_dict().values()), flat(resumed.state_dict().values()))
         ours, theirs = flatten(opt.state_dict()), flatten(other.state_dict())
@@ -282,9 +284,9 @@ def test_states_of_before_there_was_a_signal_load():
         noisy(model, opt, False)
     state = copy.deepcopy(opt.state_dict())
     del state["kfac"]["directed"]
-    opt._directed.signal.is_on = False
+    opt._whole_step.directed.signal.is_on = False
     opt.load_state_dict(state)
-    assert opt._directed.state() == with_looks(model)._directed.state()
+    assert opt._whole_step.directed.state() == with_looks(model)._whole_step.directed.state()
     noisy(model, opt, False)
 
 
@@ -304,7 +306,7 @@ def test_a_state_of_another_space_is_refused_by_name(mine, theirs):
 
 def shares(opt):
     """Collect φ of each step, as they are measured."""
-    seen, signal = [], opt._directed.signal
+    seen, signal = [], opt._whole_step.directed.signal
     measured = signal.measured
 
     def keeping(*arguments):
@@ -333,15 +335,15 @@ def test_without_noise_all_of_a_slope_is_there_on_the_next_batch(is_averaged, mo
         opt.accumulate_fisher(out)
         (-out.log_prob(y)).mean().backward()
         opt.step()
-        assert opt._directed.signal.is_on
+        assert opt._whole_step.directed.signal.is_on
     assert len(seen) == 11
     assert seen == pytest.approx([1.0] * 11, abs=0.3 if is_averaged else 1e-6)
-    assert 0.7 < opt._directed.signal.share < 1.0 + 0.2 * is_averaged
+    assert 0.7 < opt._whole_step.directed.signal.share < 1.0 + 0.2 * is_averaged
 
 
 def test_noise_switches_the_space_off_and_looks_become_rare():
     model, opt = build(weight_decay=0.0)
-    signal, wanted, intervals = opt._directed.signal, [], []
+    signal, wanted, intervals = opt._whole_step.directed.signal, [], []
     for k in range(130):
         is_on, is_due, interval = signal.is_on, k % 3 == 0, signal.interval
         assert opt.needs_fisher == (is_on or is_due or k % interval == 0)
@@ -350,9 +352,9 @@ def test_noise_switches_the_space_off_and_looks_become_rare():
             assert not is_on and not is_due and k % interval and not waits
         wanted.append(signal.wants_step(k))
         intervals.append(interval)
-        latest = opt._directed.latest
+        latest = opt._whole_step.directed.latest
         noisy(model, opt, False)
-        took = opt._directed.latest is not latest
+        took = opt._whole_step.directed.latest is not latest
         # what statistics have shown counts at once, but for an iteration that has looked at too few rows
         assert took == signal.is_on or (took, is_due) == (False, True)
         assert opt.curvature.iteration.kept == []
@@ -367,7 +369,7 @@ def test_a_look_takes_the_step_of_one_level():
     """Also the first of all, which is a look; what has been looked at is measured on the next batch."""
     model, opt = build(with_looks, cov_every=1000, inv_every=1000, burn_in=1, kl_bound=None)
     twin, other = build(kfac2.KFAC, cov_every=1000, inv_every=1000, burn_in=1, kl_bound=None)
-    signal = opt._directed.signal
+    signal = opt._whole_step.directed.signal
     for k in range(24):
         torch.manual_seed(k)
         noisy(model, opt, False)
@@ -378,14 +380,14 @@ def test_a_look_takes_the_step_of_one_level():
             signal._last[0] = 100.0  # so little of such a slope will be there that the space is left
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q)
-    assert opt._directed.latest is None and len(signal._measured) == 1
+    assert opt._whole_step.directed.latest is None and len(signal._measured) == 1
 
 
 def test_an_iteration_that_measures_a_look_is_not_ordinary():
     model, opt = build(weight_decay=0.0, cov_every=1000, inv_every=1000, burn_in=1)
     noisy(model, opt, False)
-    opt._directed.signal.is_on = False
-    opt._directed.signal.share = 0.1
+    opt._whole_step.directed.signal.is_on = False
+    opt._whole_step.directed.signal.share = 0.1
     noisy(model, opt, False)  # measures the last of the steps in the space
     kinds = []
     for _ in range(2, 24):
@@ -395,7 +397,7 @@ def test_an_iteration_that_measures_a_look_is_not_ordinary():
                 opt.replayed()
         noisy(model, opt, False)
     assert kinds == [(k, k == 20, k not in (20, 21)) for k in range(2, 24)]
-    assert len(opt._directed.signal._measured) == 2
+    assert len(opt._whole_step.directed.signal._measured) == 2
     opt.replayed()
     assert opt.preconditioner.iteration == 25
 
@@ -506,11 +508,11 @@ def test_the_bound_of_a_step_follows_the_length_which_shortens_steps_below_one()
         opt = directed(model, kl_bound=None if len(free) == 3 else 1e-6)
         for _ in range(2):
             iterate(model, opt, x, y)
-        signal = opt._directed.signal
+        signal = opt._whole_step.directed.signal
         signal.length = length
         iterate(model, opt, x, y)
         divergences.append(float(signal._last[1]))
-        free.append(opt._directed.latest.fine)
+        free.append(opt._whole_step.directed.latest.fine)
     for length, divergence in zip(lengths, divergences, strict=False):
         assert divergence == pytest.approx(length**2 * 1e-6 / 5)
     assert divergences[-1] > 1e-5  # so that it is the bound that acts above
@@ -523,22 +525,22 @@ def test_a_look_is_along_the_last_update_only_where_that_is_one(momentum):
     opt = directed(model, momentum=momentum, damping=0.008)
     for _ in range(3):
         iterate(model, opt, x, y)
-    latest = opt._directed.latest
+    latest = opt._whole_step.directed.latest
     assert latest.last.all()
-    opt._directed.signal.is_on, opt._directed.signal.share = False, 0.1
+    opt._whole_step.directed.signal.is_on, opt._whole_step.directed.signal.share = False, 0.1
     seen = []
-    solved = opt._directed._solved
+    solved = opt._whole_step.directed._solved
 
     def keeping(*arguments):
         seen.append(solved(*arguments))
         return seen[-1]
 
-    opt._directed._solved = keeping
-    opt._directed.decide = lambda: None
+    opt._whole_step.directed._solved = keeping
+    opt._whole_step.directed.decide = lambda: None
     for k in range(3, 21):
-        assert (opt.preconditioner.iteration, opt._directed.wants_step(k)) == (k, k == 20)
+        assert (opt.preconditioner.iteration, opt._whole_step.directed.wants_step(k)) == (k, k == 20)
         iterate(model, opt, x, y)
-    assert opt._directed.latest is latest and len(seen) == 1
+    assert opt._whole_step.directed.latest is latest and len(seen) == 1
     fine, last = seen[0][1].chunk(2)
     assert fine.all() and bool(last.any()) == (momentum > 0)
 
@@ -555,8 +557,8 @@ def test_the_signal_knows_which_part_of_a_batch_is_measured():
                 opt.step()
             else:
                 iterate(model, opt, x, y)
-            assert opt._directed.signal.rows == pytest.approx(rows)
-        assert opt._directed.state()["signal"]["rows"] == opt._directed.signal.rows
+            assert opt._whole_step.directed.signal.rows == pytest.approx(rows)
+        assert opt._whole_step.directed.state()["signal"]["rows"] == opt._whole_step.directed.signal.rows
 
 
 def test_the_space_at_its_bounds():
@@ -606,12 +608,12 @@ def test_a_layer_that_is_not_used_stays_as_it_is():
     head = model.head.weight.detach().clone()
     for _ in range(4):
         branched(opt, model, x, y, False)
-        assert opt._directed.latest.names == ("a", "head")
+        assert opt._whole_step.directed.latest.names == ("a", "head")
     for (old, d), p in zip(before, own, strict=True):
         assert torch.equal(p, old) and torch.equal(opt.state[p]["momentum_buffer"], d)
     assert not torch.equal(model.head.weight, head)
     branched(opt, model, x, y, True)
-    assert opt._directed.latest.names == ("a", "b", "head")
+    assert opt._whole_step.directed.latest.names == ("a", "b", "head")
     assert all(not torch.equal(p, old) for (old, _), p in zip(before, own, strict=True))
 
 
@@ -627,7 +629,7 @@ def test_a_layer_that_leaves_and_one_that_is_frozen():
     for _ in range(3):
         before = model.b.weight.detach().clone()
         branched(opt, model, x, y, True)
-        assert opt._directed.latest.names == ("a", "head") and opt._directed.part(1000) == 64
+        assert opt._whole_step.directed.latest.names == ("a", "head") and opt._whole_step.directed.part(1000) == 64
         assert not torch.equal(model.b.weight, before)  # by AdamW
     with pytest.warns(RuntimeWarning, match="a leaves K-FAC"):
         for p in model.a.parameters():
@@ -635,7 +637,7 @@ def test_a_layer_that_leaves_and_one_that_is_frozen():
         before = model.a.weight.detach().clone()
         for _ in range(3):
             branched(opt, model, x, y, True)
-    assert opt._directed.latest.names == ("head",) and torch.equal(model.a.weight, before)
+    assert opt._whole_step.directed.latest.names == ("head",) and torch.equal(model.a.weight, before)
 
 
 def test_a_bias_that_is_frozen_is_left_alone():
@@ -659,7 +661,7 @@ def test_a_shared_layer_trains():
         loss.backward()
         opt.step()
         losses.append(loss.item())
-    assert opt._directed.latest.names == ("inner", "head", "conv") and min(losses) < 0.9 * losses[0]
+    assert opt._whole_step.directed.latest.names == ("inner", "head", "conv") and min(losses) < 0.9 * losses[0]
 
 
 class Experts(nn.Module):
@@ -691,7 +693,7 @@ def test_rows_that_fit_no_samples_count_for_themselves():
     assert_equal((s[:, 0].T @ s[:, 0]) / cases, wanted, 1e-12)
     opt = directed(task.model)
     losses = [iterate(task.model, opt, task.x, task.target) for _ in range(12)]
-    assert losses[-1] < 0.9 * losses[0] and opt._directed.latest.names == ("inner", "expert", "head")
+    assert losses[-1] < 0.9 * losses[0] and opt._whole_step.directed.latest.names == ("inner", "expert", "head")
 
 
 def test_statistics_taken_by_hand_are_summed_up_after_an_iteration_of_rows():

@@ -334,7 +334,7 @@ def test_whole_steps_are_those_of_dense_algebra(name, tau, most, max_change):
     assert dense.one_level.layers == opt.layers and opt.layers[0] == next(
         n for n, m in task.model.named_modules() if m is first
     )
-    opt._directed.decide = lambda: None  # so few samples may switch it off
+    opt._whole_step.directed.decide = lambda: None  # so few samples may switch it off
     before = flat(task.model.parameters())
     for seed in range(3):
         opt.zero_grad()

@@ -231,7 +231,7 @@ def test_micro_batches_have_their_rows_together_in_the_space_of_directions():
     for _ in range(7):
         iterate_in_halves(model, opt, x, y)
         iterate(twin, other, x, y)
-        assert_equal(opt._directed.latest.fine, other._directed.latest.fine, 1e-8)
+        assert_equal(opt._whole_step.directed.latest.fine, other._whole_step.directed.latest.fine, 1e-8)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert_equal(p, q, 1e-8)
 
@@ -341,7 +341,7 @@ def test_a_distribution_after_a_function_works_from_the_next_forward_pass_on(in_
         opt.accumulate_fisher(Categorical(logits=out))
         F.cross_entropy(out, y).backward()
         opt.step()
-    assert opt._directed.latest.names == ("first", "head")
+    assert opt._whole_step.directed.latest.names == ("first", "head")
     assert iterate(model, opt, x, y) == [slice(0, 32, 1)]  # and back again
 
 
