@@ -341,6 +341,29 @@ def test_without_noise_all_of_a_slope_is_there_on_the_next_batch(is_averaged, mo
     assert 0.7 < opt._whole_step.directed.signal.share < 1.0 + 0.2 * is_averaged
 
 
+@pytest.mark.parametrize("bound", [None, 1e-3])
+def test_without_noise_all_of_the_slope_along_a_look_is_there_after_the_step_of_one_level(bound, monkeypatch):
+    """A quadratic loss with its exact Fisher: s₁ = s₀ - DᵀFD₁, where D₁ may be shortened by the measured bound."""
+    monkeypatch.setattr("kfac2.coarse.directions.KEPT", 0.0)
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3).double()
+    x = torch.randn(30, 6, dtype=torch.float64)
+    y = x @ torch.randn(6, 3, dtype=torch.float64) + torch.randn(30, 3, dtype=torch.float64)
+    options = {"fisher": "exact", "lr": 0.2, "damping": 1.0, "coarse_samples": 30, "kl_bound": bound}
+    opt = with_looks(model, max_change=None, kl_clip=None, **options)
+    opt._whole_step.directed.signal.decide = lambda: None  # so that each other step is a look
+    seen = shares(opt)
+    for _ in range(8):
+        opt.zero_grad()
+        out = Normal(model(x), 1.0)
+        opt.accumulate_fisher(out)
+        (-out.log_prob(y)).mean().backward()
+        opt.step()
+        assert opt._whole_step.directed.latest is None
+        assert bound is None or opt.last_step.bound_factor < 0.9
+    assert seen == pytest.approx([1.0] * 4, abs=1e-6)
+
+
 def test_noise_switches_the_space_off_and_looks_become_rare():
     model, opt = build(weight_decay=0.0)
     signal, wanted, intervals = opt._whole_step.directed.signal, [], []
