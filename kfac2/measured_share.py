@@ -14,6 +14,7 @@ from kfac2.fine import Damping, FineSolver
 from kfac2.inverses import Solvers
 from kfac2.layout import Layout
 from kfac2.processes import Processes
+from kfac2.processes.packing import packed, packed_shape, unpacked
 from kfac2.sent_fields import sent_bytes
 
 LITTLE = 1e7
@@ -22,7 +23,7 @@ LONG_ENOUGH = (
     2.5e-3  # seconds of an inverse whose rate is taken: one of twice as many rows takes up to eight times this
 )
 FEWEST_ROWS = 128
-MESSAGE = 2**20  # bytes that are sent to see how fast that goes
+MATRICES, ROWS = 2, 512  # that are sent to see how fast that goes
 TRIES = 2  # the fastest counts: what else a machine does makes it slower only
 
 
@@ -31,7 +32,7 @@ class Measured(NamedTuple):
 
     Attributes:
         cube: seconds that inverting takes for each n³.
-        byte: seconds that sending takes for each byte, to all.
+        byte: seconds that sending takes for each byte, to all, and the copies that are made for it.
         message: seconds of a message of a few bytes.
     """
 
@@ -103,7 +104,7 @@ def costs_of(layout: Layout, fine: FineSolver, size: int, measured: Measured) ->
 def measure(processes: Processes, layout: Layout, fine: FineSolver, dtype: torch.dtype | None) -> Measured:
     """Measure, and take the slowest process's numbers: so all have the same. About 30 ms on CPUs."""
     cube = _seconds_of_cube(layout, fine, dtype)
-    message, byte = _seconds_of_sending(processes, layout)
+    message, byte = _seconds_of_sending(processes, layout, fine)
     own = {"cube": cube, "byte": byte, "message": message}
     told = processes.meet("share", {}, own, dict).numbers
     return Measured(*(max(told[name]) for name in Measured._fields))
@@ -123,22 +124,31 @@ def _seconds_of_cube(layout: Layout, fine: FineSolver, dtype: torch.dtype | None
         rows = min(2 * rows, most)
 
 
-def _seconds_of_sending(processes: Processes, layout: Layout) -> tuple[float, float]:
-    """Return seconds of a small message, and for each byte of a large one, each until all have it."""
-    flat = torch.zeros(MESSAGE, dtype=torch.uint8, device=layout.device)
+def _seconds_of_sending(processes: Processes, layout: Layout, fine: FineSolver) -> tuple[float, float]:
+    """Return seconds of a small message, and for each byte of a large one, each until all have it.
+
+    Whoever inverts a share also gathers its factors and last inverses, packs the new ones, and unpacks all: copies that
+    take as long as what is sent within a machine does.
+    """
+    stack = torch.zeros(MATRICES, ROWS, ROWS, dtype=layout.dtype, device=layout.device)
     flag = torch.zeros(1, dtype=torch.float64, device=layout.device)
+    is_packed = len(fine.symmetric) > 0
 
     def meet() -> object:
         return processes.added("a number, to see how long that takes", [flag])
 
-    def send() -> None:
-        processes.send("bytes, to see how long that takes", flat, 0)()
+    def send() -> int:
+        _, new = stack.clone(), stack.clone()
+        flat = (packed(new) if is_packed else new).flatten()
+        processes.send("matrices, to see how long that takes", flat, 0)()
+        stack.copy_(unpacked(flat.view(MATRICES, *packed_shape(ROWS)), ROWS) if is_packed else flat.view_as(stack))
         meet()
+        return flat.nbytes
 
-    send()  # connections are made
+    size = send()  # connections are made
     small = min(_seconds(layout.device, meet) for _ in range(TRIES))
     large = min(_seconds(layout.device, send) for _ in range(TRIES))
-    return small, max(large - small, large / 10) / MESSAGE
+    return small, max(large - small, large / 10) / size
 
 
 def _seconds(device: torch.device, function: Callable[[], object]) -> float:
