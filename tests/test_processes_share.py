@@ -310,7 +310,7 @@ class Mixed(nn.Sequential):
 
 
 def the_default_is_the_same_in_all():
-    for cubes, seconds, share in (([1e-12, 1e-6], 1e-12, "inverses"), ([1e-12, 1e-12], 1.0, "all")):
+    for cubes, seconds, share in (([1e-12, 1e-6], 1e-9, "inverses"), ([1e-12, 1e-12], 1.0, "all")):
         with (
             patched(measured_share, "LITTLE", 0),
             patched(measured_share, "_seconds_of_cube", lambda *_, own=cubes: own[rank() % 2]),  # of the slowest
