@@ -102,7 +102,7 @@ def costs_of(layout: Layout, fine: FineSolver, size: int, measured: Measured) ->
 
 
 def measure(processes: Processes, layout: Layout, fine: FineSolver, dtype: torch.dtype | None) -> Measured:
-    """Measure, and take the slowest process's numbers: so all have the same. About 30 ms on CPUs."""
+    """Measure, and take the slowest process's numbers: so all have the same. Some 30 ms of a CPU."""
     cube = _seconds_of_cube(layout, fine, dtype)
     message, byte = _seconds_of_sending(processes, layout, fine)
     own = {"cube": cube, "byte": byte, "message": message}

@@ -39,7 +39,8 @@ def inverted_together(
 
     Layers are inverted piece by piece, see `pieces`, and sent while the next are computed: with `place`, the peak is at
     most a quarter of what this process's factors and inverses need above these, or what the largest layer needs, as in
-    `inverted`. The messages are the same with `place` and without.
+    `inverted`. The messages are the same with `place` and without. Where a process dies in between, the others raise,
+    and some layers have new inverses, the rest the last ones.
 
     Args:
         layout: of all layers.
