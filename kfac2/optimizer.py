@@ -205,10 +205,10 @@ class KFAC(Readings, Optimizer):
             self.preconditioner.own_steps = self._directed
             self.preconditioner.iteration = 0  # its steps are looked at from the first
         self._follow_signal()
-        self._handled = handled_by(self.curvature.found)
+        self._handled = handled_by(self.curvature.handled.found)
         if rest == "adamw":  # what its groups hold is none of K-FAC's, whatever becomes of it
-            self.curvature.own = self._handled
-        self._known = {id(parameter) for parameter in self.curvature.params}
+            self.curvature.handled.own = self._handled
+        self._known = {id(parameter) for parameter in self.curvature.handled.params}
         names = ("lr", "momentum", "weight_decay", "nesterov", "rest_lr", "betas", "eps")
         super().__init__(groups, {**{name: arguments[name] for name in names}, "method": "kfac"})
         self.preconditioner.meetings.agree_on(lambda: settings_of(self.param_groups))
@@ -279,7 +279,7 @@ class KFAC(Readings, Optimizer):
         rates = self._follow_groups()
         self._follow_signal()
         if self.preconditioner.precondition(lambda layer: rates[id(layer.weight)]):
-            seen = self.curvature.layers_with_statistics()
+            seen = self.curvature.estimates.layers_that(seen=True)
             moved = self._step_directed(seen) if self._is_directed else set()
             if not moved:
                 self._measure(seen)
@@ -422,10 +422,10 @@ class KFAC(Readings, Optimizer):
         """See `Preconditioner.check`."""
         return self.preconditioner.check()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
+    def state_dict(self, gathers: bool = True) -> dict[str, Any]:
+        """Return `torch.optim`'s state dict with K-FAC's beside it, under `'kfac'`; see `Curvature.state_dict`."""
         self._follow_groups()
-        state = self.preconditioner.state_dict()
+        state = self.preconditioner.state_dict(gathers)
         state["bounds"] |= {"factor": float(self._bound.factor), "rise": self._rise.state()}
         state["directed"] = self._directed.state()
         return in_groups_too({**super().state_dict(), "kfac": state})

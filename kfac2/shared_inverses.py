@@ -79,16 +79,6 @@ def whole(inverses: Inverses, layout: Layout, solvers: Solvers) -> Inverses:
     return replace(inverses, fields=fields, derived={})
 
 
-def of_own(inverses: Inverses, layout: Layout, solvers: Solvers) -> Inverses:
-    """Return the inverses that this process holds, given those of all layers."""
-    held = solvers.division.held(layout)
-    fields = {
-        name: held.moved(stacks, layout, lambda b, name=name: solvers.fine.shape(name, b), held.dtype)  # type: ignore[misc]
-        for name, stacks in inverses.fields.items()
-    }
-    return replace(inverses, fields=fields, derived=solvers.fine.derive(fields, inverses.damping))
-
-
 def _of(inverses: Inverses, held: Layout, layout: Layout, mine: Layout, solvers: Solvers) -> Inverses:
     """Return the inverses of some layers."""
     numbers = [layout.number(layer) for layer in mine.layers]

@@ -11,7 +11,7 @@ WORK = Work("three layers", [(1, 4, 5), (2, 3, 10), (1, 8, 9)], 4 * 5 + 2 * 3 * 
 def test_a_plan_counts_what_is_sent():
     statistics, new = ([m.size for m in messages(WORK, "inverses", kind, 2)] for kind in ("statistics", "inverses"))
     factors = 4 * (10 + 15 + 2 * (6 + 55) + 36 + 45)
-    assert statistics == [160, 8 * 17, factors, 16]
+    assert statistics == [64, 8 * 17, factors, 16]
     assert new[:4] == statistics and new[4] == 16 * 3 and sum(new[5:]) == factors
     assert not messages(WORK, "all", "ordinary", 2)
     assert sum(m.size for m in messages(WORK, "gradients", "ordinary", 3)) == 4 * WORK.parameters
