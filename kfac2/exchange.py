@@ -61,6 +61,7 @@ def exchanged(
     pair_sums = [packed(tensor.to(layout.dtype)[None]) for tensor in sums.coarse or coarse.no_sums(layout)]
     sent = [counts.to(layout.device), *pair_sums, *halves[0], *halves[1], *others]
     received = iter(processes.added("the statistics", sent))
+    del halves, sent  # as large as half of all factors
 
     told = _Counts(next(received).tolist(), len(layers))
     pairs = tuple(unpacked(next(received), len(layout.layer_of_map))[0] for _ in pair_sums)
