@@ -21,7 +21,14 @@ import kfac2
 
 NETS = ("transformer", "resnet-20")
 BATCH = 16
-HEADER = ["network", "processes", "share", "factors and inverses, MB", "planned, MB", *(f"peak: {k}, MB" for k in KINDS)]
+HEADER = [
+    "network",
+    "processes",
+    "share",
+    "factors and inverses, MB",
+    "planned, MB",
+    *(f"peak: {k}, MB" for k in KINDS),
+]
 
 
 def planned(work: Work, share: str, processes: int) -> float:
