@@ -1,4 +1,4 @@
-"""Memory of each process by strategy, in bytes of live tensors (`memory.Meter`), beside the plan's; real gloo processes."""
+"""Memory of the process that has most, by strategy, in bytes of live tensors (`memory.Meter`), beside the plan's."""
 
 from __future__ import annotations
 
@@ -21,14 +21,8 @@ import kfac2
 
 NETS = ("transformer", "resnet-20")
 BATCH = 16
-HEADER = [
-    "network",
-    "processes",
-    "share",
-    "factors and inverses, MB",
-    "planned, MB",
-    *(f"peak: {k}, MB" for k in KINDS),
-]
+PEAKS = [f"peak, {kind}, MB" for kind in KINDS]
+HEADER = ["network", "processes", "share", "factors and inverses, MB", "planned, MB", *PEAKS]
 
 
 def planned(work: Work, share: str, processes: int) -> float:
@@ -72,9 +66,9 @@ def _train(rank: int, name: str, share: str, processes: int, folder: str) -> Non
     assert inverses is not None
     fields = [stack for stacks in inverses.fields.values() for stack in stacks]
     work = Work(name, [layer.matrix_shape for layer in opt.curvature.layout.layers], opt.summary().parameters)
-    result = {kind: meter.peaks[kind] for kind in KINDS}
-    result |= {"held": sum(stack.nbytes for stack in [*averages.A, *averages.G, *fields])}
-    result |= {"planned": planned(work, share, processes)}
+    result: dict[str, float] = {kind: meter.peaks[kind] for kind in KINDS}
+    result["held"] = sum(stack.nbytes for stack in [*averages.A, *averages.G, *fields])
+    result["planned"] = planned(work, share, processes)
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     del model, opt
     gc.collect()
@@ -96,7 +90,7 @@ def told(nets: Sequence[str], sizes: Sequence[int]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    add_some(parser, "--nets", NETWORKS, list(NETS))
+    add_some(parser, "--nets", NETWORKS, NETS)
     parser.add_argument("--processes", nargs="*", type=positive, default=[2, 4])
     options = parser.parse_args()
     print(told(options.nets, options.processes))

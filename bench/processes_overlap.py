@@ -1,33 +1,39 @@
 """Whether the sums of an iteration gain from being on their way while others are still packed: two gloo processes.
 
-What is compared adds up the same sums with the same messages, but for their number: `kfac2.exchange` packs all halves of
-the factors, and sends one message for each dtype; here each part of the factors is sent as soon as it is packed, and
-unpacked while the next is on its way.
+The same sums are added up in two ways. `kfac2.exchange` packs all halves of the factors, and sends one message for
+each dtype. The other way sends each part of the factors as soon as it is packed, and unpacks it while the next one is
+on its way.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from pathlib import Path
+from statistics import median, quantiles
 
 import torch
+from arguments import add_some, positive
 from networks import NETWORKS
+from output import table
 from torch import Tensor, distributed
 
 import kfac2
 from kfac2.exchange import exchanged
 from kfac2.layout import Layout
-from kfac2.processes.group import Group
 from kfac2.processes.packing import packed, unpacked
 from kfac2.statistics import Sums
 
 BATCH = 16
+NETS = ("resnet-20", "transformer")
+FIRST = "one message for each dtype (as it is)"
+HEADER = ["network", "way", "ms, median", "over the first: median, quartiles"]
 
 
-def early(group: Group, stacks: Sequence[Tensor], parts: int) -> list[Tensor]:
+def early(stacks: Sequence[Tensor], parts: int) -> list[Tensor]:
     """Add up symmetric matrices in so many parts, each on its way while the next is packed."""
     most = sum(stack.numel() for stack in stacks) / parts
     buckets: list[list[Tensor]] = [[]]
@@ -39,15 +45,13 @@ def early(group: Group, stacks: Sequence[Tensor], parts: int) -> list[Tensor]:
     for bucket in buckets:
         halves = [packed(stack) for stack in bucket]
         flat = torch.cat([half.reshape(-1) for half in halves])
-        sent.append((bucket, halves, flat, group._begin("all_reduce", "all-reduce", flat)))
+        sent.append((bucket, halves, flat, distributed.all_reduce(flat, async_op=True)))
     result = []
-    for bucket, halves, flat, wait in sent:
-        wait()
+    for bucket, halves, flat, work in sent:
+        work.wait()
         pieces = flat.split([half.numel() for half in halves])
-        result += [
-            unpacked(piece.view(half.shape), stack.shape[-1])
-            for stack, half, piece in zip(bucket, halves, pieces, strict=True)
-        ]
+        for stack, half, piece in zip(bucket, halves, pieces, strict=True):
+            result.append(unpacked(piece.view(half.shape), stack.shape[-1]))
     return result
 
 
@@ -62,41 +66,42 @@ def stacks_of(layout: Layout, sums: Sums) -> list[Tensor]:
     return result
 
 
-def _measure(rank: int, name: str, repeats: int, path: str) -> None:
+def _ways(opt: kfac2.KFAC) -> dict[str, Callable[[], object]]:
+    curvature = opt.curvature
+    layout, sums, processes = curvature.layout, curvature.iteration.sums, curvature.solvers.processes
+    counts = torch.zeros(5 * len(layout.layers) + 2, dtype=torch.float64)
+    flat = torch.cat([packed(stack).reshape(-1) for stack in stacks_of(layout, sums)])
+
+    def in_parts(parts: int) -> list[Tensor]:
+        work = distributed.all_reduce(counts.clone(), async_op=True)
+        result = early(stacks_of(layout, sums), parts)
+        work.wait()
+        return result
+
+    return {
+        FIRST: lambda: exchanged(processes, layout, sums, curvature.solvers.coarse, False, (), False),
+        "2 parts": lambda: in_parts(2),
+        "4 parts": lambda: in_parts(4),
+        "nothing but packing and unpacking": lambda: [
+            unpacked(packed(stack), stack.shape[-1]) for stack in stacks_of(layout, sums)
+        ],
+        "nothing but the message": lambda: distributed.all_reduce(flat.clone()),
+    }
+
+
+def _measure(rank: int, name: str, repeats: int, folder: str) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{path}/group", rank=rank, world_size=2)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(0)
     network = NETWORKS[name]
     model = network.make()
     opt = kfac2.KFAC(model)
     x, y = network.sample(BATCH, "cpu")
-    begin = time.perf_counter()
     out = model(x)
     opt.accumulate_fisher(network.prediction.distribution(out))
     network.prediction.loss(out, y).backward()
-    curvature = opt.curvature
-    curvature.iteration.settle()
-    whole = time.perf_counter() - begin
-    group, layout, sums = curvature.solvers.processes, curvature.layout, curvature.iteration.sums
-    assert isinstance(group, Group)
-    counts = torch.zeros(5 * len(layout.layers) + 2, dtype=torch.float64)
-
-    def now() -> None:
-        exchanged(group, layout, sums, curvature.solvers.coarse, False, (), False)
-
-    def in_parts(parts: int) -> Callable[[], None]:
-        def run() -> None:
-            wait = group._begin("all_reduce", "all-reduce", counts.clone())
-            early(group, stacks_of(layout, sums), parts)
-            wait()
-
-        return run
-
-    def only_packing() -> None:
-        for stack in stacks_of(layout, sums):
-            unpacked(packed(stack), stack.shape[-1])
-
-    ways = {"one message for each dtype": now, "2 parts": in_parts(2), "4 parts": in_parts(4), "packing": only_packing}
+    opt.curvature.iteration.settle()
+    ways = _ways(opt)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, run in ways.items():
@@ -105,22 +110,27 @@ def _measure(rank: int, name: str, repeats: int, path: str) -> None:
             run()
             seconds[way].append(time.perf_counter() - begin)
     if rank == 0:
-        first = seconds["one message for each dtype"]
-        print(f"{name}: forward, backward and sums {1e3 * whole:.0f} ms once; medians of {repeats}, in turns:")
-        for way, own in seconds.items():
-            ratio = median(a / b for a, b in zip(own, first, strict=True))
-            low, high = sorted(own)[len(own) // 4], sorted(own)[3 * len(own) // 4]
-            print(f"  {way}: {1e3 * median(own):.2f} ms (quartiles {1e3 * low:.2f} to {1e3 * high:.2f}), x{ratio:.2f}")
+        Path(folder, "seconds").write_text(json.dumps(seconds))
     distributed.barrier()
     distributed.destroy_process_group()
 
 
+def told(nets: Sequence[str], repeats: int) -> str:
+    """Measure, and write the table."""
+    rows = []
+    for name in nets:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.start_processes(_measure, (name, repeats, folder), nprocs=2, start_method="fork")
+            seconds = json.loads(Path(folder, "seconds").read_text())
+        for way, own in seconds.items():
+            low, middle, high = quantiles([a / b for a, b in zip(own, seconds[FIRST], strict=True)])
+            rows.append([name, way, f"{1e3 * median(own):.3g}", f"{middle:.2f}, {low:.2f} to {high:.2f}"])
+    return table(HEADER, rows)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", default="resnet-20", choices=NETWORKS)
-    parser.add_argument("--repeats", type=int, default=200)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            _measure, (arguments.net, arguments.repeats, folder), nprocs=2, start_method="fork"
-        )
+    add_some(parser, "--nets", NETWORKS, NETS)
+    parser.add_argument("--repeats", type=positive, default=200)
+    options = parser.parse_args()
+    print(told(options.nets, options.repeats))
