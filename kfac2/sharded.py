@@ -100,10 +100,9 @@ class ShardedState:
     def _for_all_layers(self, state: dict[str, Any], dropped: Iterable[str]) -> dict[str, Any]:
         """Bring the inverses together if layers leave with this state: who holds which is then another question."""
         layout, solvers = self._estimates.layout, self._estimates.solvers
-        is_everywhere = solvers.division.held(layout) is layout
-        if is_everywhere or not {layer.name for layer in layout.layers} & {*dropped}:
-            return state
-        inverses = to_inverses(state, layout, solvers)
+        inverses = None
+        if solvers.division.held(layout) is not layout and {layer.name for layer in layout.layers} & {*dropped}:
+            inverses = to_inverses(state, layout, solvers)
         return state if inverses is None else from_inverses(layout, whole(inverses, layout, solvers)) or state
 
     def _no_inverses(self, layer: Layer) -> dict[str, Tensor]:
@@ -133,4 +132,4 @@ def _written(value: object) -> bytes:
 
 
 def _read(written: bytes) -> Any:
-    return torch.load(io.BytesIO(written), weights_only=True)
+    return torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)  # written on another's device
