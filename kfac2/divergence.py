@@ -45,11 +45,13 @@ class KeptPass(NamedTuple):
         uses: of its layers.
         samples: how many samples were kept.
         cases: M of these.
+        whole: how many samples the pass had.
     """
 
     uses: list[KeptUse]
     samples: int
     cases: float
+    whole: int
 
 
 def kept_of(passed: Pass, count: int) -> KeptPass:
@@ -66,7 +68,19 @@ def kept_of(passed: Pass, count: int) -> KeptPass:
         samples = len(grads.tensor)
         inputs = Rows(use.inputs.tensor[:samples], use.inputs.window)
         uses.append(KeptUse(use.layer, inputs, grads, samples, passed.fits(use)))
-    return KeptPass(uses, count, passed.cases * count / passed.samples)
+    return KeptPass(uses, count, passed.cases * count / passed.samples, passed.samples)
+
+
+def first_of(kept: KeptPass, count: int) -> KeptPass:
+    """Return so many of the kept samples of a pass, or all."""
+    if count >= kept.samples:
+        return kept
+    uses = []
+    for use in kept.uses:
+        samples = max(1, use.samples * count // kept.samples) if use.samples > 1 else 1
+        inputs, grads = (Rows(rows.tensor[:samples], rows.window) for rows in (use.inputs, use.grads))
+        uses.append(use._replace(inputs=inputs, grads=grads, samples=samples))
+    return KeptPass(uses, count, kept.cases * count / kept.samples, kept.whole)
 
 
 def first_rows(passed: Pass, use: Use, count: int) -> Rows:
