@@ -113,7 +113,7 @@ def steps(example: Example) -> Record:
     opt = kfac2.KFAC(
         example.model, fisher=example.fisher, levels=2, check_every=1, cov_every=1, inv_every=1, cases="rows"
     )
-    left = {left.name: left.reason for left in opt.curvature.found.left}
+    left = {left.name: left.reason for left in opt.curvature.handled.found.left}
     found: dict[str, list[float]] = {name: [] for name in opt.layers}
     texts: list[str] = []
     for _ in range(STEPS):
@@ -138,7 +138,7 @@ def steps(example: Example) -> Record:
         "left alone": left,
         "warnings": [text for text in sorted({*texts}) if text not in dropped],
         "others": dict(others(example.model)),
-        "without statistics": [layer.name for layer, seen in opt.curvature.layers_and_seen() if not seen],
+        "without statistics": [layer.name for layer in opt.curvature.estimates.layers_that(seen=False)],
     }
 
 

@@ -22,7 +22,7 @@ from output import table, write
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-import kfac2.curvature
+import kfac2.estimates
 
 KINDS = ("ordinary", "statistics", "statistics and inverses")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -122,17 +122,17 @@ def _step(model: nn.Module, opt: Any, x: Tensor, y: Tensor, is_kfac: bool) -> No
 @contextmanager
 def _refreshes_as(meter: Meter, name: str) -> Iterator[None]:
     """Make each refresh of inverses a part of that name."""
-    inverted = kfac2.curvature.inverted
+    inverted = kfac2.estimates.inverted
 
     def in_part(*args: Any, **kwargs: Any) -> Any:
         with meter.part(name):
             return inverted(*args, **kwargs)
 
-    kfac2.curvature.inverted = in_part
+    kfac2.estimates.inverted = in_part
     try:
         yield
     finally:
-        kfac2.curvature.inverted = inverted
+        kfac2.estimates.inverted = inverted
 
 
 def _told(net: str, name: str, numbers: Mapping[str, int], sgd: int) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import processes_memory
+import processes_overlap
 from output import into_place, table, write
 from processes_counted import counted
 from processes_plan import (
@@ -16,12 +18,12 @@ from processes_plan import (
     Device,
     Link,
     Message,
-    Share,
     Work,
     gradients,
     held_by,
     messages,
     plan,
+    shares_of,
     taken_part_in,
 )
 from roofline_nets import Net, gpt2_small, linear, resnet_50
@@ -51,16 +53,11 @@ def work_of(net: Net) -> Work:
     return Work(net.title.split(", batch")[0], layers, net.parameters)
 
 
-def shares(processes: int) -> list[Share]:
-    """Return what `share` may be, but for a number that is one of the words."""
-    return [share for share in SHARES if isinstance(share, str) or share * processes > 1]
-
-
 def planned(work: Work) -> str:
     """Write the table of a network."""
     rows = []
     for processes in (2, 8, 64, 1024):
-        for share in shares(processes):
+        for share in shares_of(processes):
             fast, slow = (plan(work, share, processes, link, DEVICE) for link in reversed(LINKS))
             rows.append([
                 str(processes), str(share), *(f"{slow.sent[kind] / 1e6:.4g}" for kind in KINDS),
@@ -86,7 +83,7 @@ def compared(names: Sequence[str], sizes: Sequence[int]) -> tuple[str, float]:
     rows, worst = [], 0.0
     for name in names:
         for processes in sizes:
-            for share in shares(processes):
+            for share in shares_of(processes):
                 found = counted(name, share, processes)
                 work = Work(name, [tuple(layer) for layer in found["layers"]], found["parameters"])
                 sent = {k: messages(work, share, k, processes) for k in KINDS}
@@ -166,6 +163,26 @@ to a quarter more than planned. Time is CPU time of a whole iteration over that 
 turns in one run, of two or four processes with one thread each on two cores that others used, too.
 
 {counts}
+
+## Memory, measured here
+
+By `python bench/processes_memory.py`: MB of live tensors of the process that has most, of batches of 16 in each
+process, with DistributedDataParallel. Factors and inverses as they are held, beside the plan; and the peaks of whole
+iterations by kind of step, with the model, its gradients and activations, and the temporaries inside of torch's
+functions. With `share="inverses"` new inverses lie beside the last ones and what is sent until all have arrived; with
+`share="all"` each takes the place of the last one, and with `share="gradients"` the others' are never there.
+
+{memory}
+
+## Sums in parts
+
+By `python bench/processes_overlap.py`: milliseconds of adding up the sums of an iteration, each part of them on its way
+while the next is packed, over one message for each dtype; in turns in one run of two gloo processes with one thread
+each, on two cores that others used, too. No sum can be sent before its loss has gone backward and all have told that
+theirs are finite: a part waits for nothing but the packing of others. The one message is kept: parts gain nothing
+beyond the quartiles, and over a faster link there is less to gain, since the message shrinks and the packing stays.
+
+{overlap}
 """
 
 
@@ -173,13 +190,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of processes.md and .png")
     parser.add_argument("--counted", nargs="*", default=COUNTED, help="networks to count bytes of")
+    parser.add_argument("--measured", nargs="*", default=COUNTED, help="networks to measure memory and sums of")
     parser.add_argument("--processes", nargs="*", type=int, default=[2, 4], help="how many of them")
     options = parser.parse_args(arguments)
     works = [work_of(net) for net in (resnet_50(), gpt2_small(), transformer_1b())]
     counts, worst = compared(options.counted, options.processes)
     tables = "\n".join(map(planned, works))
+    memory = processes_memory.told(options.measured, options.processes)
+    overlap = processes_overlap.told(options.measured, repeats=200)
     parts = {"tables": tables, "refused": refused(works), "counts": counts, "worst": worst, "rate": DEVICE.rate}
-    write(options.out / "processes.md", TEXT.format(**parts))
+    write(options.out / "processes.md", TEXT.format(**parts, memory=memory, overlap=overlap))
     draw(works, options.out / "processes.png")
     print(f"{options.out / 'processes.md'}: the largest difference from the plan is {worst:.1%}")
 

@@ -87,6 +87,11 @@ def half(d: int) -> int:
     return d * (d + 1) // 2
 
 
+def shares_of(processes: int) -> list[Share]:
+    """Return what `share` may be, but for a number that is one of the words."""
+    return [share for share in SHARES if isinstance(share, str) or share * processes > 1]
+
+
 def holders_of(share: Share, processes: int) -> int:
     """Return how many processes have the inverse of a layer."""
     if isinstance(share, str):

@@ -11,10 +11,9 @@ from torch import Tensor
 from kfac2.coarse import CoarseSpace
 from kfac2.kinds import Layer
 from kfac2.layout import Batch, Layout, Stacks
-from kfac2.options import CurvatureOptions
-from kfac2.processes import Processes, checksum, fingerprint
+from kfac2.processes import Processes
 from kfac2.processes.packing import packed, unpacked
-from kfac2.statistics import Averages, Sums
+from kfac2.statistics import Sums
 
 
 class Exchanged(NamedTuple):
@@ -62,6 +61,7 @@ def exchanged(
     pair_sums = [packed(tensor.to(layout.dtype)[None]) for tensor in sums.coarse or coarse.no_sums(layout)]
     sent = [counts.to(layout.device), *pair_sums, *halves[0], *halves[1], *others]
     received = iter(processes.added("the statistics", sent))
+    del halves, sent  # as large as half of all factors
 
     told = _Counts(next(received).tolist(), len(layers))
     pairs = tuple(unpacked(next(received), len(layout.layer_of_map))[0] for _ in pair_sums)
@@ -122,16 +122,3 @@ def _without(layout: Layout, sums: Sums, coarse: CoarseSpace, leaving: Sequence[
         sums.coarse = coarse.without(layout, sums.coarse, layout.number(layer))
         layout = layout.without(layer)
     return sums
-
-
-def alike(
-    options: CurvatureOptions, layout: Layout, params: Sequence[Tensor], averages: Averages, has_inverses: bool
-) -> dict[str, float]:
-    """Return numbers by which processes tell whether they still train alike, whatever has become of settings."""
-    return {
-        "the options": fingerprint(sorted(options.as_dict().items())),
-        "the list of layers": fingerprint([(layer.name, layer.matrix_shape) for layer in layout.layers]),
-        "the checksum of the parameters": checksum(params),
-        "the number of statistics updates": averages.updates,
-        "whether there are inverses": has_inverses,
-    }

@@ -106,7 +106,7 @@ def measure(processes: Processes, layout: Layout, fine: FineSolver, dtype: torch
     cube = _seconds_of_cube(layout, fine, dtype)
     message, byte = _seconds_of_sending(processes, layout, fine)
     own = {"cube": cube, "byte": byte, "message": message}
-    told = processes.meet("share", {}, own, dict).numbers
+    told = processes.meet("share", dict, own).numbers
     return Measured(*(max(told[name]) for name in Measured._fields))
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kfac2.curvature import Curvature
 from kfac2.options import SCHEDULED
-from kfac2.processes import fingerprint
 from kfac2.schedule import Schedule
 
 
@@ -49,9 +48,7 @@ class Meetings:
 
     def take_statistics(self) -> str | None:
         """Add up the statistics of all; return what was not finite in one of them, or None."""
-        if not self.is_due:
-            return self._curvature.take("statistics")
-        return self._curvature.take("statistics", self._facts(), self._described)
+        return self._curvature.joint.take("statistics", self._facts)
 
     def take_rows(self) -> None:
         """Keep rows of this iteration, of which no statistics are due; none where something was not finite."""
@@ -59,14 +56,14 @@ class Meetings:
         is_bad = iteration.settle() is not None
         if self.is_due:
             own = {"bad": is_bad, "kept": bool(iteration.kept)}
-            found = self._curvature.meet("rows", self._facts(), own, self._described)
+            found = self._curvature.joint.meet("rows", own, self._facts)
             is_bad, iteration.others_kept = found.any("bad"), found.any("kept")
         if is_bad:
             iteration.drop_kept()  # a step without them is one level's
 
     def hold(self) -> None:
         """Meet in an iteration of which nothing is wanted: only to see that all train alike."""
-        self._curvature.meet("nothing", self._facts(), {}, self._described)
+        self._curvature.joint.meet("nothing", {}, self._facts)
 
     def settle_next(self) -> None:
         """Settle when the processes meet next; at the end of a meeting, when all know the same."""
@@ -85,8 +82,7 @@ class Meetings:
     def agree_on(self, settings: Callable[[], dict[str, object]]) -> None:
         """Take settings that must be alike from now on, and check that they are."""
         self._settings = settings
-        if self._schedule.meeting is not None:
-            self._curvature.solvers.processes.check_alike(settings())
+        self._curvature.solvers.processes.check_alike(settings)
 
     def mean_loss(self, loss: Any) -> Any:
         """Return the mean of the losses of all processes, which the mean of their gradients is the gradient of.
@@ -97,22 +93,15 @@ class Meetings:
             return loss
         is_number = isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1)
         own = {"is a number": is_number, "loss": float(loss) if is_number else 0.0}
-        found = self._curvature.meet("closure", self._facts(), own, self._described)
+        found = self._curvature.joint.meet("closure", own, self._facts)
         return sum(found.numbers["loss"]) / len(found.numbers["loss"]) if found.all("is a number") else None
 
-    def _facts(self) -> dict[str, float]:
+    def _facts(self) -> dict[str, object]:
         return {
+            **{name: self._schedule.now(name) for name in SCHEDULED},
+            **self._settings(),
             "the iteration": self._schedule.iteration,
             "when statistics are due next": self._schedule.next_due("cov_every"),
             "when inverses are due next": self._schedule.next_due("inv_every"),
             "whether inverses are due": self._wants_inverses(),
-            "the settings": fingerprint(sorted(self._all_settings().items())),
         }
-
-    def _all_settings(self) -> dict[str, object]:
-        return {**{name: self._schedule.now(name) for name in SCHEDULED}, **self._settings()}
-
-    def _described(self) -> dict[str, object]:
-        facts = self._facts()
-        del facts["the settings"]
-        return {**self._all_settings(), **facts}

@@ -194,10 +194,10 @@ class KFAC(Readings, Optimizer):
         )
         self.curvature = self.preconditioner.curvature
         self._whole_step = WholeStep(self.preconditioner, self.options, rest)
-        self._handled = handled_by(self.curvature.found)
+        self._handled = handled_by(self.curvature.handled.found)
         if rest == "adamw":  # what its groups hold is none of K-FAC's, whatever becomes of it
-            self.curvature.own = self._handled
-        self._known = {id(parameter) for parameter in self.curvature.params}
+            self.curvature.handled.own = self._handled
+        self._known = {id(parameter) for parameter in self.curvature.handled.params}
         names = ("lr", "momentum", "weight_decay", "nesterov", "rest_lr", "betas", "eps")
         super().__init__(groups, {**{name: arguments[name] for name in names}, "method": "kfac"})
         self.preconditioner.meetings.agree_on(lambda: settings_of(self.param_groups))
@@ -324,10 +324,10 @@ class KFAC(Readings, Optimizer):
         """See `Preconditioner.check`."""
         return self.preconditioner.check()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
+    def state_dict(self, gathers: bool = True) -> dict[str, Any]:
+        """Return `torch.optim`'s state dict with K-FAC's beside it, under `'kfac'`; see `Curvature.state_dict`."""
         self._follow_groups()
-        state = self.preconditioner.state_dict()
+        state = self.preconditioner.state_dict(gathers)
         self._whole_step.save(state)
         return in_groups_too({**super().state_dict(), "kfac": state})
 

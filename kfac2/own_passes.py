@@ -58,7 +58,7 @@ class Passes:
         captures = self._curvature.collector.captures
         captures.turn(True)
         captures.has_loss = False
-        with without_running_statistics(self._curvature.model):  # checkpoints run again as it is differentiated
+        with without_running_statistics(self._curvature.handled.model):  # checkpoints run again as it is differentiated
             try:
                 with torch.enable_grad():
                     prediction = predict(part)

@@ -226,7 +226,7 @@ class Preconditioner(Readings):
         """
         done = self.precondition(self._rates(lr))
         if not done:
-            for parameter in self.curvature.params:
+            for parameter in self.curvature.handled.params:
                 parameter.grad = None
         return done
 
@@ -271,7 +271,7 @@ class Preconditioner(Readings):
             self.meetings.take_rows()
         elif meets:
             self.meetings.hold()
-        if curvature.has_unseen_gradient():
+        if any(layer.weight.grad is not None for layer in curvature.estimates.layers_that(seen=False)):
             self.schedule.look_again()
         step = curvature.prepared()
         gathered = step.gather([parameter.grad for parameter in step.parameters])
@@ -320,7 +320,7 @@ class Preconditioner(Readings):
         place = None
         if damping is not None:  # the last inverses are overwritten where it is known that the step is taken
             place = step.cannot_overflow(gathered) if looks else InPlace(None)
-        averages, inverses = curvature.refreshed(damping, place)
+        averages, inverses = curvature.estimates.refreshed(curvature.iteration.sums, damping, place)
         if inverses is None:  # no layer is left: plain SGD
             first = int(gathered.first_bad)
             return curvature.source(first) if first < step.none_bad else None
@@ -343,7 +343,7 @@ class Preconditioner(Readings):
         self.scale, health.found = result.scale, None if looks else result.found
         if looks and result.found.item():
             return curvature.source(health.take_skipped()[1])
-        curvature.commit(averages, inverses)
+        curvature.estimates.commit(averages, inverses)
         self.change_limit.commit(limits, result.norms)
         return None
 
@@ -397,19 +397,19 @@ class Preconditioner(Readings):
 
     def _look(self) -> int:
         count = self.curvature.health.report_skipped(self.iteration, self.curvature.source)
-        self.curvature.mend()
+        self.curvature.estimates.mend()
         return count
 
     def watch(self, params: Iterable[nn.Parameter]) -> None:
         """Look for NaNs and infinities in the gradients of further parameters, which joined the optimizer later."""
-        self.curvature.train([*self.curvature.params, *params])
+        self.curvature.train([*self.curvature.handled.params, *params])
 
     # -- state ----------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, gathers: bool = True) -> dict[str, Any]:
         """Return everything that training goes on from; see `Curvature.state_dict`."""
         self.check()
-        state = self.curvature.state_dict()
+        state = self.curvature.state_dict(gathers)
         bounds = {"weight_norms": self.change_limit.state(self.curvature.layout)}
         return {"iteration": self.iteration, **state, "bounds": bounds}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac2.coarse import Ones
+from kfac2.estimates import Estimates
+from kfac2.handled import Handled
 from kfac2.inverses import Solvers
-from kfac2.layers import Found
-from kfac2.layout import Layout
-from kfac2.statistics import Averages
+from kfac2.sharded import HasState, ShardedState
 from kfac2.summary import Summary, summarised
 
 logger = logging.getLogger("kfac2")
@@ -20,12 +20,8 @@ logger = logging.getLogger("kfac2")
 class Statistics(Protocol):
     """What `Readings` read: a `Curvature`."""
 
-    model: nn.Module
-    params: list[nn.Parameter]
-    found: Found
-    dropped: dict[str, str]
-    layout: Layout
-    averages: Averages
+    handled: Handled
+    estimates: Estimates
     solvers: Solvers
 
 
@@ -41,7 +37,7 @@ class Readings:
     @property
     def layers(self) -> list[str]:
         """The handled modules' names, in the order of `model.named_modules()`."""
-        return [layer.name for layer in self._statistics.layout.layers]
+        return [layer.name for layer in self._statistics.estimates.layout.layers]
 
     def summary(self) -> Summary:
         """Tell what trains which parameters and why, and what K-FAC costs; `print` it, or read its numbers.
@@ -55,11 +51,22 @@ class Readings:
         """
         of = self._statistics
         solvers = of.solvers.fine, of.solvers.coarse, of.solvers.division
-        return summarised(of.model, of.params, of.layout, of.found.left, of.dropped, *solvers, self._rest)
+        return summarised(of.handled, of.estimates.layout, *solvers, self._rest)
 
     def _log_summary(self) -> None:
         summary = self.summary()
         logger.log(logging.WARNING if summary.misses_layers else logging.INFO, "%s", summary)
+
+    def sharded_state(self: HasState) -> ShardedState:
+        """Return the state as `torch.distributed.checkpoint` saves it, and loads it in any number of processes.
+
+            checkpoint.save({"model": model, "opt": opt.sharded_state()}, checkpoint_id=new_folder)
+            checkpoint.load({"model": model, "opt": opt.sharded_state()}, checkpoint_id=folder)
+
+        All processes call both. Each copies, writes and reads the inverses that it holds: with `share="gradients"` no
+        process has them all, as with `state_dict()`. What all have is written by one of them.
+        """
+        return ShardedState(self)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Copy the current running averages of a layer's Kronecker factors.
@@ -75,7 +82,7 @@ class Readings:
             KeyError: if no handled layer has that name.
             RuntimeError: if the layer has no statistics yet.
         """
-        layout, averages = self._statistics.layout, self._statistics.averages
+        layout, averages = self._statistics.estimates.layout, self._statistics.estimates.averages
         number = layout.named(name)
         if number is None:
             raise KeyError(f"name must be one of the handled layers {self.layers}, got {name!r}")
@@ -109,6 +116,6 @@ class Readings:
     def _coarse(self) -> tuple[Tensor, ...]:
         if not isinstance(self._statistics.solvers.coarse, Ones):
             raise RuntimeError("there are no coarse sums without the space of ones: build with levels=2")
-        if not self._statistics.averages.coarse:
+        if not self._statistics.estimates.averages.coarse:
             raise RuntimeError("there are no statistics yet: take some first")
-        return self._statistics.averages.coarse
+        return self._statistics.estimates.averages.coarse

@@ -194,12 +194,6 @@ def whole(inverses: Inverses, layout: Layout, solvers: Solvers) -> Inverses:
     return replace(inverses, fields=fields, derived={})
 
 
-def of_held(inverses: Inverses | None, layout: Layout, solvers: Solvers) -> Inverses | None:
-    """Return the inverses that this process holds, given those of all layers."""
-    held = solvers.division.held(layout)
-    return inverses if inverses is None or held is layout else inverses.moved(layout, held, solvers.fine)
-
-
 def _last_of(last: Inverses | None, held: Layout, layout: Layout, mine: Layout, fine: FineSolver) -> Inverses | None:
     """Copy the last inverses of some layers, to be overwritten."""
     if last is None:

@@ -67,21 +67,30 @@ def _to_spread(saved: Mapping[str, Tensor], layout: Layout) -> Tensor:
     return spread
 
 
-def from_inverses(layout: Layout, inverses: Inverses | None) -> State | None:
-    """Copy inverses, in the dtype of the factors; of a layer that has none nothing."""
+def from_inverses(held: Layout, inverses: Inverses | None, layout: Layout | None = None) -> State | None:
+    """Copy inverses, in the dtype of the factors; of a layer that has none nothing.
+
+    Args:
+        held: of the layers whose inverses these are.
+        inverses: the inverses.
+        layout: of all layers, if there are others.
+    """
     if inverses is None:
         return None
-    usable = inverses.usable.tolist()
+    layout = held if layout is None else layout
+    usable = [layer for layer, number in zip(layout.layers, inverses.usable.tolist(), strict=True) if number]
     fine = {
         layer.name: {
-            name: layout.view(stacks, i).to(layer.factor_dtype, copy=True) for name, stacks in inverses.fields.items()
+            name: held.view(stacks, held.number(layer)).to(layer.factor_dtype, copy=True)
+            for name, stacks in inverses.fields.items()
         }
-        for i, layer in enumerate(layout.layers)
-        if usable[i]
+        for layer in usable
+        if layer in held.layers
     }
     return {
         "damping": [number.clone() if isinstance(number, Tensor) else number for number in inverses.damping],
         "fine": fine,
+        "usable": [layer.name for layer in usable],
         "coarse": None if inverses.coarse is None else inverses.coarse.clone(),
         "observations": inverses.observations,
         "observed": [layer.name for i, layer in enumerate(layout.layers) if inverses.observed[i]],
@@ -89,14 +98,16 @@ def from_inverses(layout: Layout, inverses: Inverses | None) -> State | None:
 
 
 def to_inverses(state: State | None, layout: Layout, solvers: Solvers) -> Inverses | None:
-    """Read what `from_inverses` wrote."""
+    """Read what `from_inverses` wrote, of the layers that this process is to hold."""
     if state is None:
         return None
-    fields = solvers.fine.zeros(layout)
-    for i, layer in enumerate(layout.layers):
+    held = solvers.division.held(layout)
+    fields = solvers.fine.zeros(held)
+    for i, layer in enumerate(held.layers):
         for name, value in state["fine"].get(layer.name, {}).items():
-            layout.view(fields[name], i).copy_(value)
-    usable = layout.spans.new_tensor([layer.name in state["fine"] for layer in layout.layers]).double()
+            held.view(fields[name], i).copy_(value)
+    with_inverse = state["usable"] if "usable" in state else state["fine"]  # states of earlier versions lack it
+    usable = layout.spans.new_tensor([layer.name in with_inverse for layer in layout.layers]).double()
     coarse = None if state["coarse"] is None else _here(state["coarse"], layout).double()
     damping = Damping(*state["damping"]).to(layout.device)
     return Inverses(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch.nn.parameter import UninitializedParameter
 from kfac2.coarse import CoarseSpace
 from kfac2.division import Division, work_of
 from kfac2.fine import FineSolver
+from kfac2.handled import Handled
 from kfac2.kinds import KINDS
-from kfac2.layers import SKIPPED, UNGROUPED, Left
+from kfac2.layers import SKIPPED, UNGROUPED
 from kfac2.layout import Batch, Layout
 
 LARGE = 8192
@@ -110,33 +111,23 @@ class Summary:
 
 
 def summarised(
-    model: nn.Module,
-    trained: Sequence[Tensor],
-    layout: Layout,
-    left: Sequence[Left],
-    dropped: Mapping[str, str],
-    fine: FineSolver,
-    coarse: CoarseSpace,
-    division: Division,
-    rest: str,
+    handled: Handled, layout: Layout, fine: FineSolver, coarse: CoarseSpace, division: Division, rest: str
 ) -> Summary:
     """Make the summary.
 
     Args:
-        model: the model.
-        trained: the parameters that the optimizer holds.
+        handled: which layers of the model are handled, which are not, and which parameters are trained.
         layout: of the layers handled now.
-        left: modules of a handled kind that are not.
-        dropped: by name, why layers left later.
         fine: what inverts the factors.
         coarse: the second level.
         division: of the work among processes.
         rest: how the parameters are trained that K-FAC does not handle.
     """
     rest = _REST.get(rest, rest)
+    model, trained = handled.model, handled.params
     ids = {id(parameter) for parameter in trained}
     own = {id(parameter) for layer in layout.layers for parameter in (layer.weight, layer.bias)}
-    reasons = {**{name: reason for name, _, reason in left}, **dropped}
+    reasons = {**{name: reason for name, _, reason in handled.found.left}, **handled.dropped}
     rows: dict[tuple[str, str, str], Row] = {}
     seen: set[int] = set()
     misses = False

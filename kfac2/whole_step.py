@@ -77,7 +77,7 @@ class WholeStep:
             groups: of the optimizer.
             state: the optimizer's.
         """
-        seen = self._curvature.layers_with_statistics()
+        seen = self._curvature.estimates.layers_that(seen=True)
         moved = self._take_directed(seen, groups, state) if self._is_directed else set()
         if not moved:
             self._measure(seen, groups, state)

@@ -30,7 +30,8 @@ def test_statistics_are_those_of_the_optimizer(name):
         task.model.zero_grad()
         task.loss(task.model(task.x)).backward()
         assert opt.curvature.iteration.settle() is None
-        opt.curvature.commit(*opt.curvature.refreshed(None))
+        estimates = opt.curvature.estimates
+        estimates.commit(*estimates.refreshed(opt.curvature.iteration.sums, None))
         opt.curvature.iteration.discard()
         if seed:
             torch.manual_seed(seed)

@@ -58,7 +58,7 @@ def _in_a_group(rank, path):
     early = kfac2.KFAC(net())
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
-        m = early.curvature.model
+        m = early.curvature.handled.model
         out = m(X)
         early.accumulate_fisher(Categorical(logits=out))
         F.cross_entropy(out, Y).backward()

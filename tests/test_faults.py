@@ -61,9 +61,9 @@ def test_a_mended_basis_has_no_observation_and_takes_the_next_one_whole():
         iterate(model, opt, x, seed=seed)
     curvature = curvature_of(opt)
     failed = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    curvature.inverses = replace(curvature.inverses, failed=failed)
+    curvature.estimates.inverses = replace(curvature.inverses, failed=failed)
     with pytest.warns(RuntimeWarning, match="a factor of 0 is not positive definite"):
-        curvature.mend()
+        curvature.estimates.mend()
     assert curvature.inverses.observed == (False, True)
     mended = fields(opt, "0")["diagonal"].clone()
     task = models.Task(model, x, torch.arange(12) % 3)

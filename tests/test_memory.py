@@ -193,7 +193,7 @@ def wide(count=12, width=256):
 def test_a_refresh_needs_a_quarter_of_factors_and_inverses(inverse, monkeypatch):
     monkeypatch.setattr("kfac2.inverses.LEAST_BYTES", 0)
     measured = []
-    inverted = kfac2.curvature.inverted
+    inverted = kfac2.estimates.inverted
 
     def metered(*given):
         result = []
@@ -203,7 +203,7 @@ def test_a_refresh_needs_a_quarter_of_factors_and_inverses(inverse, monkeypatch)
     model, x, y = wide(40)
     opt = KFAC(model, inverse=inverse, cov_every=1, inv_every=1)
     iterate(model, opt, x, y)
-    monkeypatch.setattr("kfac2.curvature.inverted", metered)
+    monkeypatch.setattr("kfac2.estimates.inverted", metered)
     iterate(model, opt, x, y)
     curvature = curvature_of(opt)
     stacks = [*curvature.averages.A, *curvature.averages.G, *curvature.inverses.tensors()]
@@ -291,7 +291,7 @@ def test_an_inverse_that_would_make_a_step_overflow_has_failed(monkeypatch):
     monkeypatch.setattr("kfac2.inverses.LARGEST_STEP", 0.0)
     mended = []
     monkeypatch.setattr(
-        "kfac2.curvature.mended", lambda layout, averages, inverses, *rest: mended.append(inverses) or inverses
+        "kfac2.estimates.mended", lambda layout, averages, inverses, *rest: mended.append(inverses) or inverses
     )
     model = Chain(2)
     opt = KFAC(model, cov_every=1, inv_every=1)

@@ -145,11 +145,11 @@ def linear_layers(count, size, inverse, dtype):
 def invert(curvature, A_list, G):
     """Let an inverse update meet these factors, and commit it."""
     layers = len(curvature.layers)
-    curvature.averages = replace(curvature.averages, updates=1, seen=(True,) * layers)
+    curvature.estimates.averages = replace(curvature.averages, updates=1, seen=(True,) * layers)
     for i, A in enumerate(A_list):
         set_factor(curvature, str(i), A)
         set_factor(curvature, str(i), G, "G")
-    curvature.commit(*curvature.refreshed(lambda averages: Damping(0.1)))
+    curvature.estimates.commit(*curvature.estimates.refreshed(curvature.iteration.sums, lambda averages: Damping(0.1)))
 
 
 @pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac"])

@@ -96,9 +96,10 @@ def test_one_level_takes_all_samples_and_asks_only_where_statistics_are_due():
     parts = []
     for _ in range(4):
         preconditioner.accumulate_fisher(
-            lambda part: parts.append(part) or Categorical(logits=preconditioner.curvature.model(x[part])), samples=40
+            lambda part: parts.append(part) or Categorical(logits=preconditioner.curvature.handled.model(x[part])),
+            samples=40,
         )
-        F.cross_entropy(preconditioner.curvature.model(x), y).backward()
+        F.cross_entropy(preconditioner.curvature.handled.model(x), y).backward()
         preconditioner.step()
     assert parts == [slice(0, 40, 1)] * 2
 

@@ -127,7 +127,7 @@ def a_layer_that_leaves_on_one_rank():
             for number in range(12):
                 m.is_seen = rank() == 1 or number < begins
                 step(m, opt)
-            assert opt.layers == ["b", "head"] and set(opt.curvature.dropped) == {"a"}
+            assert opt.layers == ["b", "head"] and set(opt.curvature.handled.dropped) == {"a"}
             assert opt.curvature.averages.updates == 3
             assert_replicas_are_equal(m)
 

@@ -134,7 +134,7 @@ def test_memory_is_what_is_kept(make, inverse, squares, outer, caplog):
     assert len(caplog.records) == 1
     curvature = user if make is kfac2.Curvature else user.curvature
     curvature.accumulate(Categorical(logits=model(torch.randn(6, 4))))
-    inverses = curvature._inverted(curvature.averages, None, kfac2.fine.Damping(0.1))
+    inverses = curvature.estimates.inverted(curvature.averages, None, kfac2.fine.Damping(0.1))
     held = sum(t.nbytes for stacks in (curvature.averages.A, curvature.averages.G) for t in stacks)
     assert user.summary().factor_bytes == held
     assert user.summary().inverse_bytes == sum(t.nbytes for stacks in inverses.fields.values() for t in stacks)

@@ -351,7 +351,7 @@ def test_a_graph_that_no_longer_holds_is_not_to_be_replayed(capture, how):
         curvature.drop(curvature.layout.layers[0])
         opt.preconditioner.iteration = 100
     else:
-        curvature.averages = replace(curvature.averages, in_coarse=(False, True))
+        curvature.estimates.averages = replace(curvature.averages, in_coarse=(False, True))
     iterate(model, opt, x)
     assert not opt.ordinary
     with pytest.raises(RuntimeError, match="replayed"):

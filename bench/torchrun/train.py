@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
+import shutil
 import struct
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint
 from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,13 +45,17 @@ def network() -> nn.Module:
     )
 
 
-def save(path: Path, model: nn.Module, opt: kfac2.KFAC, step: int) -> None:
-    """Write a checkpoint; a complete one takes the place of the last in one move."""
-    state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step}  # the same in all processes
+def complete(folder: Path) -> list[Path]:
+    """Return the checkpoints that were written to their end, the last one last."""
+    return sorted((metadata.parent for metadata in folder.glob("*/.metadata")), key=lambda path: int(path.name))
+
+
+def save(folder: Path, model: nn.Module, opt: kfac2.KFAC, step: int) -> None:
+    """Write a checkpoint to a folder of its own; the ones before it go when it is complete."""
+    checkpoint.save({"model": model, "opt": opt.sharded_state()}, checkpoint_id=folder / str(step))
     if distributed.get_rank() == 0:
-        new = path.with_name(f"{path.name}.new")
-        torch.save(state, new)
-        os.replace(new, path)
+        for old in complete(folder)[:-1]:
+            shutil.rmtree(old)
 
 
 def as_share(word: str) -> str | float:
@@ -63,7 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=512, help="of all processes together")
     parser.add_argument("--share", default="auto", type=as_share, help="who inverts: all, inverses, gradients, 0.5")
-    parser.add_argument("--checkpoint", type=Path, default=Path("build/torchrun.pt"))
+    parser.add_argument("--checkpoints", type=Path, default=Path("build/torchrun"), help="folder")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -74,11 +79,9 @@ def main() -> None:
     wrapped = DistributedDataParallel(model)
     opt = kfac2.KFAC(wrapped, share=options.share)
     first = 0
-    if options.checkpoint.exists():
-        state = torch.load(options.checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])
-        first = state["step"]
+    if found := complete(options.checkpoints):
+        checkpoint.load({"model": model, "opt": opt.sharded_state()}, checkpoint_id=found[-1])
+        first = int(found[-1].name)
 
     x, y = data(options.data, "train")
     for step in range(first, options.steps):
@@ -91,8 +94,7 @@ def main() -> None:
         loss.backward()
         opt.step()
         if (step + 1) % 50 == 0:
-            options.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            save(options.checkpoint, model, opt, step + 1)
+            save(options.checkpoints, model, opt, step + 1)
             if rank == 0:
                 print(f"step {step + 1}: loss {loss.item():.3f} on the part of rank 0", flush=True)
 

@@ -20,14 +20,6 @@ class Alone(Processes):
     def __init__(self, as_asked: bool = False) -> None:
         self._as_asked = as_asked
 
-    def check(self) -> None:
-        """Check that no group has been made since."""
-        if not self._as_asked and world_size() > 1:
-            raise RuntimeError(
-                f"the optimizer was built before torch.distributed had its {world_size()} processes, so that it would "
-                "train in one: call init_process_group first, or give process_group=None if that is what you want"
-            )
-
     def labels(self, moment: int, number: int) -> AbstractContextManager[None]:
         """Do nothing: labels are drawn from torch's global generator."""
         return nullcontext()
@@ -44,18 +36,17 @@ class Alone(Processes):
         """Send nothing."""
         return lambda: None
 
-    def meet(
-        self,
-        occasion: str,
-        alike: Mapping[str, float],
-        own: Mapping[str, float],
-        describe: Callable[[], Mapping[str, object]],
-    ) -> Told:
-        """Return this process's own numbers."""
+    def meet(self, occasion: str, facts: Callable[[], Mapping[str, object]], own: Mapping[str, float]) -> Told:
+        """Return its own numbers; check that there is still no other process that it does not know of."""
+        if not self._as_asked and world_size() > 1:
+            raise RuntimeError(
+                f"the optimizer was built before torch.distributed had its {world_size()} processes, so that it would "
+                "train in one: call init_process_group first, or give process_group=None if that is what you want"
+            )
         return Told({name: [value] for name, value in own.items()})
 
-    def check_alike(self, facts: Mapping[str, object]) -> None:
-        """Do nothing."""
+    def check_alike(self, facts: Callable[[], Mapping[str, object]]) -> None:
+        """Do nothing: there is nothing to compare with."""
 
 
 ALONE = Alone(as_asked=True)

@@ -52,10 +52,6 @@ class Processes(ABC):
         return self.size == 1
 
     @abstractmethod
-    def check(self) -> None:
-        """Check that these are still all processes; a RuntimeError says what is wrong."""
-
-    @abstractmethod
     def labels(self, moment: int, number: int) -> AbstractContextManager[None]:
         """Draw numbers inside of this that no other process draws, nor this one at another time.
 
@@ -99,29 +95,23 @@ class Processes(ABC):
         """
 
     @abstractmethod
-    def meet(
-        self,
-        occasion: str,
-        alike: Mapping[str, float],
-        own: Mapping[str, float],
-        describe: Callable[[], Mapping[str, object]],
-    ) -> Told:
+    def meet(self, occasion: str, facts: Callable[[], Mapping[str, object]], own: Mapping[str, float]) -> Told:
         """Tell each other some numbers: one message of a few of them, whatever the model.
 
         Args:
             occasion: a word of `group.OCCASIONS`.
-            alike: what must be the same in all processes; integers below 2⁵³.
+            facts: gives what must be the same in all processes, see `check_alike`; one that is alone does not ask.
             own: what may differ.
-            describe: gives what to compare, and tell, where something is not alike.
 
         Raises:
-            RuntimeError: in all processes, if the occasion or a number of `alike` is another in one of them.
+            RuntimeError: in all processes, if the occasion or a fact is another in one of them; or, if these are not
+                all processes any more.
         """
 
     @abstractmethod
-    def check_alike(self, facts: Mapping[str, object]) -> None:
+    def check_alike(self, facts: Callable[[], Mapping[str, object]]) -> None:
         """Check that facts are the same in all processes; a ValueError names those that are not, and their values.
 
         Args:
-            facts: by name, what `pickle` takes.
+            facts: gives them by name, what `pickle` takes; they are the same if they print alike.
         """

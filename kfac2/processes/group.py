@@ -14,10 +14,11 @@ from torch import Tensor, distributed
 
 from kfac2.draws import drawn_apart
 from kfac2.processes.base import Part, Processes, Told
+from kfac2.processes.fingerprints import fingerprint
 from kfac2.processes.packing import in_buckets
 
 OCCASIONS = ("statistics", "rows", "nothing", "accumulate", "closure", "state_dict", "share")
-WIDTH = 20  # numbers of a rank at a meeting, whatever the occasion: so no two messages have different sizes
+WIDTH = 8  # numbers of a rank at a meeting, whatever the occasion: so no two messages have different sizes
 _PARTS: WeakKeyDictionary[distributed.ProcessGroup, dict[object, distributed.ProcessGroup]] = WeakKeyDictionary()
 """Groups of some processes of a group, by their ranks: they last as long as that, made once for all optimizers."""
 
@@ -46,8 +47,7 @@ class Group(Processes):
             distributed.broadcast(seed, group=group, group_src=0)
         self.seed = int(seed)
 
-    def check(self) -> None:
-        """Check that the group is still there."""
+    def _check_is_there(self) -> None:
         try:
             is_there = distributed.is_initialized() and bool(distributed.get_process_group_ranks(self._group))
         except (RuntimeError, ValueError, KeyError):
@@ -112,16 +112,11 @@ class Group(Processes):
 
         return wait
 
-    def meet(
-        self,
-        occasion: str,
-        alike: Mapping[str, float],
-        own: Mapping[str, float],
-        describe: Callable[[], Mapping[str, object]],
-    ) -> Told:
-        """Gather one row of numbers from each rank, of the same size on every occasion."""
-        self.check()
-        numbers = [OCCASIONS.index(occasion), len(alike), *alike.values(), *own.values()]
+    def meet(self, occasion: str, facts: Callable[[], Mapping[str, object]], own: Mapping[str, float]) -> Told:
+        """Gather one row of numbers from each rank, of the same size on every occasion: all facts are one of them."""
+        self._check_is_there()
+        known = facts()
+        numbers = [OCCASIONS.index(occasion), fingerprint(sorted(known.items())), *own.values()]
         row = torch.zeros(WIDTH, dtype=torch.float64)
         row[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
         row = row.to(self._device)
@@ -130,37 +125,31 @@ class Group(Processes):
         with self._named(f"all-gather of what is agreed on ({occasion})"):
             distributed.all_gather([*rows.unbind()], row, group=self._group)
         table = rows.tolist()
-        if len({row[0] for row in table}) > 1:
-            called = _by_rank([OCCASIONS[int(row[0])] for row in table])
-            self._differ([f"what they meet for is {called}"], describe)
+        if len({tuple(row[:2]) for row in table}) > 1:  # they all know by now that something is not alike
+            self._differ([OCCASIONS[int(row[0])] for row in table], known)
         columns = list(zip(*(row[2:] for row in table), strict=True))
-        for name, column in zip(alike, columns, strict=False):
-            if len(set(column)) > 1:
-                self._differ([], describe, f"{name} is {_by_rank([int(value) for value in column])}")
-        return Told(dict(zip(own, columns[len(alike) :], strict=False)))
+        return Told(dict(zip(own, columns, strict=False)))
 
-    def _differ(self, found: list[str], describe: Callable[[], Mapping[str, object]], or_else: str = "") -> NoReturn:
-        """Tell in all processes what is not alike; they all know by now that something is not."""
-        told = [*found, *self.different(describe())] or [or_else]
+    def _differ(self, occasions: Sequence[str], facts: Mapping[str, object]) -> NoReturn:
+        told = [f"what they meet for is {_by_rank(occasions)}"] if len({*occasions}) > 1 else []
+        told += self._different(facts)
         hint = ""
         if any("checksum" in one for one in told):
             hint = " (before each step, gradients must have been averaged over them, as DistributedDataParallel does)"
         raise RuntimeError(f"all ranks must train alike, got other values on some of them: {'; '.join(told)}{hint}")
 
-    def different(self, facts: Mapping[str, object]) -> list[str]:
+    def _different(self, facts: Mapping[str, object]) -> list[str]:
         """Compare facts with those of the other ranks; return sentences about those that differ."""
         gathered: list[Mapping[str, object]] = [{} for _ in range(self.size)]
         with self._named("all-gather of settings"):
             distributed.all_gather_object(gathered, dict(facts), group=self._group)
         names = dict.fromkeys(name for one in gathered for name in one)
         columns = {name: [one.get(name, "nothing") for one in gathered] for name in names}
-        return [
-            f"{name} is {_by_rank(values)}" for name, values in columns.items() if any(v != values[0] for v in values)
-        ]
+        return [f"{name} is {_by_rank(own)}" for name, own in columns.items() if len({*map(repr, own)}) > 1]
 
-    def check_alike(self, facts: Mapping[str, object]) -> None:
+    def check_alike(self, facts: Callable[[], Mapping[str, object]]) -> None:
         """Compare facts with those of the other ranks."""
-        told = self.different(facts)
+        told = self._different(facts())
         if told:
             raise ValueError(
                 f"all ranks must be built alike, got other values on some of them: {'; '.join(told)}. Models that "
