@@ -265,7 +265,7 @@ def patched(where, name, value):
 
 def a_refresh_needs_a_quarter_of_factors_and_inverses(share, inverse):
     measured = []
-    original = kfac2.curvature.inverted_together
+    original = kfac2.estimates.inverted_together
 
     def metered(*given):
         result = []
@@ -276,7 +276,7 @@ def a_refresh_needs_a_quarter_of_factors_and_inverses(share, inverse):
         m, opt = built(Chain(24, 64), share=share, inverse=inverse, cov_every=1, inv_every=1)
         x = torch.randn(8 // size(), 64)
         step(m, opt, x=x)
-        with patched(kfac2.curvature, "inverted_together", metered):
+        with patched(kfac2.estimates, "inverted_together", metered):
             step(m, opt, x=x)
     curvature = opt.curvature
     stacks = [*curvature.averages.A, *curvature.averages.G, *curvature.inverses.tensors()]
