@@ -139,6 +139,7 @@ class Curvature(Joint, Readings):
             self._observe if isinstance(self.solvers.fine, ObservingSolver) else None,
             self.health.warn_once,
             lambda number: self.solvers.processes.labels(self.moment(), number),
+            lambda: self.looks_at_once or not self.scheduled,
         )
         self._step: Step | None = None
         self.scheduled = False
@@ -151,6 +152,11 @@ class Curvature(Joint, Readings):
     @property
     def _statistics(self) -> Curvature:
         return self
+
+    @property
+    def looks_at_once(self) -> bool:
+        """Whether the host looks at each number as it comes: on a CPU; and else one process might before others."""
+        return self.health.at_once or not self.solvers.processes.is_alone
 
     @property
     def _parts(self) -> Curvature:
@@ -289,8 +295,7 @@ class Curvature(Joint, Readings):
             new = inverted(self.layout, *arguments, place)
         else:
             new = inverted_together(self.layout, *arguments, self.health.warn_once)
-        looks = self.health.at_once or not self.solvers.processes.is_alone  # else one process might look before others
-        return self._mended(averages, new) if looks else new
+        return self._mended(averages, new) if self.looks_at_once else new
 
     def _mended(self, averages: Averages, inverses: Inverses) -> Inverses:
         return mended(self.layout, averages, inverses, self.solvers, self.health.warn_once)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac2.brought import brought
 from kfac2.kinds import Layer, Rows
 from kfac2.ops.directional_derivatives import directional_derivatives
 from kfac2.ops.gather_gradients import gather_gradients
@@ -145,7 +146,7 @@ def derivatives(
                 own[:, :, number[use.layer]] = s.T
                 parts.append(own)
         if fitting:
-            places = torch.tensor([i for i, _ in fitting], device=matrices[0].device)
+            places = brought([i for i, _ in fitting], torch.int64, matrices[0].device)
             rows = torch.stack([s for _, s in fitting])
             parts.append(rows.new_zeros(len(layers), *rows.shape[1:]).index_add_(0, places, rows).permute(2, 1, 0))
     none = torch.zeros(0, count, len(layers), dtype=torch.float64, device=matrices[0].device)

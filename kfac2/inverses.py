@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac2.brought import brought
 from kfac2.coarse import CoarseSpace
 from kfac2.division import Division
 from kfac2.fine import Damping, Fields, FineSolver, ObservingSolver
@@ -46,9 +47,12 @@ class InPlace(NamedTuple):
     Attributes:
         gradients: a bound of |∇| of each block, by batch, known to be finite. An inverse that could make of it a step
             which overflows has failed. None: the step may be skipped all the same.
+        blocked: bool on the device: if so, the last inverses stand, all of them, and new ones are for nothing. None:
+            it is known that they do not.
     """
 
     gradients: Stacks | None
+    blocked: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def inverted(
     into = fine.zeros(layout) if last is None or place is None else last.fields
     derived = fine.zeros(layout, fine.derived) if last is None or place is None else last.derived
     failed = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
-    seen = failed.new_tensor(averages.seen)
+    seen = brought(averages.seen, failed.dtype, layout.device)
     before = torch.zeros_like(failed) if last is None else last.usable
     for chunk in chunks(layout, fine, dtype):
         factors = _parts(averages.A, chunk), _parts(averages.G, chunk)
@@ -163,9 +167,11 @@ def inverted(
         own *= seen  # the zeros of a layer without statistics are no failure
         failed += own
         parts = {name: _parts(stacks, chunk) for name, stacks in into.items()}
-        _write(parts, _split(own[layers] > 0, chunk), standing, new)
+        blocked = None if place is None else place.blocked
+        keeps = own[layers] > 0 if blocked is None else (own[layers] > 0) | blocked
+        _write(parts, _split(keeps, chunk), standing, new)
         for name, stacks in fine.derive(parts, damping).items():
-            torch._foreach_copy_(_parts(derived[name], chunk), stacks)
+            _replace(_parts(derived[name], chunk), stacks, blocked)
         del new  # before the next chunk is inverted
     usable = torch.where(failed > 0, before, seen)
 
@@ -268,6 +274,15 @@ def _write(into: Fields, failed: Sequence[Tensor], standing: Fields | None, new:
         for number, (bad, stack) in enumerate(zip(failed, stacks, strict=True)):
             last = stack.new_zeros(()) if standing is None else standing[name][number]
             torch.where(bad.reshape(-1, *[1] * (stack.dim() - 1)), last, stack, out=into[name][number])
+
+
+def _replace(into: Stacks, new: Stacks, blocked: Tensor | None) -> None:
+    """Write stacks over others, unless that is blocked."""
+    if blocked is None:
+        torch._foreach_copy_(into, new)
+    else:
+        for last, stack in zip(into, new, strict=True):
+            torch.where(blocked, last, stack, out=last)
 
 
 def _coarse_damping(layout: Layout, averages: Averages, damping: Damping) -> float | Tensor:

@@ -31,6 +31,7 @@ class Iteration:
         observe: gives what a solver that looks at the rows sees of a layer's uses; None without such a solver.
         warn_once: called with what would be said again and again.
         labels: given how many passes of this iteration there were before, draws labels as its processes are to.
+        looks: tells whether the host looks for NaNs and infinities as they come; else a flag of sums waits for it.
 
     Attributes:
         pending: passes that wait for their loss to go backward.
@@ -49,6 +50,7 @@ class Iteration:
         observe: Callable[[Pass, Sequence[Use]], Tensor | None] | None,
         warn_once: Callable[[str, str], None],
         labels: Callable[[int], AbstractContextManager[None]],
+        looks: Callable[[], bool],
     ) -> None:
         self.pending: list[Pending] = []
         self.sums = Sums()
@@ -62,6 +64,7 @@ class Iteration:
         self._observe = observe
         self._warn_once = warn_once
         self._labels = labels
+        self._looks = looks
         self._draws = 0
 
     @property
@@ -89,7 +92,8 @@ class Iteration:
         self._draws += 1
         try:
             with self._labels(self._draws):
-                scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
+                looks = not is_summed or self._looks()
+                scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples, looks)
                 passes, traces = self._collector.sample(scores, mask, self._wanted(is_summed))
         except NotFiniteError as error:
             traces = self._collector.traces_of(*tensors_of(prediction))
@@ -97,7 +101,10 @@ class Iteration:
             self.pending.append(Pending(traces, bad=bad, has_loss=has_loss))
             return
         if passes:
-            self.pending.append(replace(self._summed(passes, traces, is_summed), has_loss=has_loss))
+            summed = self._summed(passes, traces, is_summed)
+            if scores.total is not None:
+                summed.sums.log_probs.append(scores.total)
+            self.pending.append(replace(summed, has_loss=has_loss))
 
     def collect_backward(self) -> None:
         """Sum up the ordinary backward passes (the empirical Fisher), which count at once."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac2 import _C  # type: ignore[attr-defined]
+from kfac2.brought import brought
 from kfac2.coarse import FineStep
 from kfac2.health import is_capturing
 from kfac2.inverses import InPlace, Inverses, Solvers
@@ -161,17 +162,19 @@ class Step:
                 return number
         return None
 
-    def cannot_overflow(self, gathered: Gathered) -> InPlace | None:
-        """Look whether gradients are such that the step will be finite, whatever inverses there are; waits.
+    def room(self, gathered: Gathered) -> InPlace | None:
+        """Return what lets new inverses be written over the last ones; reads nothing back.
 
         Returns:
-            What inverses are held to then. None where a gradient is not finite, or so large, or of a type that holds
-            so little, that the step may be skipped.
+            A bound that they are held to, so that the step will be finite whatever they are. It is blocked where a
+            gradient is not finite, or so large that the step may be skipped. None where gradients are of a type that
+            holds so little that it may be, too.
         """
-        if gathered.largest is not None or int(gathered.first_bad) < self.none_bad:
+        if gathered.largest is not None or not self._by_batch[0]:
             return None
         norms = [torch.linalg.vector_norm(m, math.inf, (1, 2)) * m[0].numel() ** 0.5 for m in self._by_batch[0]]
-        return InPlace(norms) if norms and float(torch.cat(norms).amax()) <= LARGEST_GRADIENT else None
+        blocked = ~(torch.cat(norms).amax() <= LARGEST_GRADIENT) | (gathered.first_bad[0] < self.none_bad)
+        return InPlace(norms, blocked)
 
     def _make_table(self, present: tuple[bool, ...], others: tuple[int, ...]) -> Tensor:
         """For each gradient its place, row length, layer and number; -1 for one that is only looked at."""
@@ -246,6 +249,6 @@ class Step:
         order = {key: place for place, key in enumerate(on_device, start=1)}
         places = tuple(order.get(id(rate), 0) for rate in rates)
         if places not in self._rate_index:
-            self._rate_index[places] = torch.tensor(places, device=self._layout.device)
+            self._rate_index[places] = brought(places, torch.int64, self._layout.device)
         factors = torch.stack([self._one, *(rate.reshape(()).double() for rate in on_device.values())])
         return host, factors[self._rate_index[places]]
