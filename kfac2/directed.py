@@ -90,6 +90,8 @@ class Directed(OwnSteps):
         latest: coefficients of the last one, or None.
     """
 
+    reads_gradients = True
+
     def __init__(self, samples: Callable[[], int]) -> None:
         self.signal = SignalShare()
         self.latest: Coefficients | None = None

@@ -12,7 +12,7 @@ from kfac2.arrivals import Wanted, taken_of
 from kfac2.capture import Trace
 from kfac2.coarse import CoarseSpace
 from kfac2.collector import Collector
-from kfac2.divergence import KeptPass, kept_of
+from kfac2.divergence import Keeps, KeptPass, kept_of
 from kfac2.layout import Layout
 from kfac2.likelihood import NotFiniteError, Prediction, scores_of, tensors_of
 from kfac2.options import CurvatureOptions
@@ -37,7 +37,7 @@ class Iteration:
         pending: passes that wait for their loss to go backward.
         sums: of those that count.
         kept: what is kept of their rows, until who asked for it clears the list.
-        keeps: how many of so many samples of a pass are kept, at most; None: nothing is kept.
+        keeps: how much is kept of a pass; None: nothing.
         others_kept: whether another process has kept rows.
     """
 
@@ -56,7 +56,7 @@ class Iteration:
         self.sums = Sums()
         self.kept: list[KeptPass] = []
         self.others_kept = False
-        self.keeps: Callable[[int], int] | None = None
+        self.keeps: Keeps | None = None
         self._layout = layout
         self._collector = collector
         self._coarse = coarse
@@ -140,7 +140,7 @@ class Iteration:
         for layer in sums.misfits:
             self._warn_once(f"misfit {layer.name}", misfit(passes[0], layer))
         keeps = self.keeps
-        kept = [] if keeps is None else [kept_of(passed, keeps(passed.samples)) for passed in passes]
+        kept = [] if keeps is None else [kept_of(one, keeps.count(one.samples), keeps.rounds) for one in passes]
         return Pending(traces, sums, kept)
 
     def discard(self) -> None:

@@ -16,7 +16,7 @@ from kfac2.checkpoint import in_groups_too, is_for_its_state, out_of_groups
 from kfac2.curvature import Curvature
 from kfac2.descent import Rate, adamw_step, next_steps, sgd_step, times
 from kfac2.directed import MOST_DAMPING, PER_LAYER, Directed
-from kfac2.divergence import divergence, quarter
+from kfac2.divergence import Keeps, divergence, quarter
 from kfac2.groups import as_groups, check_group, handled_by, settings_of
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
@@ -360,8 +360,8 @@ class KFAC(Readings, Optimizer):
     def _follow_signal(self) -> None:
         """Say which rows are kept, and how blocks are damped, in the iteration that begins."""
         directed = self.preconditioner.own_steps.wants_step(self.preconditioner.iteration)
-        bounded = quarter if self.options.kl_bound is not None else None
-        self.curvature.iteration.keeps = self._directed.part if directed else bounded
+        bounded = Keeps(quarter, rounds=True) if self.options.kl_bound is not None else None
+        self.curvature.iteration.keeps = Keeps(self._directed.part) if directed else bounded
         self.preconditioner.schedule.most_damping = (
             MOST_DAMPING if self._is_directed and self._directed.signal.is_on else math.inf
         )

@@ -286,6 +286,8 @@ class Preconditioner(Readings):
         if meets:
             self.meetings.settle_next()
         curvature.iteration.discard()
+        if not self.own_steps.reads_gradients:
+            step.let_go()
         curvature.health.bad = None
         self.iteration += not capturing
         return bad is None
