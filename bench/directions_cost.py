@@ -56,8 +56,8 @@ class Variant:
 
     def between(self, mark: Mark) -> None:
         """Take an ordinary step."""
-        signal = self.optimizer._directed.signal
-        signal.is_on, signal._measured = not self.is_left, []
+        signal = self.optimizer._whole_step.directed.signal
+        signal.is_new, signal.is_on, signal._measured = False, not self.is_left, []
         self.optimizer.preconditioner.iteration = BETWEEN
         self.step(mark)
 

@@ -1,4 +1,4 @@
-"""Steps of SGD with momentum and of AdamW, through torch's fused kernels where they fit."""
+"""Steps of SGD with momentum and of AdamW, through torch's fused kernels where they fit, and of directions."""
 
 from __future__ import annotations
 
@@ -133,6 +133,42 @@ def adamw_step(
         )
 
     _by_fusion(params, state, ("exp_avg", "exp_avg_sq"), found, take)
+
+
+def directed_step(
+    params: Sequence[Tensor],
+    state: State,
+    lr: float | Tensor,
+    weight_decay: float,
+    coefficients: Sequence[tuple[Rate, Rate]],
+    found: Tensor | None,
+) -> None:
+    """Take D ← αv + βD, W ← W - η(D + weight decay W), with v in `.grad` and D the momentum buffer.
+
+    Args:
+        params: parameters, all with a gradient.
+        state: the optimizer's.
+        lr: η.
+        weight_decay: of the group.
+        coefficients: α and β of each parameter; on a CUDA device tensors there.
+        found: on the device, 1 where the step is to be skipped; None where it is not.
+    """
+    for parameter in params:
+        if state[parameter].get("momentum_buffer") is None:
+            state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    buffers = [state[parameter]["momentum_buffer"] for parameter in params]
+    gradients = [parameter.grad.to(parameter.dtype) for parameter in params if parameter.grad is not None]
+    alphas, betas = zip(*coefficients, strict=True)
+    if found is not None:  # all gradients are 0 then
+        betas = tuple(torch.where(found.reshape(()) > 0, 1.0, beta) for beta in betas)
+        lr = lr * (found.reshape(()) == 0)
+    torch._foreach_mul_(buffers, betas)
+    torch._foreach_add_(buffers, torch._foreach_mul(gradients, alphas))
+    moves = torch._foreach_add(buffers, list(params), alpha=weight_decay) if weight_decay else buffers
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(list(params), [move * lr.to(move.device) for move in moves])
+    else:
+        torch._foreach_add_(list(params), list(moves), alpha=-lr)
 
 
 def _by_fusion(

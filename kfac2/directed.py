@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kfac2.coarse.directions import TAU, Quadratic, coefficients, divergence_of, products, quadratic, with_correlations
-from kfac2.descent import Rate, times
+from kfac2.descent import directed_step, times
+from kfac2.directed_work import Settings, Work
 from kfac2.divergence import KeptPass, Matrices, derivatives
 from kfac2.kinds import Layer
 from kfac2.own_steps import OwnSteps
@@ -21,8 +22,6 @@ PER_LAYER = 32  # samples for each layer, where nothing else is said: 16 for eac
 MOST_DAMPING = 0.01  # c while steps are taken in the space: the coefficients, too, hold a step back
 MOST_CHANGE = 0.3  # of a layer's weights in a step: where a softmax saturates, the Fisher says nothing against any
 SHARE_OF_BOUND = 0.2  # of K, which bounds one level's steps where they are measured, now and then; here each step is
-
-State = Mapping[Tensor, dict[str, Any]]
 
 
 class Coefficients(NamedTuple):
@@ -37,24 +36,6 @@ class Coefficients(NamedTuple):
     names: tuple[str, ...]
     fine: Tensor
     last: Tensor
-
-
-class _Settings(NamedTuple):
-    """η and μ of each layer, float64 on the device."""
-
-    rates: Tensor
-    momentum: Tensor
-
-    @staticmethod
-    def of(groups: Sequence[Mapping[str, Any]], device: torch.device) -> _Settings:
-        """Read them from the group of each layer's weight."""
-        return _Settings(*(_column([group[name] for group in groups], device) for name in ("lr", "momentum")))
-
-
-def _column(values: Sequence[Rate], device: torch.device) -> Tensor:
-    if not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.float64, device="cpu").to(device)
-    return torch.stack([torch.as_tensor(value, device=device).double().reshape(()) for value in values])
 
 
 class _Layers:
@@ -87,7 +68,7 @@ class Directed(OwnSteps):
 
     Attributes:
         signal: whether they pay.
-        latest: coefficients of the last one, or None.
+        latest: coefficients of the last one that was taken, or None.
     """
 
     reads_gradients = True
@@ -99,14 +80,15 @@ class Directed(OwnSteps):
         self._batch = 0  # samples of this iteration's largest pass
         self._correlations: tuple[tuple[str, ...], Tensor] | None = None
         self._layers: _Layers | None = None
+        self._looked: dict[str, Tensor] = {}  # by layer, the step ηD that was looked at last, one dimension
 
     @property
     def waits(self) -> bool:
-        """Whether the last step was one in the space, so that the slope along it is wanted."""
+        """Whether the slope along the last step in the space is wanted, be it taken or only looked at."""
         return self.signal.waits
 
     def wants_step(self, iteration: int) -> bool:
-        """Tell whether an iteration's step is one in the space."""
+        """Tell whether an iteration has a step in the space, or a look at one."""
         return self.signal.wants_step(iteration)
 
     def part(self, samples: int) -> int:
@@ -118,124 +100,123 @@ class Directed(OwnSteps):
         """Read what the last steps were like, and say whether steps are taken in the space from now on."""
         self.signal.decide()
 
-    def step(
-        self,
-        passes: Sequence[KeptPass],
-        layers: list[Layer],
-        gradient: Callable[[Layer], Tensor],
-        groups: Sequence[Mapping[str, Any]],
-        state: State,
-        tau: float | None,
-        bound: float | None,
-        factor: Rate,
-        found: Tensor | None,
-        processes: Processes,
-        has_rows: bool,
-    ) -> set[int]:
-        """Take a step with the layers that have rows, and return ids of the parameters that have moved.
+    def step(self, work: Work) -> set[int]:
+        """Take a step with the layers that have rows, or look at it; return ids of the parameters that have moved.
 
         Without any rows nothing moves, and what the last step was like is measured.
 
         Args:
-            passes: kept rows of this iteration.
-            layers: that have a fine direction, in `.grad`.
-            gradient: gives ∇ of a layer, one dimension.
-            groups: of the optimizer: `lr`, `momentum` and `weight_decay`.
-            state: the optimizer's, whose `momentum_buffer` is d, the last update.
-            tau: τ; None: 3.
-            bound: K; the step's ηc holds to cᵀZᵀFZc ≤ ℓ² K/5, with the signal's length ℓ. None: to nothing.
-            factor: of all rates.
-            found: on the device, 1 where the step is to be skipped; None where it is not.
-            processes: whose rows count together.
-            has_rows: whether some process has rows.
+            work: what it is made of.
         """
-        if has_rows and processes.is_alone:
-            used = {use.layer for one in passes for use in one.uses}
-            layers = [layer for layer in layers if layer in used]
-        if not layers or not (has_rows or self.signal.waits):
+        if work.has_rows and work.processes.is_alone:
+            used = {use.layer for one in work.passes for use in one.uses}
+            work = work._replace(layers=[layer for layer in work.layers if layer in used])
+        if not work.layers or not (work.has_rows or self.signal.waits):
             return set()
-        batch, self._batch = self._batch, 0
-        if batch and processes.is_alone:
-            self.signal.rows = min(1.0, self._samples() / batch)
+        if self._looked:
+            was_new = self.signal.is_new
+            self._measure_look(work)
+            if was_new and not self.signal.is_on:
+                return set()
+        if not work.has_rows:
+            if self.signal.waits:
+                last = work.last_updates(was_taken=True)
+                matrices = self._of(work.layers).matrices.of((last, last))
+                self._measure_step(work, _inner_products(matrices, work.gradients())[1])
+            return set()
+        work, matrices, fisher = self._projected(work)
+        grams, slopes = _inner_products(matrices, work.gradients())
+        self._measure_step(work, slopes)
+        model, c = self._solved(work, fisher, grams, slopes)
+        if not self.signal.is_on:
+            self._look(work, matrices, model, c)
+            return set()
+        self._take(work, model, c)
+        return {*work.parameters()}
+
+    def _of(self, layers: list[Layer]) -> _Layers:
         if self._layers is None or not self._layers.fits(layers):
             self._layers = _Layers(layers)
-        parts = _with_gradients(layers)
-        group_of = {id(p): group for group in groups for p in group["params"]}
-        # one level's step without momentum is not kept: the buffer is then of a step in the space, long ago
-        last = {
-            key: state[p].get("momentum_buffer") if self.signal.waits or group_of[key]["momentum"] else None
-            for key, p in parts.items()
-        }
+        return self._layers
 
-        def given(layers: Sequence[Layer]) -> tuple[_Settings, list[Tensor]]:
-            settings = _Settings.of([group_of[id(layer.weight)] for layer in layers], layers[0].weight.device)
-            return settings, [gradient(layer) for layer in layers]
-
-        if not has_rows:
-            settings, gradients = given(layers)
-            _, slopes = _inner_products(self._layers.matrices.of((last, last)), gradients)
-            self._measure(self._layers.names, slopes[:, 1], settings.rates, found)
-            return set()
-        matrices = self._layers.matrices.of(({key: p.grad for key, p in parts.items()}, last))
-        fisher, places, taken = _fisher(passes, layers, matrices, processes, (min(batch, self._samples()), batch))
+    def _projected(self, work: Work) -> tuple[Work, list[Tensor], Tensor]:
+        """Return the work with the layers that have rows in some process, their v and d, and ZᵀFZ."""
+        batch, self._batch = self._batch, 0
+        samples = min(batch, self._samples()), batch
+        if batch and work.processes.is_alone:
+            self.signal.rows = samples[0] / batch
+        fine = {key: p.grad for key, p in work.parameters().items()}
+        matrices = self._of(work.layers).matrices.of((fine, work.last_updates(self.signal.was_taken)))
+        fisher, places, taken = _fisher(work.passes, work.layers, matrices, work.processes, samples)
         self.signal.rows = self.signal.rows if taken is None else taken
-        of = self._layers
-        if len(places) < len(layers):  # no process has rows of the others
-            layers, matrices = [layers[i] for i in places], [matrices[i] for i in places]
-            parts, of = _with_gradients(layers), _Layers(layers)
-        settings, gradients = given(layers)
-        self.latest = self._solved(fisher, of, matrices, gradients, settings, tau, bound, found)
-        on_host = found is None and self.latest.fine.device.type == "cpu"
-        fine_and_last = (list(c.tolist() if on_host else c.unbind()) for c in (self.latest.fine, self.latest.last))
-        pairs = zip(layers, *fine_and_last, strict=True)
-        of_part = {id(p): (alpha, beta) for layer, alpha, beta in pairs for p in (layer.weight, layer.bias)}
-        for group in groups:
-            moving = [p for p in group["params"] if id(p) in parts]
-            if moving:
-                rate = times(group["lr"], factor)
-                _move(moving, state, rate, group["weight_decay"], [of_part[id(p)] for p in moving], found)
-        return {*parts}
+        return work._replace(layers=[work.layers[i] for i in places]), [matrices[i] for i in places], fisher
 
-    def _solved(
-        self,
-        fisher: Tensor,
-        of: _Layers,
-        matrices: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        settings: _Settings,
-        tau: float | None,
-        bound: float | None,
-        found: Tensor | None,
-    ) -> Coefficients:
-        """Return the coefficients of a step; where the solve fails, those of one level, v + μ d."""
-        names = of.names
-        grams, slopes = _inner_products(matrices, gradients)
-        self._measure(names, slopes[:, 1], settings.rates, found)
+    def _measure_look(self, work: Work) -> None:
+        """Measure the slope on this batch along the step that was looked at last; after the first look, decide."""
+        looked, self._looked = self._looked, {}
+        slope = None
+        if sorted(looked) == sorted(work.names):
+            pairs = zip((looked[name] for name in work.names), work.gradients(), strict=True)
+            slope = torch.stack([step @ gradient.to(step.dtype) for step, gradient in pairs]).double().sum()
+        self.signal.measured(slope, work.found)
+        if self.signal.is_new:
+            self.signal.decide()
+
+    def _measure_step(self, work: Work, slopes: Tensor) -> None:
+        """Measure the slope on this batch along the last step.
+
+        Args:
+            work: of the layers.
+            slopes: ⟨v_i, ∇_i⟩ and ⟨d_i, ∇_i⟩, (L, 2).
+        """
+        is_same = self.latest is not None and self.latest.names == work.names
+        self.signal.measured((slopes[:, 1].double() * work.settings().rates).sum() if is_same else None, work.found)
+
+    def _solved(self, work: Work, fisher: Tensor, grams: Tensor, slopes: Tensor) -> tuple[Quadratic, Tensor]:
+        """Return the model and the coefficients, held to their bounds; where the solve fails, those of one level."""
+        names, settings, weights = work.names, work.settings(), self._of(work.layers).squares()
         known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
-        weights = of.squares()
         model, correlations = with_correlations(quadratic(fisher, grams, slopes, weights), known)
-        c = coefficients(model, TAU if tau is None else tau)
-        c = c * _within(MOST_CHANGE, c, settings.rates, grams, weights)
-        c = self._held(model, c, settings.rates.repeat(2), bound, found)
+        c = coefficients(model, TAU if work.tau is None else work.tau)
+        c = self._held(model, c * _within(MOST_CHANGE, c, settings.rates, grams, weights), settings.rates, work.bound)
         is_solved = c.isfinite().all()
         self._correlations = names, torch.where(is_solved, correlations, 0.0 if known is None else known)
-        momentum = settings.momentum
-        c = torch.where(is_solved, c, torch.cat([torch.ones_like(momentum), momentum]))
-        return Coefficients(names, *c.chunk(2))
+        return model, torch.where(is_solved, c, _one_level(settings))
 
-    def _held(self, model: Quadratic, c: Tensor, rates: Tensor, bound: float | None, found: Tensor | None) -> Tensor:
-        """Hold a step to its bound, and note what it was like."""
+    def _held(self, model: Quadratic, c: Tensor, rates: Tensor, bound: float | None) -> Tensor:
+        """Hold a step to its bound."""
         c = min(1.0, self.signal.length) * c
-        if bound is not None:
-            most = SHARE_OF_BOUND * bound * self.signal.length**2
-            divergence = divergence_of(model, c, rates)
-            c = c * torch.where(divergence > most, (most / divergence).sqrt(), 1.0)
-        self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates), found)
-        return c
+        if bound is None:
+            return c
+        most = SHARE_OF_BOUND * bound * self.signal.length**2
+        divergence = divergence_of(model, c, rates.repeat(2))
+        return c * torch.where(divergence > most, (most / divergence).sqrt(), 1.0)
 
-    def _measure(self, names: tuple[str, ...], slopes: Tensor, rates: Tensor, found: Tensor | None) -> None:
-        is_same = self.latest is not None and self.latest.names == names
-        self.signal.measured((slopes.double() * rates).sum() if is_same else None, found)
+    def _take(self, work: Work, model: Quadratic, c: Tensor) -> None:
+        """Take a step, and note what the model says of it."""
+        settings = work.settings()
+        rates = settings.rates.repeat(2)
+        self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates), work.found)
+        self.latest = Coefficients(work.names, *c.chunk(2))
+        on_host = work.found is None and c.device.type == "cpu"
+        fine_and_last = (list(half.tolist() if on_host else half.unbind()) for half in c.chunk(2))
+        pairs = zip(work.layers, *fine_and_last, strict=True)
+        of_part = {id(p): (alpha, beta) for layer, alpha, beta in pairs for p in (layer.weight, layer.bias)}
+        moving = work.parameters()
+        for group in work.groups:
+            own = [p for p in group["params"] if id(p) in moving]
+            if own:
+                rate = times(group["lr"], work.factor)
+                decay, coefficients_of = group["weight_decay"], [of_part[id(p)] for p in own]
+                directed_step(own, work.state, rate, decay, coefficients_of, work.found)
+
+    def _look(self, work: Work, matrices: Sequence[Tensor], model: Quadratic, c: Tensor) -> None:
+        """Note a step that is not taken, and what the model says of its slope after one level's step."""
+        settings = work.settings()
+        moved, taken = settings.rates.repeat(2) * c, settings.rates.repeat(2) * _one_level(settings)
+        self.signal.looked(moved @ model.slopes, moved @ model.fisher @ taken, work.found)
+        pairs = zip(work.names, matrices, moved.view(2, -1).T, strict=True)
+        self._looked = {name: own.to(m.dtype) @ m.flatten(1) for name, m, own in pairs}
 
     # -- state ----------------------------------------------------------------------------------------------
 
@@ -244,26 +225,29 @@ class Directed(OwnSteps):
         return {
             "signal": self.signal.state(),
             "names": None if self.latest is None else list(self.latest.names),
+            "correlated": None if self._correlations is None else list(self._correlations[0]),
             "correlations": None if self._correlations is None else self._correlations[1].clone(),
+            "looked": {name: step.clone() for name, step in self._looked.items()},
         }
 
     def load(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
         """Go on from what `state` returned; None: from the start."""
-        self.latest = self._correlations = None
+        self.latest, self._correlations, self._looked = None, None, {}
         self.signal.load(**(SignalShare().state() if state is None else state["signal"]))
         if state is None:
             return
         self.signal.to(device)
-        if state["correlations"] is not None:
-            names, correlations = tuple(state["names"]), state["correlations"].to(device)
-            self._correlations = names, correlations
-            self.latest = Coefficients(names, *torch.full_like(correlations[0], torch.nan).chunk(2))
+        if state["names"] is not None:
+            unknown = torch.full((len(state["names"]),), torch.nan, dtype=torch.float64, device=device)
+            self.latest = Coefficients(tuple(state["names"]), unknown, unknown)
+        if state["correlations"] is not None:  # states of before there were looks lack whose they are
+            self._correlations = tuple(state.get("correlated", state["names"])), state["correlations"].to(device)
+        self._looked = {name: step.to(device) for name, step in state.get("looked", {}).items()}
 
 
-def _with_gradients(layers: Sequence[Layer]) -> dict[int, Tensor]:
-    """Return the parameters of layers that have a gradient, by id."""
-    parameters = (p for layer in layers for p in (layer.weight, layer.bias) if p is not None)
-    return {id(p): p for p in parameters if p.grad is not None}
+def _one_level(settings: Settings) -> Tensor:
+    """Return the coefficients of one level's step, v + μ d, (2L,)."""
+    return torch.cat([torch.ones_like(settings.momentum), settings.momentum])
 
 
 def _fisher(
@@ -309,39 +293,3 @@ def _inner_products(matrices: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
     flat = [m.flatten(1) for m in matrices]
     grams = torch.stack([m @ m.T for m in flat])
     return grams, torch.stack([m @ g.to(m.dtype) for m, g in zip(flat, gradients, strict=True)])
-
-
-def _move(
-    params: Sequence[Tensor],
-    state: State,
-    lr: float | Tensor,
-    weight_decay: float,
-    coefficients: Sequence[tuple[Rate, Rate]],
-    found: Tensor | None,
-) -> None:
-    """Take D ← αv + βD, W ← W - η(D + weight decay W), with v in `.grad` and D the momentum buffer.
-
-    Args:
-        params: parameters, all with a gradient.
-        state: the optimizer's.
-        lr: η.
-        weight_decay: of the group.
-        coefficients: α and β of each parameter; on a CUDA device tensors there.
-        found: on the device, 1 where the step is to be skipped; None where it is not.
-    """
-    for parameter in params:
-        if state[parameter].get("momentum_buffer") is None:
-            state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    buffers = [state[parameter]["momentum_buffer"] for parameter in params]
-    gradients = [parameter.grad.to(parameter.dtype) for parameter in params if parameter.grad is not None]
-    alphas, betas = zip(*coefficients, strict=True)
-    if found is not None:  # all gradients are 0 then
-        betas = tuple(torch.where(found.reshape(()) > 0, 1.0, beta) for beta in betas)
-        lr = lr * (found.reshape(()) == 0)
-    torch._foreach_mul_(buffers, betas)
-    torch._foreach_add_(buffers, torch._foreach_mul(gradients, alphas))
-    moves = torch._foreach_add(buffers, list(params), alpha=weight_decay) if weight_decay else buffers
-    if isinstance(lr, Tensor):
-        torch._foreach_sub_(list(params), [move * lr.to(move.device) for move in moves])
-    else:
-        torch._foreach_add_(list(params), list(moves), alpha=-lr)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, overload
 
@@ -11,14 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kfac2.bound import Bound
 from kfac2.checkpoint import in_groups_too, is_for_its_state, out_of_groups
 from kfac2.curvature import Curvature
-from kfac2.descent import Rate, adamw_step, next_steps, sgd_step, times
-from kfac2.directed import MOST_DAMPING, PER_LAYER, Directed
-from kfac2.divergence import Keeps, divergence, quarter
+from kfac2.descent import Rate
 from kfac2.groups import as_groups, check_group, handled_by, settings_of
-from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
 from kfac2.likelihood import Prediction
 from kfac2.options import OptimizerOptions, check_option
@@ -26,7 +21,7 @@ from kfac2.own_passes import Predict
 from kfac2.preconditioner import Preconditioner
 from kfac2.processes import WORLD
 from kfac2.readings import Readings
-from kfac2.rise import Rise
+from kfac2.whole_step import WholeStep
 
 
 class KFAC(Readings, Optimizer):
@@ -46,9 +41,9 @@ class KFAC(Readings, Optimizer):
     coefficients minimise the quadratic model of the loss, all layers coupled through the Fisher of the rows at hand
     (`kfac2.coarse.directions`), held to η² dᵀFd ≤ ℓ² K/5 and η|d_i| ≤ 0.3 |W_i|, with ℓ from 0.1 to 10 that follows
     how much of a step the next batches confirm (`kfac2.signal_share`); blocks are then damped by c = 0.01 at
-    most. `accumulate_fisher` is wanted in each iteration, as long as the next batches confirm such steps; where they do
-    not, as with small noisy batches, steps are one level's, but for a trial every 20th. It costs least with a function
-    that makes a forward pass of some samples,
+    most. `accumulate_fisher` is wanted in each iteration, as long as the next batches confirm such steps. The first is
+    one level's, and so are all where they do not, as with small noisy batches; the space is then only looked at, more
+    and more rarely. It costs least with a function that makes a forward pass of some samples,
     `opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=len(x))`.
 
     ```python
@@ -188,7 +183,6 @@ class KFAC(Readings, Optimizer):
         check_option("rest", rest, str, lambda v: v in ("adamw", "sgd"), "'adamw' or 'sgd'")
         groups = as_groups(model.parameters() if params is None else params)
         self._rest = rest
-        self._bound, self._rise = Bound(), Rise()
         self.options = OptimizerOptions.of({field.name: arguments[field.name] for field in fields(OptimizerOptions)})
         self.preconditioner = Preconditioner(
             model,
@@ -199,12 +193,7 @@ class KFAC(Readings, Optimizer):
             share=share,
         )
         self.curvature = self.preconditioner.curvature
-        self._directed = Directed(self._samples_of_rows)
-        self._is_directed = coarse == "directions"
-        if self._is_directed:
-            self.preconditioner.own_steps = self._directed
-            self.preconditioner.iteration = 0  # its steps are looked at from the first
-        self._follow_signal()
+        self._whole_step = WholeStep(self.preconditioner, self.options, rest)
         self._handled = handled_by(self.curvature.found)
         if rest == "adamw":  # what its groups hold is none of K-FAC's, whatever becomes of it
             self.curvature.own = self._handled
@@ -230,7 +219,7 @@ class KFAC(Readings, Optimizer):
         """
         settings = {**self.defaults, **param_group}
         check_group(settings)
-        if self._is_directed and settings["nesterov"]:
+        if self.options.coarse == "directions" and settings["nesterov"]:
             raise ValueError("nesterov must be False with coarse='directions', which has no momentum, got True")
         (group,) = as_groups([param_group])
         handled = [p for p in group["params"] if id(p) in self._handled or self._rest == "sgd"]
@@ -271,22 +260,14 @@ class KFAC(Readings, Optimizer):
             with torch.enable_grad():
                 loss = closure()
             loss_of_all = self.preconditioner.meetings.mean_loss(loss)
-            self._rise.follow(loss_of_all, self.curvature.layout.device, self.curvature.health.at_once)
+            self._whole_step.follow(loss_of_all)
         if closure is None and is_for_its_state(self.param_groups, self.state):
-            for group in self.param_groups:
-                self._descend(group, set(self._handled), set())
+            self._whole_step.make_state(self.param_groups, self.state, set(self._handled))
             return None
         rates = self._follow_groups()
-        self._follow_signal()
+        self._whole_step.begin()
         if self.preconditioner.precondition(lambda layer: rates[id(layer.weight)]):
-            seen = self.curvature.layers_with_statistics()
-            moved = self._step_directed(seen) if self._is_directed else set()
-            if not moved:
-                self._measure(seen)
-            with_weights = ((weight, layer.bias) for layer in seen if (weight := layer.weight).grad is not None)
-            along = {id(parameter) for pair in with_weights for parameter in pair}
-            for group in self.param_groups:
-                self._descend(group, along, moved)
+            self._whole_step.take(self.param_groups, self.state)
         self.curvature.iteration.drop_kept()
         return loss
 
@@ -300,89 +281,10 @@ class KFAC(Readings, Optimizer):
                 del self.state[gone]  # torch.optim cannot save it
         return rates
 
-    def _descend(self, group: dict[str, Any], along: set[int], moved: set[int]) -> None:
-        """Step the parameters of a group that were not moved yet: those with a direction of K-FAC, and the others."""
-        params = [p for p in group["params"] if p.grad is not None and id(p) not in moved]
-        found = self.preconditioner.found
-        if self._rest == "sgd":
-            sgd_step(params, self.state, group, self._bounded(group["lr"]), found)
-        elif group["method"] == "adamw":
-            adamw_step(params, self.state, group, group["lr"], found)
-        else:  # a layer that was dropped, or has no statistics yet, has a plain gradient: not for the rate of K-FAC;
-            # so has a bias whose weight has no gradient
-            own = [p for p in params if id(p) in along]
-            sgd_step(own, self.state, group, self._bounded(group["lr"]), found)
-            others = [p for p in params if id(p) not in along]
-            if others:
-                scheduled = group["lr"] / group["first_lr"] if group["first_lr"] else 0.0
-                adamw_step(others, self.state, group, group["rest_lr"] * scheduled, found)
-
     @property
     def last_step(self) -> LastStep:
         """What the last step was like: ν, the measured divergence, changes by layer; read when asked for."""
-        inverses, limit = self.curvature.inverses, self.preconditioner.change_limit
-        return LastStep(
-            float("nan") if inverses is None else inverses.damping.value,
-            self.preconditioner.scale,
-            self._bound.squared,
-            self._bound.factor,
-            self._rise.factor(self.curvature.health.at_once),
-            limit.norms,
-            limit.current,
-            limit.names,
-            self._directed,
-        )
-
-    # -- the bounds -----------------------------------------------------------------------------------------
-
-    def _bounded(self, lr: Rate) -> Rate:
-        of_bound = 1.0 if self.options.kl_bound is None else self._bound.factor
-        return times(lr, of_bound, self._rise.factor(self.curvature.health.at_once))
-
-    def _measure(self, layers: Iterable[Layer]) -> None:
-        """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
-        iteration, bound = self.curvature.iteration, self.options.kl_bound
-        if bound is None or not iteration.has_kept:
-            return
-        moving = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
-        steps: dict[int, Tensor] = {}
-        for group in self.param_groups:
-            own = [p for p in group["params"] if p.grad is not None and id(p) in moving]
-            steps |= zip(map(id, own), next_steps(own, self.state, group), strict=True)
-        squared = divergence(iteration.kept, lambda p: steps.get(id(p)), self.curvature.solvers.processes)
-        self._bound.measured(squared, bound, self.curvature.health.at_once)
-
-    # -- the space of directions --------------------------------------------------------------------------------
-
-    def _samples_of_rows(self) -> int:
-        return self.options.coarse_samples or max(1, PER_LAYER * len(self.curvature.layout.layers))
-
-    def _follow_signal(self) -> None:
-        """Say which rows are kept, and how blocks are damped, in the iteration that begins."""
-        directed = self.preconditioner.own_steps.wants_step(self.preconditioner.iteration)
-        bounded = Keeps(quarter, rounds=True) if self.options.kl_bound is not None else None
-        self.curvature.iteration.keeps = Keeps(self._directed.part) if directed else bounded
-        self.preconditioner.schedule.most_damping = (
-            MOST_DAMPING if self._is_directed and self._directed.signal.is_on else math.inf
-        )
-
-    def _step_directed(self, seen: Sequence[Layer]) -> set[int]:
-        """Take a step in the space of directions where this iteration has its rows; return ids of what has moved."""
-        step, layout, iteration = self.curvature.prepared(), self.curvature.layout, self.curvature.iteration
-        is_wanted = self._directed.wants_step(self.preconditioner.iteration - 1)
-        return self._directed.step(
-            iteration.kept if is_wanted else [],
-            [layer for layer in seen if layer.weight.grad is not None],
-            lambda layer: step.gradient(layout.number(layer)),
-            self.param_groups,
-            self.state,
-            self.options.coarse_damping,
-            self.options.kl_bound,
-            self._rise.factor(self.curvature.health.at_once),
-            self.preconditioner.found,
-            self.curvature.solvers.processes,
-            is_wanted and iteration.has_kept,
-        )
+        return self._whole_step.last()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied or pickled whole: the hooks belong to the model's own modules."""
@@ -397,7 +299,7 @@ class KFAC(Readings, Optimizer):
         """See `Preconditioner.accumulate_fisher`."""
         if self.needs_fisher:
             self._follow_groups()
-            self._follow_signal()
+            self._whole_step.begin()
         self.preconditioner.accumulate_fisher(distribution, mask, samples)
 
     def close(self) -> None:
@@ -426,8 +328,7 @@ class KFAC(Readings, Optimizer):
         """Return `torch.optim`'s state dict with K-FAC's state beside it, under `'kfac'`."""
         self._follow_groups()
         state = self.preconditioner.state_dict()
-        state["bounds"] |= {"factor": float(self._bound.factor), "rise": self._rise.state()}
-        state["directed"] = self._directed.state()
+        self._whole_step.save(state)
         return in_groups_too({**super().state_dict(), "kfac": state})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -447,7 +348,4 @@ class KFAC(Readings, Optimizer):
             if lr is not None:
                 group.setdefault("first_lr", lr)  # states of earlier versions lack it
         self.preconditioner.load_state_dict(state_dict["kfac"])
-        self._bound.go_on_with(state_dict["kfac"]["bounds"]["factor"])
-        self._rise.load(state_dict["kfac"]["bounds"].get("rise"))
-        self._directed.load(state_dict["kfac"].get("directed"), self.curvature.layout.device)
-        self.preconditioner.iteration = self.preconditioner.iteration  # the signal says what it wants
+        self._whole_step.load(state_dict["kfac"])

@@ -7,22 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-KEPT, KEPT_OFF = 0.93, 0.8  # of the share so far, at each measurement; while the space is left these are few
-START = 0.7  # of the share: with much noise a few steps are enough to tell
+KEPT = 0.93  # of the share so far, at each measurement
+START, FIRST = 0.7, 0.5  # of the share; what the first look must show
 OFF, OF_ROWS, MOST_ROWS, ON = 0.45, 0.4, 0.5, 0.05  # it is left below OFF + 0.4 min(rows, ½), taken again 0.05 above
 STALL, PROGRESS = -0.5, -0.3  # s₁ / DᵀFD: a step of the model's length has come to nothing; it has gone down
 SHORTER, LONGER, LEAST = 0.7, 1.15, 0.1  # what a decision makes of the length; no step is shorter for its sake
 SURE, TRUST, MOST = 0.9, 1.2, 10.0  # above this share each step makes the length so much longer; no longer than this
-PROBE = 20  # iterations from one trial to the next while it is left
+SOON, LATE = 20, 320  # iterations from one look to the next, while the space is left
 
 
 class SignalShare:
     """The share of a step's slope that is there on the next batch as well, and what follows from it.
 
     A step D that was made of a batch's own gradient goes down steeper on that batch than anywhere else: coefficients
-    fit its noise. The next batch is independent. Its slope along D is s₁ after the step, and was s₁ + DᵀFD before it if
-    the model is right: the share is φ = (s₁ + DᵀFD) / s₀ with s₀ = bᵀc, 1 without noise. Where it is small, one level's
-    constant step, whose length noise does not move, does better.
+    fit its noise. The next batch is independent. Where its slope along D is s₁ after a step D₁, it was s₁ + DᵀFD₁
+    before it if the model is right: the share is φ = (s₁ + DᵀFD₁) / s₀ with s₀ = bᵀc, 1 without noise. Where it is
+    small, one level's constant step, whose length noise does not move, does better.
+
+    D₁ is D where that was taken. Where the space is left, D is only looked at now and then: one level's step is taken,
+    and the slope along D is measured all the same, so that a look costs time and nothing else. The first iteration is a
+    look. Each look that shows too small a share doubles the time to the next one, as does each return to the space that
+    does not last.
 
     A step in the space costs the more, the larger the part of the batch is whose rows it takes: about twice one level's
     where that is all of it. So it must gain more: it is left below a share of 0.45 where the part is small, and below
@@ -32,31 +37,39 @@ class SignalShare:
     steps are too long for the model, or for the noise, and become shorter, down to a tenth; where they go down they
     become longer again. Where next batches confirm nearly all of the slope, the bound of a step grows, to ten times.
 
-    It costs nothing: s₁ is part of the next step. Trials tell when it pays again. Read from the device when statistics
-    are due, which wait for it anyway.
+    It costs nothing: s₁ is part of the next step. Read from the device when statistics are due, which wait for it
+    anyway, and after the first look.
 
     Attributes:
         share: the running mean of φ.
         is_on: whether the space is taken.
+        is_new: whether nothing was decided so far.
         length: what steps are multiplied by where it is below 1; their bound is K/5 times its square.
         rows: the part of the batch whose rows are taken.
+        interval: iterations from one look to the next.
     """
 
     def __init__(self) -> None:
-        self.share, self.length, self.rows = START, 1.0, 1.0
-        self.is_on = True
-        self._last: Tensor | None = None  # s₀ and DᵀFD of the last step in the space; ∞ if only skipped ones are known
-        self._before: Tensor | None = None  # the same, once it is measured
+        self.share, self.length, self.rows, self.interval = START, 1.0, 1.0, SOON
+        self.is_on, self.is_new = False, True
+        self._last: Tensor | None = None  # s₀, DᵀFD₁, and DᵀFD, NaN of a look; ∞ if only skipped ones are known
+        self._before: Tensor | None = None  # the same of a step that was taken, once it is measured
+        self._was_taken = False  # whether the last one is such a step
         self._measured: list[Tensor] = []
 
     def wants_step(self, iteration: int) -> bool:
-        """Tell whether an iteration's step is one in the space."""
-        return self.is_on or iteration % PROBE == 0
+        """Tell whether an iteration has a step in the space, or a look at one."""
+        return self.is_on or self.is_new or iteration % self.interval == 0
 
     @property
     def waits(self) -> bool:
-        """Whether the last step was one in the space, so that the slope along it is wanted."""
+        """Whether the slope along the last step in the space is wanted, be it taken or only looked at."""
         return self._last is not None
+
+    @property
+    def was_taken(self) -> bool:
+        """Whether the last step was one in the space."""
+        return self.waits and self._was_taken
 
     def took(self, slope: Tensor, divergence: Tensor, found: Tensor | None = None) -> None:
         """Note a step in the space.
@@ -67,11 +80,31 @@ class SignalShare:
             found: on the device, 1 where the step is to be skipped: the one before is still the last; None where it is
                 not.
         """
-        new = torch.stack([slope, divergence])
+        self._note([slope, divergence, divergence], found, self._before)
+        self._was_taken = True
+
+    def looked(self, slope: Tensor, across: Tensor, found: Tensor | None = None) -> None:
+        """Note a step in the space that was only looked at.
+
+        Args:
+            slope: s₀.
+            across: DᵀFD₁, with the step D₁ that is taken in its place.
+            found: on the device, 1 where that is skipped; None where it is not.
+        """
+        self._note([slope, across, torch.full_like(slope, torch.nan)], found, None)
+        self._was_taken = False
+
+    def shortened(self, factor: float | Tensor) -> None:
+        """Note that D₁ was multiplied by a factor, after a look."""
+        if self._last is not None and not self._was_taken and not (isinstance(factor, float) and factor == 1):
+            before, across, divergence = self._last.unbind()
+            self._last = torch.stack([before, across * factor, divergence])
+
+    def _note(self, numbers: list[Tensor], found: Tensor | None, before: Tensor | None) -> None:
+        self._last = torch.stack(numbers)
         if found is not None:
-            before = torch.full_like(new, torch.inf) if self._before is None else self._before
-            new = torch.where(found.reshape(()) > 0, before, new)
-        self._last = new
+            before = torch.full_like(self._last, torch.inf) if before is None else before
+            self._last = torch.where(found.reshape(()) > 0, before, self._last)
 
     def measured(self, slope: Tensor | None, found: Tensor | None = None) -> None:
         """Take the slope along the last step on the next batch, s₁; None where it is not known.
@@ -81,12 +114,12 @@ class SignalShare:
             found: on the device, 1 where this batch is not finite, and says nothing; None where the host has looked.
         """
         if slope is not None and self._last is not None:
-            before, divergence = self._last.unbind()
-            numbers = torch.stack([(slope + divergence) / before, slope / divergence]).clamp(-2, 2)
+            before, across, divergence = self._last.unbind()
+            numbers = torch.stack([(slope + across) / before, slope / divergence]).clamp(-2, 2)
             if found is not None:
                 numbers = torch.where((found.reshape(()) > 0) | before.isinf(), torch.nan, numbers)
             self._measured.append(numbers)
-        self._before, self._last = self._last, None
+        self._before, self._last = self._last if self._was_taken else None, None
 
     def decide(self) -> None:
         """Read what was measured, and say whether the space is taken from now on."""
@@ -94,34 +127,53 @@ class SignalShare:
             return
         numbers = torch.stack(self._measured)
         self._measured = []
-        numbers = numbers[numbers.isfinite().all(1)]  # of steps that were neither skipped nor failed
+        numbers = numbers[numbers[:, 0].isfinite()]  # of steps that were neither skipped nor failed
         if not len(numbers):
             return
-        kept = (KEPT if self.is_on else KEPT_OFF) ** len(numbers)
-        share, slope = numbers.mean(0).tolist()
+        share, slope = numbers.nanmean(0).tolist()
+        least = OFF + OF_ROWS * min(self.rows, MOST_ROWS)
+        if self.is_on:
+            self._follow(share, slope, len(numbers), least)
+        else:
+            self._return(share, least + ON)
+
+    def _follow(self, share: float, slope: float, count: int, least: float) -> None:
+        """Go on in the space, with another length, or leave it."""
         if slope < STALL and self.length > LEAST:
             self.length = SHORTER * min(1.0, self.length)
             return
-        if share > SURE and self.is_on:
-            self.length = min(MOST, TRUST ** len(numbers) * self.length)
+        if share > SURE:
+            self.length = min(MOST, TRUST**count * self.length)
         elif slope > PROGRESS and self.length < 1:
             self.length = min(1.0, LONGER * self.length)
+        kept = KEPT**count
         self.share = kept * self.share + (1 - kept) * share
-        was_on = self.is_on
-        self.is_on = self.share > OFF + OF_ROWS * min(self.rows, MOST_ROWS) + (0.0 if was_on else ON)
-        if was_on and not self.is_on:
-            self.length = 1.0  # it was not the length
+        self.is_on = self.share > least
+        if self.is_on:
+            self.interval = max(SOON, self.interval // 2)
+        else:
+            self.interval, self.length = min(LATE, 2 * self.interval), 1.0  # it was not the length
+
+    def _return(self, share: float, least: float) -> None:
+        """Take the space after a look, or look again later."""
+        self.is_on = share > (FIRST if self.is_new else least)
+        if not self.is_new:
+            self.interval = self.interval if self.is_on else min(LATE, 2 * self.interval)
+        self.share = (START if self.is_new else least) if self.is_on else share
+        self.is_new = False
 
     def state(self) -> dict[str, object]:
         """Return what a saved state holds."""
-        last = self._last.tolist() if self._last is not None else None
         return {
             "share": self.share,
             "is_on": self.is_on,
-            "last": last,
+            "is_new": self.is_new,
+            "last": self._last.tolist() if self._last is not None else None,
+            "was_taken": self._was_taken,
             "measured": [m.tolist() for m in self._measured],
             "length": self.length,
             "rows": self.rows,
+            "interval": self.interval,
         }
 
     def load(
@@ -132,10 +184,14 @@ class SignalShare:
         measured: Sequence[Sequence[float]],
         length: float,
         rows: float = 1.0,
+        is_new: bool = False,
+        was_taken: bool = True,
+        interval: int = SOON,
     ) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned; states of before there were looks lack the last three."""
         self.share, self.is_on, self.length, self.rows = share, is_on, length, rows
-        self._last = None if last is None else torch.tensor(last, dtype=torch.float64)
+        self.is_new, self.interval, self._was_taken = is_new, interval, was_taken
+        self._last = None if last is None else torch.tensor([*last, *last[1:]][:3], dtype=torch.float64)
         self._before = None
         self._measured = [torch.tensor(m, dtype=torch.float64) for m in measured]
 

@@ -2,6 +2,8 @@
 
 import torch
 
+import kfac2
+
 
 def curvature_of(opt):
     preconditioner = getattr(opt, "preconditioner", opt)
@@ -26,3 +28,12 @@ def set_factor(opt, name, matrix, factor="A"):
     curvature.layout.view(getattr(curvature.averages, factor), curvature.layout.named(name)).copy_(
         torch.as_tensor(matrix)
     )
+
+
+def directed(model, **options):
+    """A KFAC whose steps are in the space of directions from the first one on, which by itself begins with a look."""
+    opt = kfac2.KFAC(model, coarse="directions", **options)
+    signal = opt._whole_step.directed.signal
+    signal.is_new, signal.is_on = False, True
+    opt._whole_step.begin()
+    return opt

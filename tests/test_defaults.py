@@ -319,7 +319,10 @@ def test_a_step_that_is_skipped_unread_moves_neither_kind_of_parameter():
 
 
 def places_of(opt):
-    return [opt._bound.factor.data_ptr(), *(part.data_ptr() for part in opt.preconditioner.change_limit.current[:2])]
+    return [
+        opt._whole_step.bound.factor.data_ptr(),
+        *(part.data_ptr() for part in opt.preconditioner.change_limit.current[:2]),
+    ]
 
 
 def test_a_graph_finds_bounds_where_it_looks_for_them():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from compare import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inside import curvature_of
+from inside import curvature_of, directed
 from test_bounds import sampled_pass, scores
 from torch.distributions import Categorical
 
@@ -328,13 +328,13 @@ def test_whole_steps_are_those_of_dense_algebra(name, tau, most, max_change):
     ]
     settings = {"params": groups, "lr": 0.7, "kl_clip": None, "coarse_damping": tau, "coarse_samples": 1000}
     settings["kl_bound"] = None if most is None else 5 * most
-    opt = kfac2.KFAC(task.model, coarse="directions", **settings, **options)
+    opt = directed(task.model, **settings, **options)
     rates = [0.3] + [0.7] * (len(opt.layers) - 1)
     dense = Dense(twin, tau, most, rates, [0.1] + [0.0] * (len(rates) - 1), **options)
     assert dense.one_level.layers == opt.layers and opt.layers[0] == next(
         n for n, m in task.model.named_modules() if m is first
     )
-    opt._directed.decide = lambda: None  # so few samples may switch it off
+    opt._whole_step.directed.decide = lambda: None  # so few samples may switch it off
     before = flat(task.model.parameters())
     for seed in range(3):
         opt.zero_grad()
@@ -409,7 +409,7 @@ def test_refusals_at_construction(make, options, error, message):
 
 def test_refusals_during_training_change_nothing():
     model, _, _ = mlp()
-    opt = kfac2.KFAC(model, coarse="directions", coarse_damping=2.0)
+    opt = directed(model, coarse_damping=2.0)
     for name, value, message in [
         ("coarse", None, "coarse is fixed at construction .'directions'., got None"),
         ("coarse_samples", 0, "coarse_samples must be an int of at least 1"),

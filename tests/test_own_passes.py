@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
+from inside import directed
 from torch.distributions import Categorical, Normal
 from torch.utils.checkpoint import checkpoint
 
@@ -79,7 +80,7 @@ def running(model):
 def test_it_is_asked_for_evenly_spaced_samples(samples, coarse_samples, part):
     model, (x, y) = plain(), data(samples)
     model.norm = nn.Identity()
-    opt = kfac2.KFAC(model, coarse="directions", coarse_samples=coarse_samples)
+    opt = directed(model, coarse_samples=coarse_samples)
     assert iterate(model, opt, x, y) == [part]
     assert model.seen == [samples, len(range(*part.indices(samples)))]
     assert iterate(model, opt, x, y) == [part]  # rows only
@@ -129,7 +130,7 @@ def test_running_statistics_follow_the_training_pass_alone(momentum, is_checkpoi
     model, (x, y) = Net(momentum, is_checkpointed), data()
     torch.manual_seed(0)
     twin = Net(momentum, is_checkpointed)
-    opt = kfac2.KFAC(model, coarse="directions", coarse_samples=10)
+    opt = directed(model, coarse_samples=10)
     before = running(model)
     opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), samples=40)
     assert model.seen == [10]
@@ -163,7 +164,7 @@ def test_in_eval_mode_norms_are_as_in_eval_mode():
 
 def test_the_training_pass_is_not_looked_at():
     model, (x, y) = plain(), data()
-    opt = kfac2.KFAC(model, coarse="directions", coarse_samples=16 * 2)
+    opt = directed(model, coarse_samples=16 * 2)
     captures = opt.curvature.collector.captures
     for k in range(8):
         out = model(x)
@@ -226,11 +227,11 @@ def test_several_calls_add_up():
 def test_micro_batches_have_their_rows_together_in_the_space_of_directions():
     (model, twin), (x, y) = (plain(), plain()), data()
     model.norm = twin.norm = nn.Identity()
-    opt, other = (kfac2.KFAC(net, fisher="exact", coarse="directions", coarse_samples=40) for net in (model, twin))
+    opt, other = (directed(net, fisher="exact", coarse_samples=40) for net in (model, twin))
     for _ in range(7):
         iterate_in_halves(model, opt, x, y)
         iterate(twin, other, x, y)
-        assert_equal(opt._directed.latest.fine, other._directed.latest.fine, 1e-8)
+        assert_equal(opt._whole_step.directed.latest.fine, other._whole_step.directed.latest.fine, 1e-8)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert_equal(p, q, 1e-8)
 
@@ -260,7 +261,7 @@ def test_a_mask_is_of_all_samples():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     x, mask = torch.randn(12, 5, 4, dtype=torch.float64), torch.rand(12, 5) > 0.4
-    opt = kfac2.KFAC(model, coarse="directions", coarse_samples=4)
+    opt = directed(model, coarse_samples=4)
     opt.accumulate_fisher(lambda part: Categorical(logits=model(x[part])), mask=mask, samples=12)
     model(x).logsumexp(2).mean().backward()
     opt.step()
@@ -276,7 +277,7 @@ def test_a_mask_is_of_all_samples():
 
 def test_a_function_that_raises_leaves_everything_usable():
     (model, twin), (x, y) = (plain(), plain()), data()
-    opt, other = (kfac2.KFAC(net, coarse="directions", coarse_samples=8) for net in (model, twin))
+    opt, other = (directed(net, coarse_samples=8) for net in (model, twin))
     for net, its in ((model, opt), (twin, other)):
         torch.manual_seed(1)
         iterate(net, its, x, y)
@@ -304,7 +305,7 @@ def test_a_function_that_raises_leaves_everything_usable():
 def test_a_step_without_the_function_goes_on(k):
     """Where it has raised and the step is taken all the same: older statistics, and a step of one level."""
     model, (x, y) = plain(), data()
-    opt = kfac2.KFAC(model, coarse="directions", coarse_samples=32)
+    opt = directed(model, coarse_samples=32)
     for _ in range(k):
         iterate(model, opt, x, y)
     F.cross_entropy(model(x), y).backward()
@@ -323,7 +324,7 @@ def test_a_step_without_the_function_goes_on(k):
 @pytest.mark.parametrize("in_the_same_iteration", [False, True])
 def test_a_distribution_after_a_function_works_from_the_next_forward_pass_on(in_the_same_iteration):
     model, (x, y) = plain(), data()
-    opt = kfac2.KFAC(model, coarse="directions", coarse_samples=32)
+    opt = directed(model, coarse_samples=32)
     iterate(model, opt, x, y)
     out = model(x)
     with pytest.raises(
@@ -340,7 +341,7 @@ def test_a_distribution_after_a_function_works_from_the_next_forward_pass_on(in_
         opt.accumulate_fisher(Categorical(logits=out))
         F.cross_entropy(out, y).backward()
         opt.step()
-    assert opt._directed.latest.names == ("first", "head")
+    assert opt._whole_step.directed.latest.names == ("first", "head")
     assert iterate(model, opt, x, y) == [slice(0, 32, 1)]  # and back again
 
 
@@ -367,7 +368,7 @@ def test_refusals():
 
 def test_what_is_not_finite_skips_the_step_or_leaves_one_of_one_level():
     model, (x, y) = plain(), data()
-    opt = kfac2.KFAC(model, coarse="directions", coarse_samples=32)
+    opt = directed(model, coarse_samples=32)
 
     def bad(part):
         return Normal(model(x[part]) * float("nan"), 1.0, validate_args=False)
