@@ -15,13 +15,14 @@ from kfac2.collector import Collector
 from kfac2.division import Division, check_share
 from kfac2.fine import SOLVERS, Damping, ObservingSolver
 from kfac2.health import Health
-from kfac2.inverses import InPlace, Inverses, Solvers, inverted, mended, observed
+from kfac2.inverses import InPlace, Inverses, Solvers, inverted
 from kfac2.iteration import Iteration
 from kfac2.joint import Joint
 from kfac2.kinds import Layer
 from kfac2.layers import Found, find_layers, why_it_left
 from kfac2.layout import Layout
 from kfac2.likelihood import NotFiniteError, Prediction
+from kfac2.mending import mended, observed
 from kfac2.options import CurvatureOptions, check_damping
 from kfac2.processes import WORLD, check_plain, processes_of, unwrapped
 from kfac2.readings import Readings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -13,16 +13,14 @@ from torch import Tensor
 from kfac2.brought import brought
 from kfac2.coarse import CoarseSpace
 from kfac2.division import Division
-from kfac2.fine import Damping, Fields, FineSolver, ObservingSolver
+from kfac2.fine import Damping, Fields, FineSolver
 from kfac2.layout import Layout, Stacks
 from kfac2.processes import Processes
-from kfac2.statistics import Averages, Sums, kept_share
+from kfac2.statistics import Averages
 
 SHARE = 4  # 1 / what a refresh may need above factors and inverses, over what these need
 LEAST_BYTES = 2**22  # that a chunk may need in any case: a native call for each of many small layers would cost time
 LARGEST_STEP = 1e18  # |v| of a block that an inverse may lead to where a step is not to overflow
-
-Warn = Callable[[str, str], None]
 
 
 class Chunk(NamedTuple):
@@ -220,9 +218,9 @@ def _chunk_inverted(
     """Return the new fields of a chunk, and of which blocks they hold no meaning."""
     A, G = ([part.to(dtype or part.dtype) for part in stacks] for stacks in factors)
     fields, status = fine.invert(A, G, damping)
-    fields = _all_rounded(fields, layout, chunk)
+    fields = all_rounded(fields, layout, chunk)
     if standing is not None:
-        fields = _all_rounded(fine.carry_over(fields, standing, had), layout, chunk)
+        fields = all_rounded(fine.carry_over(fields, standing, had), layout, chunk)
     return fields, torch.cat(status) != 0
 
 
@@ -303,7 +301,7 @@ def _coarse_damping(layout: Layout, averages: Averages, damping: Damping) -> flo
     return damping.value * torch.where(scales > 0, scales, 1.0)
 
 
-def _all_rounded(fields: Fields, layout: Layout, chunk: Sequence[Chunk] | None = None) -> Fields:
+def all_rounded(fields: Fields, layout: Layout, chunk: Sequence[Chunk] | None = None) -> Fields:
     """Round to the dtype of the factors, row by row: so it is saved, and a resumed run computes the same."""
     numbers = range(len(layout.batches)) if chunk is None else [c.batch for c in chunk]
     dtypes = [layout.batches[n].dtype for n in numbers]
@@ -311,63 +309,3 @@ def _all_rounded(fields: Fields, layout: Layout, chunk: Sequence[Chunk] | None =
         name: [stack.to(dtype).to(layout.dtype) for stack, dtype in zip(stacks, dtypes, strict=True)]
         for name, stacks in fields.items()
     }
-
-
-def observed(layout: Layout, inverses: Inverses, fine: FineSolver, sums: Sums, decay: float) -> Inverses:
-    """Return the inverses with what a solver that observes has seen in this iteration averaged in.
-
-    Args:
-        layout: of the layers.
-        inverses: in use; they stay as they are.
-        fine: the solver.
-        sums: of the iteration.
-        decay: bound of ε.
-    """
-    if not isinstance(fine, ObservingSolver) or not sums.squares:
-        return inverses
-    t = inverses.observations + 1
-    fields, known = fine.averaged(layout, inverses.fields, inverses.observed, sums, kept_share(t, decay))
-    fields = _all_rounded(fields, layout)
-    has = inverses.usable.tolist()  # without an inverse there was no basis to observe it in
-    known = tuple(bool(was and there) for was, there in zip(known, has, strict=True))
-    derived = fine.derive(fields, inverses.damping)
-    return replace(inverses, fields=fields, derived=derived, observations=t, observed=known)
-
-
-def mended(layout: Layout, averages: Averages, inverses: Inverses, solvers: Solvers, warn: Warn) -> Inverses:
-    """Look at what failed, and invert it in float64, in place, with the damping of its update.
-
-    Args:
-        layout: of the layers.
-        averages: that were inverted.
-        inverses: of that update.
-        solvers: fine and coarse.
-        warn: called with a key and a message for each layer.
-    """
-    if inverses.failed is None:
-        return inverses
-    *layers, coarse = inverses.failed.tolist()
-    numbers = [i for i, bad in enumerate(layers) if bad]
-    known = list(inverses.observed)
-    for i in numbers:
-        name = layout.layers[i].name
-        entry = solvers.fine.mend(layout.view(averages.A, i), layout.view(averages.G, i), inverses.damping)
-        if entry is None:
-            warn(f"not finite {name}", f"a factor of {name} is not finite; its last inverse is kept")
-            continue
-        for field_name, value in entry.items():
-            layout.view(inverses.fields[field_name], i).copy_(value.to(layout.layers[i].factor_dtype))
-        inverses.usable[i] = 1
-        known[i] = False  # its fields are new, all of them
-        warn(
-            f"indefinite {name}",
-            f"a factor of {name} is not positive definite (or its eigendecomposition did not converge); "
-            "it was decomposed in float64, its eigenvalues floored at 0",
-        )
-    if coarse:
-        warn("not finite coarse", "the coarse Fisher is not finite; its last inverse is kept")
-    if numbers:
-        for name, stacks in solvers.fine.derive(inverses.fields, inverses.damping).items():
-            for kept, value in zip(inverses.derived[name], stacks, strict=True):
-                kept.copy_(value)
-    return replace(inverses, failed=None, observed=tuple(known))

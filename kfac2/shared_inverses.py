@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kfac2.coarse import NoSpace
 from kfac2.fine import Damping, Fields
-from kfac2.inverses import Inverses, Solvers, Warn, coarse_inverted, inverted, mended
+from kfac2.inverses import Inverses, Solvers, coarse_inverted, inverted
 from kfac2.layout import Layout
+from kfac2.mending import Warn, mended
 from kfac2.statistics import Averages
 
 
