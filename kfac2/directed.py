@@ -87,6 +87,11 @@ class Directed(OwnSteps):
         """Whether the slope along the last step in the space is wanted, be it taken or only looked at."""
         return self.signal.waits
 
+    @property
+    def only_looks(self) -> bool:
+        """Whether steps in the space are not taken for now, only looked at."""
+        return not self.signal.is_on
+
     def wants_step(self, iteration: int) -> bool:
         """Tell whether an iteration has a step in the space, or a look at one."""
         return self.signal.wants_step(iteration)

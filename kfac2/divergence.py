@@ -46,11 +46,13 @@ class KeptPass(NamedTuple):
         uses: of its layers.
         samples: how many samples were kept.
         cases: M of these.
+        whole: how many samples the pass had.
     """
 
     uses: list[KeptUse]
     samples: int
     cases: float
+    whole: int
 
 
 class Keeps(NamedTuple):
@@ -81,7 +83,29 @@ def kept_of(passed: Pass, count: int, rounds: bool = False) -> KeptPass:
         samples = len(grads.tensor)
         inputs = Rows(use.inputs.tensor[:samples], use.inputs.window)
         uses.append(KeptUse(use.layer, inputs, grads, samples, passed.fits(use)))
-    return KeptPass(uses, count, passed.cases * count / passed.samples)
+    return KeptPass(uses, count, passed.cases * count / passed.samples, passed.samples)
+
+
+def first_of(kept: KeptPass, count: int) -> KeptPass:
+    """Return so many of the kept samples of a pass, or all."""
+    if count >= kept.samples:
+        return kept
+    uses = []
+    for use in kept.uses:
+        samples = max(1, use.samples * count // kept.samples) if use.samples > 1 else 1
+        inputs, grads = (Rows(rows.tensor[:samples], rows.window) for rows in (use.inputs, use.grads))
+        uses.append(use._replace(inputs=inputs, grads=grads, samples=samples))
+    return KeptPass(uses, count, kept.cases * count / kept.samples, kept.whole)
+
+
+def rounded(kept: KeptPass) -> KeptPass:
+    """Return what is kept with the rows g in bfloat16 where they are float32, see `Keeps`."""
+    uses = [use._replace(grads=Rows(_in_16_bits(use.grads.tensor), use.grads.window)) for use in kept.uses]
+    return kept._replace(uses=uses)
+
+
+def _in_16_bits(g: Tensor) -> Tensor:
+    return g.to(torch.bfloat16) if g.dtype == torch.float32 else g
 
 
 def first_rows(passed: Pass, use: Use, count: int, rounds: bool = False) -> Rows:

@@ -14,8 +14,13 @@ class OwnSteps:
         """Whether an iteration whose step is ordinary is looked at all the same."""
         return False
 
+    @property
+    def only_looks(self) -> bool:
+        """Whether the rows that are wanted now change nothing but what is known of such steps."""
+        return False
+
     def wants_step(self, iteration: int) -> bool:
-        """Tell whether an iteration's step is one of its own, which rows are wanted for."""
+        """Tell whether an iteration's rows are wanted, for a step of its own or to see what one would be like."""
         return False
 
     def part(self, samples: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from kfac2.change_limit import ChangeLimit
 from kfac2.curvature import Curvature
+from kfac2.draws import drawn_apart
 from kfac2.fine import Damping
 from kfac2.health import is_capturing
 from kfac2.kinds import Layer
@@ -59,6 +61,7 @@ class Preconditioner(Readings):
         curvature: the statistics and inverses that this is a schedule of.
         schedule: when what is due.
         own_steps: what a second level that takes steps of its own asks of an iteration.
+        took_statistics: whether the last step was of an iteration of statistics.
 
     Raises:
         TypeError: if an argument has the wrong type, or an option is unknown.
@@ -86,6 +89,7 @@ class Preconditioner(Readings):
         self.schedule = Schedule(self.options)
         self._update = Update(self.curvature, self.options, self.schedule)
         self.own_steps = OwnSteps()
+        self.took_statistics = False
         self._passes = Passes(self.curvature)
         self.meetings = Meetings(
             self.curvature, self.schedule, lambda iteration: self.own_steps.wants_step(iteration), self._wants_inverses
@@ -195,12 +199,15 @@ class Preconditioner(Readings):
             raise TypeError(f"samples must be left out with a distribution, got {samples!r}: it says how many itself")
         if not self.needs_fisher:
             return
-        if callable(distribution):
-            check_option("samples", samples, int, lambda v: v >= 1, "an int of at least 1 with a function")
-            count = min(samples, self.own_steps.part(samples))  # type: ignore[type-var, arg-type]
-            self._passes.collect_own(distribution, mask, samples, count, self._wants_statistics())  # type: ignore[arg-type]
-        else:
-            self._passes.collect(distribution, mask, self._wants_statistics())
+        is_summed = self._wants_statistics()
+        changes_nothing = not is_summed and self.own_steps.only_looks
+        with drawn_apart(torch.initial_seed(), self.iteration) if changes_nothing else nullcontext():
+            if callable(distribution):
+                check_option("samples", samples, int, lambda v: v >= 1, "an int of at least 1 with a function")
+                count = min(samples, self.own_steps.part(samples))  # type: ignore[type-var, arg-type]
+                self._passes.collect_own(distribution, mask, samples, count, is_summed)  # type: ignore[arg-type]
+            else:
+                self._passes.collect(distribution, mask, is_summed)
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
         """Precondition the gradients in place: statistics, inverses, both levels, KL clip, limits.
@@ -265,6 +272,7 @@ class Preconditioner(Readings):
                 "statistics or inverses: capture where `ordinary` is True"
             )
         took, meets = self._wants_statistics(), self.meetings.is_due
+        self.took_statistics = took
         if took:
             self._take_statistics()
         elif self._wants_rows():

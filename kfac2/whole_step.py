@@ -12,7 +12,7 @@ from kfac2.bound import Bound
 from kfac2.descent import Rate, State, adamw_step, next_steps, sgd_step, times
 from kfac2.directed import MOST_DAMPING, PER_LAYER, Directed
 from kfac2.directed_work import Work
-from kfac2.divergence import Keeps, divergence, quarter
+from kfac2.divergence import Keeps, divergence, first_of, quarter, rounded
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
 from kfac2.options import OptimizerOptions
@@ -52,11 +52,17 @@ class WholeStep:
     def _samples_of_rows(self) -> int:
         return self._options.coarse_samples or max(1, PER_LAYER * len(self._curvature.layout.layers))
 
+    def _kept_for_both(self, samples: int) -> int:
+        """Return how many of so many samples are kept: for the space, and for the bound where that is not taken."""
+        part = self.directed.part(samples)
+        has_bound = self._options.kl_bound is not None and self.directed.only_looks
+        return max(part, min(samples, quarter(samples))) if has_bound else part
+
     def begin(self) -> None:
         """Say which rows are kept, and how blocks are damped, in the iteration that begins."""
         wants_rows = self._preconditioner.own_steps.wants_step(self._preconditioner.iteration)
         bounded = Keeps(quarter, rounds=True) if self._options.kl_bound is not None else None
-        self._curvature.iteration.keeps = Keeps(self.directed.part) if wants_rows else bounded
+        self._curvature.iteration.keeps = Keeps(self._kept_for_both) if wants_rows else bounded
         is_taken = self._is_directed and self.directed.signal.is_on
         self._preconditioner.schedule.most_damping = MOST_DAMPING if is_taken else math.inf
 
@@ -121,14 +127,15 @@ class WholeStep:
     def _measure(self, layers: Iterable[Layer], groups: Groups, state: State) -> None:
         """At a statistics update, hold the step d that is about to be taken to η² dᵀFd ≤ K."""
         iteration, bound = self._curvature.iteration, self._options.kl_bound
-        if bound is None or not iteration.has_kept:
+        if bound is None or not iteration.has_kept or not self._preconditioner.took_statistics:
             return
         moving = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
         steps: dict[int, Tensor] = {}
         for group in groups:
             own = [p for p in group["params"] if p.grad is not None and id(p) in moving]
             steps |= zip(map(id, own), next_steps(own, state, group), strict=True)
-        squared = divergence(iteration.kept, lambda p: steps.get(id(p)), self._curvature.solvers.processes)
+        kept = [rounded(first_of(one, quarter(one.whole))) for one in iteration.kept]  # however they were kept
+        squared = divergence(kept, lambda p: steps.get(id(p)), self._curvature.solvers.processes)
         self.bound.measured(squared, bound, self._curvature.health.at_once)
 
     # -- the space of directions --------------------------------------------------------------------------------
@@ -139,7 +146,7 @@ class WholeStep:
         step = curvature.prepared()
         is_wanted = self.directed.wants_step(self._preconditioner.iteration - 1)
         work = Work(
-            passes=iteration.kept if is_wanted else [],
+            passes=[first_of(one, self._samples_of_rows()) for one in iteration.kept] if is_wanted else [],
             layers=[layer for layer in seen if layer.weight.grad is not None],
             gradient=lambda layer: step.gradient(layout.number(layer)),
             groups=groups,

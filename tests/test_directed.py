@@ -227,9 +227,9 @@ def build(make=directed, **options):
     return model, make(model, **{"cov_every": 3, "weight_decay": 1e-3, **options})
 
 
-def noisy(model, opt, own_passes):
+def noisy(model, opt, own_passes, samples=8):
     """An iteration of few samples with labels of pure noise."""
-    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 4, (8,))
+    x, y = torch.randn(samples, 6, dtype=torch.float64), torch.randint(0, 4, (samples,))
     opt.zero_grad()
     out = model(x)
     if own_passes:
@@ -388,22 +388,28 @@ def test_noise_switches_the_space_off_and_looks_become_rare():
     assert opt.preconditioner.schedule.most_damping == math.inf
 
 
-def test_a_look_takes_the_step_of_one_level():
-    """Also the first of all, which is a look; what has been looked at is measured on the next batch."""
-    model, opt = build(with_looks, cov_every=1000, inv_every=1000, burn_in=1, kl_bound=None)
-    twin, other = build(kfac2.KFAC, cov_every=1000, inv_every=1000, burn_in=1, kl_bound=None)
+@pytest.mark.parametrize("cov_every", [4, 1000])  # looks at statistics, and between
+@pytest.mark.parametrize("coarse_samples", [40, 130])  # fewer and more than the bound is measured with
+def test_where_the_space_is_only_looked_at_training_is_that_of_one_level_to_the_last_bit(cov_every, coarse_samples):
+    """The first of all steps is a look, too; labels drawn for looks alone change no other, nor do rows the bound K."""
+    options = {"cov_every": cov_every, "inv_every": 8, "burn_in": 2, "kl_bound": 1e-5}
+    model, opt = build(with_looks, coarse_samples=coarse_samples, **options)
+    twin, other = build(kfac2.KFAC, **options)
     signal = opt._whole_step.directed.signal
-    for k in range(24):
-        torch.manual_seed(k)
-        noisy(model, opt, False)
-        torch.manual_seed(k)
-        noisy(twin, other, False)
-        assert signal.waits == (k in (0, 20)) and not signal.is_on and signal.is_new == (k == 0)
-        if k == 0:
+    generators, factors = [torch.get_rng_state()] * 2, []
+    for k in range(44):
+        for i, (one, its) in enumerate(((twin, other), (model, opt))):
+            torch.set_rng_state(generators[i])
+            noisy(one, its, False, samples=300)
+            generators[i] = torch.get_rng_state()
+        assert signal.waits == (k in (0, 20, 40)) and not signal.is_on and signal.is_new == (k == 0)
+        if signal.waits:
             signal._last[0] = 100.0  # so little of such a slope will be there that the space is left
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q)
-    assert opt._whole_step.directed.latest is None and len(signal._measured) == 1
+        factors.append(other.last_step.bound_factor)
+        assert opt.last_step.bound_factor == factors[-1]
+    assert opt._whole_step.directed.latest is None and min(factors) < 1
 
 
 def test_an_iteration_that_measures_a_look_is_not_ordinary():

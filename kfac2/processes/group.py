@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
 import torch
 from torch import Tensor, distributed
 
+from kfac2.draws import drawn_apart
 from kfac2.processes.base import Processes, Told
 from kfac2.processes.packing import in_buckets
 
@@ -54,18 +54,12 @@ class Group(Processes):
                 "optimizer anew, and load its state"
             )
 
-    @contextmanager
-    def labels(self, moment: int, number: int) -> Iterator[None]:
+    def labels(self, moment: int, number: int) -> AbstractContextManager[None]:
         """Seed torch's generators by seed, moment, number and rank; afterwards they are as they were.
 
         So nothing but the seed is to be saved, and a run that is resumed draws the same labels.
         """
-        text = f"{self.seed} {moment} {number} {self.rank}"
-        own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % 2**63
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(own)
-            yield
+        return drawn_apart(self.seed, moment, number, self.rank)
 
     def added(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Add up tensors of all ranks: one all-reduce for each dtype, the next copied while the last is on its way."""
