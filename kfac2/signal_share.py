@@ -13,7 +13,7 @@ OFF, OF_ROWS, MOST_ROWS, ON = 0.45, 0.4, 0.5, 0.05  # it is left below OFF + 0.4
 STALL, PROGRESS = -0.5, -0.3  # s₁ / DᵀFD: a step of the model's length has come to nothing; it has gone down
 SHORTER, LONGER, LEAST = 0.7, 1.15, 0.1  # what a decision makes of the length; no step is shorter for its sake
 SURE, TRUST, MOST = 0.9, 1.2, 10.0  # above this share each step makes the length so much longer; no longer than this
-SOON, LATE = 20, 320  # iterations from one look to the next, while the space is left
+SOON, LATE = 20, 80  # iterations from one look to the next, while the space is left
 
 
 class SignalShare:
@@ -26,8 +26,7 @@ class SignalShare:
 
     D₁ is D where that was taken. Where the space is left, D is only looked at now and then: one level's step is taken,
     and the slope along D is measured all the same, so that a look costs time and nothing else. The first iteration is a
-    look. Each look that shows too small a share doubles the time to the next one, as does each return to the space that
-    does not last.
+    look. Each later look doubles the time to the next one, up to 80 iterations; each decision to stay halves it.
 
     A step in the space costs the more, the larger the part of the batch is whose rows it takes: about twice one level's
     where that is all of it. So it must gain more: it is left below a share of 0.45 where the part is small, and below
@@ -152,13 +151,13 @@ class SignalShare:
         if self.is_on:
             self.interval = max(SOON, self.interval // 2)
         else:
-            self.interval, self.length = min(LATE, 2 * self.interval), 1.0  # it was not the length
+            self.length = 1.0  # it was not the length
 
     def _return(self, share: float, least: float) -> None:
         """Take the space after a look, or look again later."""
         self.is_on = share > (FIRST if self.is_new else least)
         if not self.is_new:
-            self.interval = self.interval if self.is_on else min(LATE, 2 * self.interval)
+            self.interval = min(LATE, 2 * self.interval)
         self.share = (START if self.is_new else least) if self.is_on else share
         self.is_new = False
 

@@ -460,16 +460,16 @@ def test_the_space_is_left_below_one_bound_and_taken_again_above_another(rows, l
         assert decided(signal, *shares) == (pytest.approx(mean), mean > least)
         if not signal.is_on:
             break
-    assert not signal.is_on and signal.interval == 40
-    for share, interval in ((0.3, 80), (float("nan"), 80), (least + 0.04, 160), (0.2, 320), (0.2, 320)):
+    assert not signal.is_on and signal.interval == 20
+    for share, interval in ((0.3, 40), (float("nan"), 40), (least + 0.04, 80), (0.2, 80)):
         known = signal.share if share != share else share
         assert decided(signal, share) == (pytest.approx(known), False) and signal.interval == interval
-    assert [k for k in range(1000) if signal.wants_step(k)] == [0, 320, 640, 960]
-    assert decided(signal, least + 0.06) == (pytest.approx(least + 0.05), True) and signal.interval == 320
+    assert [k for k in range(250) if signal.wants_step(k)] == [0, 80, 160, 240]
+    assert decided(signal, least + 0.06) == (pytest.approx(least + 0.05), True) and signal.interval == 80
     decided(signal, 2.0, 2.0)
-    assert signal.is_on and signal.interval == 160  # it lasts
+    assert signal.is_on and signal.interval == 40  # it lasts
     decided(signal, *[0.1] * 30)
-    assert not signal.is_on and signal.interval == 320
+    assert not signal.is_on and signal.interval == 40
 
 
 @pytest.mark.parametrize("share", [0.45, 0.55])
