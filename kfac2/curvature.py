@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac2 import state
+from kfac2.averaging import averaged
 from kfac2.coarse import coarse_space
 from kfac2.collector import Collector
 from kfac2.division import Division, check_share
@@ -28,7 +29,7 @@ from kfac2.processes import WORLD, check_plain, processes_of, unwrapped
 from kfac2.readings import Readings
 from kfac2.shared_inverses import inverted_together, of_own
 from kfac2.solve import checked_gradients, solve_in_place
-from kfac2.statistics import Averages, Pass, Use, averaged, kept_share
+from kfac2.statistics import Averages, Pass, Use, kept_share
 from kfac2.step import Step
 from kfac2.summary import warn_of_large_factors
 

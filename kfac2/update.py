@@ -108,6 +108,7 @@ class Update:
             if attempt is None:  # no layer is left: plain SGD
                 first = int(gathered.first_bad)
                 return curvature.source(first) if first < step.none_bad else None
+            self.scale, health.found = attempt.result.scale, None if looks else attempt.result.found
             found = self._look(gathered, attempt, sums) if looks else _Found()
             if found.bad is not None:
                 curvature.mend()
@@ -115,7 +116,6 @@ class Update:
             if not found.is_blocked:
                 break
             place = None  # it is taken all the same: again, with new inverses beside the last ones
-        self.scale, health.found = attempt.result.scale, None if looks else attempt.result.found
         inverses = attempt.inverses
         if inverses.failed is not None and not found.has_failed:
             inverses = replace(inverses, failed=None)
