@@ -18,6 +18,7 @@ from roofline_ops import Count, Stage
 from kfac2.coarse.ones import MAP_NUMBERS
 from kfac2.divergence import quarter
 from kfac2.ops import Window
+from kfac2.ops.applied_directions import CROSSOVER as WIDE_LAYER
 from kfac2.ops.gram_matrices import CROSSOVER, CROSSOVER_FLOAT32
 
 Pairs = Sequence[tuple[int, int]]
@@ -92,6 +93,11 @@ def is_wide(rows: Source, precision: str) -> bool:
     return rows.channels >= CROSSOVER
 
 
+def is_wide_layer(rows: Source, grads: Source) -> bool:
+    """Tell whether kfac2 applies a direction of the layer by the library: kfac2/ops/applied_directions.py."""
+    return min(rows.length, grads.channels // rows.window.groups) >= WIDE_LAYER
+
+
 def covariances_of(sources: Sequence[Source]) -> Call:
     """Multiply wide rows by the library, all others in one native call."""
 
@@ -110,8 +116,17 @@ def sums_of(grids: Sequence[tuple[int, ...]], batch: int) -> Call:
 
 def derivatives_of(shapes: Sequence[LayerShape], samples: int) -> Call:
     inputs, grads = of_samples(inputs_of(shapes), samples), of_samples(grads_of(shapes), samples)
-    own = ops.directional_derivatives(inputs, grads)
-    return Call(own, partial(library.directional_derivatives, inputs, grads))
+    pairs = list(zip(inputs, grads, strict=True))
+    wide, others = ([pair for pair in pairs if is_wide_layer(*pair) == here] for here in (True, False))
+    native = ops.directional_derivatives(*zip(*others, strict=True)).stages if others else []
+
+    def own_at(precision: str) -> tuple[Sequence[Stage], str]:
+        own_inputs, own_grads = [rows for rows, _ in wide], [g for _, g in wide]
+        applied = library.applied_directions(own_inputs, own_grads, ops.ELEMENT[precision])
+        return [*native, *applied], "tf32" if precision == "bf16" else precision
+
+    own = replace(ops.directional_derivatives(inputs, grads), stages=own_at("fp32")[0])
+    return Call(own, partial(library.directional_derivatives, inputs, grads), own_at)
 
 
 def inverses_of(pairs: Pairs) -> Call:

@@ -13,6 +13,7 @@ from layer_sets import LayerShape
 from roofline_nets import Source
 from roofline_ops import FLOAT, Count, Part, Stage, by_size, meeting, up
 
+from kfac2.ops.applied_directions import CHUNK as CHUNK_OF_PRODUCTS
 from kfac2.ops.gram_matrices import CHUNK as CHUNK_OF_ROWS
 
 # Tensors that one launch of a `_foreach` op takes, by the number of its lists; blocks, and numbers of a block
@@ -83,6 +84,20 @@ def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source], e
         moved = element * (s.numbers + g.numbers + s.length * g.channels)
         stages.append(Stage("mm", 1, moved, product(s.length, g.channels, 1, element).flop * s.rows))
         stages += [Stage("copy", 1, 3.0 * element * g.numbers), Stage("reduce", 2, float(element * g.numbers))]
+    return stages
+
+
+def applied_directions(inputs: Sequence[Source], grads: Sequence[Source], element: int) -> list[Stage]:
+    """What kfac2 itself does of wide layers: kfac2/ops/applied_directions.py, in float32, few samples at a time."""
+    stages = []
+    for s, g in zip(inputs, grads, strict=True):
+        parts = math.ceil(s.batch / max(1, CHUNK_OF_PRODUCTS * s.batch // max(g.numbers, s.numbers)))
+        if element < FLOAT:
+            stages.append(Stage("copy", 2 * parts, float((element + FLOAT) * (s.numbers + g.numbers))))
+        moved = FLOAT * (s.numbers + g.numbers + parts * s.length * g.channels)
+        stages.append(Stage("mm", parts, moved, product(s.length, g.channels, 1, FLOAT).flop * s.rows))
+        stages.append(Stage("copy", parts, 3.0 * FLOAT * g.numbers))
+        stages.append(Stage("reduce", (1 + bool(s.window.bias)) * parts, float(FLOAT * g.numbers)))
     return stages
 
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from kfac2 import ops
 from kfac2.capture import Capture
-from kfac2.divergence import first_rows
+from kfac2.divergence import Keeps, first_rows
 from kfac2.kinds import Layer
 from kfac2.ops.layer_maps import sum_dtype
 from kfac2.reached import Reach, share_reached
@@ -40,13 +40,13 @@ class Wanted(NamedTuple):
     Attributes:
         maps_of: gives what a coarse space sums up of uses.
         squares_of: gives what a solver that observes sees of all uses of a layer, or None; None: nobody observes.
-        keeps: how many of so many samples are kept; None: none.
+        keeps: how much of the rows is kept; None: nothing.
         is_summed: whether the pass is summed up; else its rows are only kept.
     """
 
     maps_of: Callable[[Sequence[Use]], Sequence[Sequence[Tensor]]]
     squares_of: Callable[[Pass, Sequence[Use]], Tensor | None] | None = None
-    keeps: Callable[[int], int] | None = None
+    keeps: Keeps | None = None
     is_summed: bool = True
 
 
@@ -123,9 +123,11 @@ class Taking:
                     squares = wanted.squares_of(self._expected, own)
                     if squares is not None:
                         self._squares[layer] = squares
-        count = None if wanted.keeps is None else wanted.keeps(self._expected.samples)
+        keeps = wanted.keeps
         for use, G, own_maps in zip(uses, sums, maps, strict=True):
-            first = None if count is None else first_rows(self._expected, use, count)
+            first = None
+            if keeps is not None:
+                first = first_rows(self._expected, use, keeps.count(self._expected.samples), keeps.rounds)
             taken = Taken(G, own_maps, first)
             self._uses.append(use.without_gradients(taken) if self._lets_go else replace(use, taken=taken))
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac2.brought import brought
 from kfac2.layout import Layout
 from kfac2.weight_norms import WeightNorms
 
@@ -75,7 +76,7 @@ class ChangeLimit:
 
     def _limits(self, weights: WeightNorms, norms: Tensor, share: float, seen: tuple[bool, ...]) -> Limits:
         values = torch.maximum(share * norms, weights.floors)
-        return Limits(norms, torch.where(torch.tensor(seen, device=norms.device), values, torch.inf), share, seen)
+        return Limits(norms, torch.where(brought(seen, torch.bool, norms.device), values, torch.inf), share, seen)
 
     def commit(self, limits: Limits | None, norms: Tensor | None) -> None:
         """Go on with what `prepared` returned.

@@ -118,6 +118,7 @@ class Curvature(Readings):
             self.estimates.observe if isinstance(fine, ObservingSolver) else None,
             self.health.warn_once,
             lambda number: processes.labels(self.moment(), number),
+            lambda: self.estimates.looks_at_once or not self.scheduled,
         )
         self._step: Step | None = None
         self.scheduled = False

@@ -71,6 +71,8 @@ class Directed(OwnSteps):
         latest: coefficients of the last one that was taken, or None.
     """
 
+    reads_gradients = True
+
     def __init__(self, samples: Callable[[], int]) -> None:
         self.signal = SignalShare()
         self.latest: Coefficients | None = None

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac2.brought import brought
 from kfac2.kinds import Layer, Rows
 from kfac2.ops.directional_derivatives import directional_derivatives
 from kfac2.ops.gather_gradients import gather_gradients
@@ -54,16 +55,30 @@ class KeptPass(NamedTuple):
     whole: int
 
 
-def kept_of(passed: Pass, count: int) -> KeptPass:
+class Keeps(NamedTuple):
+    """How much is kept of a pass.
+
+    Attributes:
+        count: given how many samples there are, how many are kept, at most.
+        rounds: whether float32 rows g are rounded to bfloat16: half the memory, and below 1 % of a divergence,
+            which the drawn labels of n samples make uncertain by √(2/n) at the least.
+    """
+
+    count: Callable[[int], int]
+    rounds: bool = False
+
+
+def kept_of(passed: Pass, count: int, rounds: bool = False) -> KeptPass:
     """Keep so many samples of a pass.
 
     Args:
         passed: the pass.
         count: how many samples; all where there are no more. Where the gradients were let go, as many as were taken.
+        rounds: see `Keeps`.
     """
     count, uses = min(passed.samples, count), []
     for use in passed.uses:
-        grads = first_rows(passed, use, count) if use.taken is None else use.taken.first
+        grads = first_rows(passed, use, count, rounds) if use.taken is None else use.taken.first
         assert grads is not None
         samples = len(grads.tensor)
         inputs = Rows(use.inputs.tensor[:samples], use.inputs.window)
@@ -83,18 +98,35 @@ def first_of(kept: KeptPass, count: int) -> KeptPass:
     return KeptPass(uses, count, kept.cases * count / kept.samples, kept.whole)
 
 
-def first_rows(passed: Pass, use: Use, count: int) -> Rows:
+def rounded(kept: KeptPass) -> KeptPass:
+    """Return what is kept with the rows g in bfloat16 where they are float32, see `Keeps`."""
+    uses = [use._replace(grads=Rows(_in_16_bits(use.grads.tensor), use.grads.window)) for use in kept.uses]
+    return kept._replace(uses=uses)
+
+
+def _in_16_bits(g: Tensor) -> Tensor:
+    return g.to(torch.bfloat16) if g.dtype == torch.float32 else g
+
+
+def first_rows(passed: Pass, use: Use, count: int, rounds: bool = False) -> Rows:
     """Return the rows g of so many samples of a use, times the scale of the pass.
 
     Args:
         passed: the pass, whose sizes count.
         use: of it.
         count: how many samples.
+        rounds: see `Keeps`.
     """
     g, whole = use.grads.tensor, passed.samples
-    if count < whole and use.samples > 1:
-        g = g[: max(1, use.samples * count // whole)].clone()  # else all of g would stay
-    return Rows(g * passed.scale if passed.scale != 1 else g, use.grads.window)
+    is_part = count < whole and use.samples > 1
+    if is_part:
+        g = g[: max(1, use.samples * count // whole)]
+    dtype = torch.bfloat16 if rounds and g.dtype == torch.float32 else g.dtype
+    if passed.scale != 1:
+        g = (g * passed.scale).to(dtype)
+    else:
+        g = g.to(dtype, copy=is_part)  # else all of g would stay
+    return Rows(g, use.grads.window)
 
 
 def quarter(samples: int) -> int:
@@ -159,7 +191,7 @@ def derivatives(
                 own[:, :, number[use.layer]] = s.T
                 parts.append(own)
         if fitting:
-            places = torch.tensor([i for i, _ in fitting], device=matrices[0].device)
+            places = brought([i for i, _ in fitting], torch.int64, matrices[0].device)
             rows = torch.stack([s for _, s in fitting])
             parts.append(rows.new_zeros(len(layers), *rows.shape[1:]).index_add_(0, places, rows).permute(2, 1, 0))
     none = torch.zeros(0, count, len(layers), dtype=torch.float64, device=matrices[0].device)

@@ -9,14 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from kfac2 import state
+from kfac2.averaging import averaged
 from kfac2.fine import Damping, ObservingSolver
 from kfac2.health import Health
-from kfac2.inverses import InPlace, Inverses, Solvers, inverted, mended, observed
+from kfac2.inverses import InPlace, Inverses, Solvers, inverted
 from kfac2.kinds import Layer
 from kfac2.layout import Layout
+from kfac2.mending import mended, observed
 from kfac2.options import CurvatureOptions
 from kfac2.shared_inverses import inverted_together
-from kfac2.statistics import Averages, Pass, Sums, Use, averaged, kept_share
+from kfac2.statistics import Averages, Pass, Sums, Use, kept_share
 
 
 class Estimates:
@@ -43,6 +45,11 @@ class Estimates:
         self._options = options
         self._health = health
         self._solved: tuple[Averages, float, float | None, Inverses] | None = None
+
+    @property
+    def looks_at_once(self) -> bool:
+        """Whether the host looks at each number as it comes: on a CPU; and else one process might before others."""
+        return self._health.at_once or not self.solvers.processes.is_alone
 
     def layers_that(self, seen: bool) -> list[Layer]:
         """Return the layers that have had rows; or those that have not."""
@@ -90,8 +97,7 @@ class Estimates:
             new = inverted(self.layout, *arguments, place)
         else:
             new = inverted_together(self.layout, *arguments, self._health.warn_once, place)
-        looks = self._health.at_once or not solvers.processes.is_alone  # else one process might look before others
-        return self._mended(averages, new) if looks else new
+        return self._mended(averages, new) if self.looks_at_once else new
 
     def inverted_for_solves(self, damping: float, commits: bool) -> Inverses:
         """Return mended inverses with a damping λ; the last ones where neither averages nor damping are others.

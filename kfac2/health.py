@@ -17,7 +17,8 @@ class Health:
     - A step that comes upon a NaN or an infinity changes nothing but the iteration count. The kernels decide that on
       the device: they write zeros into all gradients, and count the step in `skipped`.
     - On a CPU each step is reported at once. On a CUDA device an ordinary step reads nothing back; what it found is
-      reported with the next statistics, which are looked at before they are averaged in, or by `check`.
+      reported at the end of the next step that takes statistics, or by `check`. That step looks once: its own flags
+      come in the same copy, and decide whether its averages and inverses are committed.
     - An inverse that failed is replaced by the last one on the device. It is mended, and the warning given, when the
       host next looks: at once on a CPU.
     - Of steps that are skipped one after the other the first is told, then their number each time that it has doubled,
@@ -103,7 +104,7 @@ class Health:
         return count, first
 
     def report_skipped(self, iteration: int, name_of: Callable[[int], str]) -> int:
-        """Warn of steps that were skipped without a report.
+        """Wait for the device, and warn of steps that were skipped without a report.
 
         Args:
             iteration: that of now.
@@ -113,12 +114,23 @@ class Health:
             How many there were.
         """
         count, number = self.take_skipped()
+        self.report(count, number, iteration, name_of)
+        return count
+
+    def report(self, count: int, number: int, iteration: int, name_of: Callable[[int], str]) -> None:
+        """Warn of steps before this iteration that were skipped, now that the host knows of them.
+
+        Args:
+            count: how many, maybe none.
+            number: of what was not finite in the first of them.
+            iteration: that of now.
+            name_of: names it by that number.
+        """
         if count:
             cause, skipped = name_of(number), f"{count} steps before iteration {iteration} were skipped"
             self._count(count, iteration - 1, cause, f"{skipped}; the first for a NaN or an infinity in {cause}")
         elif not self.at_once:
             self.went_on()
-        return count
 
     def move(self, device: torch.device) -> None:
         """Go on with another device, what was found and said before still known."""
@@ -146,6 +158,13 @@ class Health:
     def is_stale(self, held: object) -> bool:
         """Tell whether a captured graph holds something else than is so now."""
         return self._captured is not None and self._captured != held
+
+
+def read_together(**flags: Tensor | None) -> dict[str, list[float]]:
+    """Read small tensors of one device in one copy, and with one wait; of one that is None there is nothing."""
+    there = {name: flag.reshape(-1).double() for name, flag in flags.items() if flag is not None}
+    numbers = iter(torch.cat([*there.values()]).tolist())
+    return {name: [next(numbers) for _ in range(len(there.get(name, ())))] for name in flags}
 
 
 def is_capturing(device: torch.device) -> bool:

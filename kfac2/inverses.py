@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -10,18 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac2.brought import brought
 from kfac2.coarse import CoarseSpace
 from kfac2.division import Division
-from kfac2.fine import Damping, Fields, FineSolver, ObservingSolver
+from kfac2.fine import Damping, Fields, FineSolver
 from kfac2.layout import Layout, Stacks
 from kfac2.processes import Processes
-from kfac2.statistics import Averages, Sums, kept_share
+from kfac2.statistics import Averages
 
 SHARE = 4  # 1 / what a refresh may need above factors and inverses, over what these need
 LEAST_BYTES = 2**22  # that a chunk may need in any case: a native call for each of many small layers would cost time
 LARGEST_STEP = 1e18  # |v| of a block that an inverse may lead to where a step is not to overflow
-
-Warn = Callable[[str, str], None]
 
 
 class Chunk(NamedTuple):
@@ -46,9 +45,12 @@ class InPlace(NamedTuple):
     Attributes:
         gradients: a bound of |∇| of each block, by batch, known to be finite. An inverse that could make of it a step
             which overflows has failed. None: the step may be skipped all the same.
+        blocked: bool on the device: if so, the last inverses stand, all of them, and new ones are for nothing. None:
+            it is known that they do not.
     """
 
     gradients: Stacks | None
+    blocked: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def inverted(
     into = fine.zeros(layout) if last is None or place is None else last.fields
     derived = fine.zeros(layout, fine.derived) if last is None or place is None else last.derived
     failed = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
-    seen = failed.new_tensor(averages.seen)
+    seen = brought(averages.seen, failed.dtype, layout.device)
     before = torch.zeros_like(failed) if last is None else last.usable
     for chunk in chunks(layout, fine, dtype):
         factors = _parts(averages.A, chunk), _parts(averages.G, chunk)
@@ -163,9 +165,11 @@ def inverted(
         own *= seen  # the zeros of a layer without statistics are no failure
         failed += own
         parts = {name: _parts(stacks, chunk) for name, stacks in into.items()}
-        _write(parts, _split(own[layers] > 0, chunk), standing, new)
+        blocked = None if place is None else place.blocked
+        keeps = own[layers] > 0 if blocked is None else (own[layers] > 0) | blocked
+        _write(parts, _split(keeps, chunk), standing, new)
         for name, stacks in fine.derive(parts, damping).items():
-            torch._foreach_copy_(_parts(derived[name], chunk), stacks)
+            _replace(_parts(derived[name], chunk), stacks, blocked)
         del new  # before the next chunk is inverted
     usable = torch.where(failed > 0, before, seen)
 
@@ -214,9 +218,9 @@ def _chunk_inverted(
     """Return the new fields of a chunk, and of which blocks they hold no meaning."""
     A, G = ([part.to(dtype or part.dtype) for part in stacks] for stacks in factors)
     fields, status = fine.invert(A, G, damping)
-    fields = _all_rounded(fields, layout, chunk)
+    fields = all_rounded(fields, layout, chunk)
     if standing is not None:
-        fields = _all_rounded(fine.carry_over(fields, standing, had), layout, chunk)
+        fields = all_rounded(fine.carry_over(fields, standing, had), layout, chunk)
     return fields, torch.cat(status) != 0
 
 
@@ -270,6 +274,15 @@ def _write(into: Fields, failed: Sequence[Tensor], standing: Fields | None, new:
             torch.where(bad.reshape(-1, *[1] * (stack.dim() - 1)), last, stack, out=into[name][number])
 
 
+def _replace(into: Stacks, new: Stacks, blocked: Tensor | None) -> None:
+    """Write stacks over others, unless that is blocked."""
+    if blocked is None:
+        torch._foreach_copy_(into, new)
+    else:
+        for last, stack in zip(into, new, strict=True):
+            torch.where(blocked, last, stack, out=last)
+
+
 def _coarse_damping(layout: Layout, averages: Averages, damping: Damping) -> float | Tensor:
     """Return λ_c: λ; or where that is c times the mean eigenvalue of each block, c Σ_q tr A_q tr G_q of each layer.
 
@@ -288,7 +301,7 @@ def _coarse_damping(layout: Layout, averages: Averages, damping: Damping) -> flo
     return damping.value * torch.where(scales > 0, scales, 1.0)
 
 
-def _all_rounded(fields: Fields, layout: Layout, chunk: Sequence[Chunk] | None = None) -> Fields:
+def all_rounded(fields: Fields, layout: Layout, chunk: Sequence[Chunk] | None = None) -> Fields:
     """Round to the dtype of the factors, row by row: so it is saved, and a resumed run computes the same."""
     numbers = range(len(layout.batches)) if chunk is None else [c.batch for c in chunk]
     dtypes = [layout.batches[n].dtype for n in numbers]
@@ -296,63 +309,3 @@ def _all_rounded(fields: Fields, layout: Layout, chunk: Sequence[Chunk] | None =
         name: [stack.to(dtype).to(layout.dtype) for stack, dtype in zip(stacks, dtypes, strict=True)]
         for name, stacks in fields.items()
     }
-
-
-def observed(layout: Layout, inverses: Inverses, fine: FineSolver, sums: Sums, decay: float) -> Inverses:
-    """Return the inverses with what a solver that observes has seen in this iteration averaged in.
-
-    Args:
-        layout: of the layers.
-        inverses: in use; they stay as they are.
-        fine: the solver.
-        sums: of the iteration.
-        decay: bound of ε.
-    """
-    if not isinstance(fine, ObservingSolver) or not sums.squares:
-        return inverses
-    t = inverses.observations + 1
-    fields, known = fine.averaged(layout, inverses.fields, inverses.observed, sums, kept_share(t, decay))
-    fields = _all_rounded(fields, layout)
-    has = inverses.usable.tolist()  # without an inverse there was no basis to observe it in
-    known = tuple(bool(was and there) for was, there in zip(known, has, strict=True))
-    derived = fine.derive(fields, inverses.damping)
-    return replace(inverses, fields=fields, derived=derived, observations=t, observed=known)
-
-
-def mended(layout: Layout, averages: Averages, inverses: Inverses, solvers: Solvers, warn: Warn) -> Inverses:
-    """Look at what failed, and invert it in float64, in place, with the damping of its update.
-
-    Args:
-        layout: of the layers.
-        averages: that were inverted.
-        inverses: of that update.
-        solvers: fine and coarse.
-        warn: called with a key and a message for each layer.
-    """
-    if inverses.failed is None:
-        return inverses
-    *layers, coarse = inverses.failed.tolist()
-    numbers = [i for i, bad in enumerate(layers) if bad]
-    known = list(inverses.observed)
-    for i in numbers:
-        name = layout.layers[i].name
-        entry = solvers.fine.mend(layout.view(averages.A, i), layout.view(averages.G, i), inverses.damping)
-        if entry is None:
-            warn(f"not finite {name}", f"a factor of {name} is not finite; its last inverse is kept")
-            continue
-        for field_name, value in entry.items():
-            layout.view(inverses.fields[field_name], i).copy_(value.to(layout.layers[i].factor_dtype))
-        inverses.usable[i] = 1
-        known[i] = False  # its fields are new, all of them
-        warn(
-            f"indefinite {name}",
-            f"a factor of {name} is not positive definite (or its eigendecomposition did not converge); "
-            "it was decomposed in float64, its eigenvalues floored at 0",
-        )
-    if coarse:
-        warn("not finite coarse", "the coarse Fisher is not finite; its last inverse is kept")
-    if numbers:
-        for name, stacks in solvers.fine.derive(inverses.fields, inverses.damping).items():
-            for kept, value in zip(inverses.derived[name], stacks, strict=True):
-                kept.copy_(value)
-    return replace(inverses, failed=None, observed=tuple(known))

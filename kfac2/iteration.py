@@ -12,7 +12,7 @@ from kfac2.arrivals import Wanted, taken_of
 from kfac2.capture import Trace
 from kfac2.coarse import CoarseSpace
 from kfac2.collector import Collector
-from kfac2.divergence import KeptPass, kept_of
+from kfac2.divergence import Keeps, KeptPass, kept_of
 from kfac2.layout import Layout
 from kfac2.likelihood import NotFiniteError, Prediction, scores_of, tensors_of
 from kfac2.options import CurvatureOptions
@@ -31,12 +31,13 @@ class Iteration:
         observe: gives what a solver that looks at the rows sees of a layer's uses; None without such a solver.
         warn_once: called with what would be said again and again.
         labels: given how many passes of this iteration there were before, draws labels as its processes are to.
+        looks: tells whether the host looks for NaNs and infinities as they come; else a flag of sums waits for it.
 
     Attributes:
         pending: passes that wait for their loss to go backward.
         sums: of those that count.
         kept: what is kept of their rows, until who asked for it clears the list.
-        keeps: how many of so many samples of a pass are kept, at most; None: nothing is kept.
+        keeps: how much is kept of a pass; None: nothing.
         others_kept: whether another process has kept rows.
     """
 
@@ -49,12 +50,13 @@ class Iteration:
         observe: Callable[[Pass, Sequence[Use]], Tensor | None] | None,
         warn_once: Callable[[str, str], None],
         labels: Callable[[int], AbstractContextManager[None]],
+        looks: Callable[[], bool],
     ) -> None:
         self.pending: list[Pending] = []
         self.sums = Sums()
         self.kept: list[KeptPass] = []
         self.others_kept = False
-        self.keeps: Callable[[int], int] | None = None
+        self.keeps: Keeps | None = None
         self._layout = layout
         self._collector = collector
         self._coarse = coarse
@@ -62,6 +64,7 @@ class Iteration:
         self._observe = observe
         self._warn_once = warn_once
         self._labels = labels
+        self._looks = looks
         self._draws = 0
 
     @property
@@ -89,7 +92,8 @@ class Iteration:
         self._draws += 1
         try:
             with self._labels(self._draws):
-                scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples)
+                looks = not is_summed or self._looks()
+                scores = scores_of(prediction, self._options.fisher == "exact", self._options.samples, looks)
                 passes, traces = self._collector.sample(scores, mask, self._wanted(is_summed))
         except NotFiniteError as error:
             traces = self._collector.traces_of(*tensors_of(prediction))
@@ -97,7 +101,10 @@ class Iteration:
             self.pending.append(Pending(traces, bad=bad, has_loss=has_loss))
             return
         if passes:
-            self.pending.append(replace(self._summed(passes, traces, is_summed), has_loss=has_loss))
+            summed = self._summed(passes, traces, is_summed)
+            if scores.total is not None:
+                summed.sums.log_probs.append(scores.total)
+            self.pending.append(replace(summed, has_loss=has_loss))
 
     def collect_backward(self) -> None:
         """Sum up the ordinary backward passes (the empirical Fisher), which count at once."""
@@ -133,7 +140,7 @@ class Iteration:
         for layer in sums.misfits:
             self._warn_once(f"misfit {layer.name}", misfit(passes[0], layer))
         keeps = self.keeps
-        kept = [] if keeps is None else [kept_of(passed, keeps(passed.samples)) for passed in passes]
+        kept = [] if keeps is None else [kept_of(one, keeps.count(one.samples), keeps.rounds) for one in passes]
         return Pending(traces, sums, kept)
 
     def discard(self) -> None:

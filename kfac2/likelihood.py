@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Scores:
         drawn: the log-probabilities of labels drawn once, added up.
         weight: what its gradients are multiplied by; 0 where they are no part of the Fisher.
         directions: the further scalars.
+        total: Σ of the log-probabilities of labels that were drawn unseen, one number: not finite where one of them is
+            not. None: the host has looked, or the labels are the caller's.
     """
 
     cases: int
@@ -45,9 +48,10 @@ class Scores:
     drawn: Tensor
     weight: float = 1.0
     directions: Sequence[Callable[[], Tensor]] = ()
+    total: Tensor | None = None
 
 
-def scores_of(prediction: Prediction, exact: bool = False, samples: int = 1) -> Scores:
+def scores_of(prediction: Prediction, exact: bool = False, samples: int = 1, looks: bool = True) -> Scores:
     """Draw labels from a prediction, or find its directions.
 
     The Fishers of several heads add up: each is the mean over its own cases, as its loss is. A head with other cases
@@ -57,6 +61,8 @@ def scores_of(prediction: Prediction, exact: bool = False, samples: int = 1) -> 
         prediction: distributions whose parameters carry the graph, or log-probabilities that do.
         exact: whether all directions of the Fisher are wanted, not drawn labels.
         samples: how often labels are drawn.
+        looks: whether the host looks for NaNs and infinities before it draws. If not, a Categorical, a Normal, or
+            one that is Independent of these is drawn from unseen, and `total` tells; nothing waits for the device.
 
     Raises:
         TypeError: if it is none of these, or no directions are known of a distribution.
@@ -80,7 +86,7 @@ def scores_of(prediction: Prediction, exact: bool = False, samples: int = 1) -> 
                 "distribution must be a torch.distributions.Distribution, a list of them, or a tensor of "
                 f"log-probabilities, got {type(head).__name__}"
             )
-    drawn = [_log_prob_of_drawn_labels(head) for head in heads]
+    drawn = [_log_prob_of_drawn_labels(head, looks) for head in heads]
     cases = drawn[0].numel()
     weights = [math.sqrt(cases / max(log_prob.numel(), 1)) for log_prob in drawn]
     directions: list[Callable[[], Tensor]] = []
@@ -88,9 +94,10 @@ def scores_of(prediction: Prediction, exact: bool = False, samples: int = 1) -> 
         for head, weight in zip(heads, weights, strict=True):
             directions += [_weighted(direction, weight) for direction in _directions(head)]
     else:
-        directions = [_weighted(_draw_again(heads, weights), samples**-0.5)] * (samples - 1)
+        directions = [_weighted(_draw_again(heads, weights, looks), samples**-0.5)] * (samples - 1)
     weight_of_drawn = 0.0 if exact else samples**-0.5
-    return Scores(cases, tuple(drawn[0].shape[:1]), _added(drawn, weights), weight_of_drawn, directions)
+    total = None if looks else torch.stack([log_prob.detach().sum(dtype=torch.float64) for log_prob in drawn]).sum()
+    return Scores(cases, tuple(drawn[0].shape[:1]), _added(drawn, weights), weight_of_drawn, directions, total)
 
 
 def tensors_of(prediction: Prediction) -> list[Tensor]:
@@ -104,7 +111,13 @@ def tensors_of(prediction: Prediction) -> list[Tensor]:
 # -- drawn labels -----------------------------------------------------------------------------------------------
 
 
-def _log_prob_of_drawn_labels(distribution: Distribution) -> Tensor:
+def _log_prob_of_drawn_labels(distribution: Distribution, looks: bool) -> Tensor:
+    labels = None if looks else _labels_unseen(distribution)
+    if labels is not None:
+        with torch.enable_grad():
+            log_prob = _unchecked(distribution).log_prob(labels)
+        _check_graph(f"a {type(distribution).__name__} of detached parameters", log_prob)
+        return log_prob
     if any(_has_nan(value) for _, value in _parameters(distribution)):
         # Not drawn from: on a CUDA device that fails an assertion, after which the process can use it no more.
         raise NotFiniteError(_not_finite_source(distribution) or "the distribution")
@@ -122,6 +135,31 @@ def _log_prob_of_drawn_labels(distribution: Distribution) -> Tensor:
 
 
 @torch.no_grad()
+def _labels_unseen(distribution: Distribution) -> Tensor | None:
+    """Draw what `.sample()` would, of the same random numbers, without its checks, which wait for the device.
+
+    Of NaNs a label is drawn as well, whose log-probability is NaN. None: of this distribution that is not known.
+    """
+    if type(distribution) is Independent:
+        return _labels_unseen(distribution.base_dist)
+    if type(distribution) is Categorical:  # the race of exponential clocks by which torch.multinomial draws one
+        clocks = torch.empty_like(distribution.probs, memory_format=torch.contiguous_format).exponential_()
+        return (distribution.probs / clocks).argmax(-1)
+    if type(distribution) is Normal:
+        return torch.randn_like(distribution.loc) * distribution.scale + distribution.loc
+    return None
+
+
+def _unchecked(distribution: Distribution) -> Distribution:
+    """Return the same distribution without checks of what it is given."""
+    same = copy.copy(distribution)
+    same._validate_args = False
+    if isinstance(same, Independent):
+        same.base_dist = _unchecked(same.base_dist)
+    return same
+
+
+@torch.no_grad()
 def _finite_labels(distribution: Distribution) -> Tensor:
     """Draw labels; one whose log-probability is not finite (a saturated tanh of a Gaussian) is drawn again."""
     labels = distribution.sample()
@@ -136,8 +174,8 @@ def _finite_labels(distribution: Distribution) -> Tensor:
     return labels
 
 
-def _draw_again(heads: Sequence[Distribution], weights: Sequence[float]) -> Callable[[], Tensor]:
-    return lambda: _added([_log_prob_of_drawn_labels(head) for head in heads], weights)
+def _draw_again(heads: Sequence[Distribution], weights: Sequence[float], looks: bool) -> Callable[[], Tensor]:
+    return lambda: _added([_log_prob_of_drawn_labels(head, looks) for head in heads], weights)
 
 
 def _added(log_probs: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:

@@ -6,6 +6,9 @@ from __future__ import annotations
 class OwnSteps:
     """Asks for nothing: all steps are one level's."""
 
+    reads_gradients = False
+    """Whether the gathered gradients of an iteration are read after it; else they are let go."""
+
     @property
     def waits(self) -> bool:
         """Whether an iteration whose step is ordinary is looked at all the same."""

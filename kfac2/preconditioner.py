@@ -14,7 +14,6 @@ from kfac2.curvature import Curvature
 from kfac2.draws import drawn_apart
 from kfac2.fine import Damping
 from kfac2.health import is_capturing
-from kfac2.inverses import InPlace
 from kfac2.kinds import Layer
 from kfac2.likelihood import Prediction
 from kfac2.meetings import Meetings
@@ -25,7 +24,7 @@ from kfac2.processes import WORLD
 from kfac2.readings import Readings
 from kfac2.schedule import Schedule
 from kfac2.statistics import Averages
-from kfac2.step import Gathered, Step
+from kfac2.update import Update
 
 Rate = float | Tensor
 
@@ -60,8 +59,6 @@ class Preconditioner(Readings):
     Attributes:
         options: the options; those that state does not depend on may be set during training.
         curvature: the statistics and inverses that this is a schedule of.
-        scale: on the device, ν of the last step, and the sum that it bounds.
-        change_limit: of each layer's direction.
         schedule: when what is due.
         own_steps: what a second level that takes steps of its own asks of an iteration.
         took_statistics: whether the last step was of an iteration of statistics.
@@ -89,9 +86,8 @@ class Preconditioner(Readings):
         )
         self.curvature.scheduled = True
         self.curvature.dropping = self.check
-        self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
-        self.change_limit = ChangeLimit()
         self.schedule = Schedule(self.options)
+        self._update = Update(self.curvature, self.options, self.schedule)
         self.own_steps = OwnSteps()
         self.took_statistics = False
         self._passes = Passes(self.curvature)
@@ -105,6 +101,16 @@ class Preconditioner(Readings):
     @property
     def _statistics(self) -> Curvature:
         return self.curvature
+
+    @property
+    def scale(self) -> Tensor:
+        """On the device, ν of the last step, and the sum that it bounds."""
+        return self._update.scale
+
+    @property
+    def change_limit(self) -> ChangeLimit:
+        """The limit of each layer's direction."""
+        return self._update.change_limit
 
     @property
     def needs_fisher(self) -> bool:
@@ -275,9 +281,8 @@ class Preconditioner(Readings):
             self.schedule.look_again()
         step = curvature.prepared()
         gathered = step.gather([parameter.grad for parameter in step.parameters])
-        bad = self._bad_before(step, gathered)
-        if bad is None:
-            bad = self._write(step, gathered, rates, capturing)
+        damping = self._damping if self._wants_inverses() else None
+        bad = self._update.run(step, gathered, [rates(layer) for layer in curvature.layout.layers], damping, capturing)
         if bad is not None:
             curvature.health.skip(self.iteration, bad)
         elif curvature.health.found is None:  # and the host has looked
@@ -287,14 +292,18 @@ class Preconditioner(Readings):
         if meets:
             self.meetings.settle_next()
         curvature.iteration.discard()
+        if not self.own_steps.reads_gradients:
+            step.let_go()
         curvature.health.bad = None
         self.iteration += not capturing
         return bad is None
 
     def _take_statistics(self) -> None:
-        self._look()
         self.curvature.health.bad = self.meetings.take_statistics()
-        if self.curvature.layout.layers and not self.curvature.iteration.sums.A and self.curvature.health.bad is None:
+        if self.curvature.iteration.sums.A and self.curvature.health.bad is None:
+            return  # the update looks
+        self._look()
+        if self.curvature.layout.layers and self.curvature.health.bad is None:
             self._report_missing()
 
     def _report_missing(self) -> None:
@@ -304,48 +313,6 @@ class Preconditioner(Readings):
         self.curvature.health.warn_once(
             "missing", f"{call} was not called in an iteration that wants statistics; older ones are used"
         )
-
-    def _bad_before(self, step: Step, gathered: Gathered) -> str | None:
-        """Name what the host finds not finite before the step is computed; all processes find the same."""
-        bad = self.curvature.health.bad or self.curvature.iteration.sums.not_finite()
-        if bad is None and (number := step.bad_elsewhere(gathered)) is not None:
-            bad = self.curvature.source(number)
-        return bad
-
-    def _write(self, step: Step, gathered: Gathered, rates: Callable[[Layer], Rate], capturing: bool) -> str | None:
-        """Write the new gradients; commit what they were made with unless the host looks and finds them bad."""
-        curvature, health = self.curvature, self.curvature.health
-        looks = health.at_once or bool(curvature.iteration.sums.A)
-        damping = self._damping if self._wants_inverses() else None
-        place = None
-        if damping is not None:  # the last inverses are overwritten where it is known that the step is taken
-            place = step.cannot_overflow(gathered) if looks else InPlace(None)
-        averages, inverses = curvature.estimates.refreshed(curvature.iteration.sums, damping, place)
-        if inverses is None:  # no layer is left: plain SGD
-            first = int(gathered.first_bad)
-            return curvature.source(first) if first < step.none_bad else None
-        if capturing:
-            health.capture((step, averages.in_coarse))
-        share = self.options.max_change
-        limits = self.change_limit.prepared(curvature.layout, share, averages.seen, bool(curvature.iteration.sums.A))
-        result = step.write(
-            gathered,
-            inverses,
-            curvature.solvers,
-            averages.in_coarse,
-            self.options.coarse_weight,
-            self.schedule.now("kl_clip"),
-            [rates(layer) for layer in curvature.layout.layers],
-            health.skipped,
-            None if limits is None else limits.values,
-            self.options.step_precision,
-        )
-        self.scale, health.found = result.scale, None if looks else result.found
-        if looks and result.found.item():
-            return curvature.source(health.take_skipped()[1])
-        curvature.estimates.commit(averages, inverses)
-        self.change_limit.commit(limits, result.norms)
-        return None
 
     # -- what an ordinary step leaves to later ---------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,10 +81,9 @@ class Reach:
         masked = use
         if self._mask is not None and (use.samples, use.places) in _shapes(self._mask):
             masked = use.only(self._mask.to(use.g.device).reshape(use.samples, use.places))
-        if use.samples == self._samples:
-            self._look("samples", masked, whole_samples=True)
-        if use.layer.has_tokens:
-            self._look(self._grid(use), use, whole_samples=False)
+        looked_at: list[tuple[object, Use]] = [("samples", masked)] if use.samples == self._samples else []
+        looked_at += [(self._grid(use), use)] if use.layer.has_tokens else []
+        self._look([(key, rows) for key, rows in looked_at if self._dead.get(key, rows) is not None])
         return masked
 
     def without_zeros(self, use: Use) -> Use:
@@ -108,15 +107,23 @@ class Reach:
         found = [self._dead.get(key) for key in (*keys, *([self._grid(use)] if use.layer.has_tokens else []))]
         return [dead for dead in found if dead is not None]
 
-    def _look(self, key: object, use: Use, whole_samples: bool) -> None:
-        before = self._dead.get(key)
-        if before is None and key in self._dead:
-            return
-        none = (use.grads.tensor == 0).all(1).reshape(use.samples, -1)
-        none = none.all(1, keepdim=True) if whole_samples else none
-        dead = none if before is None else before & none
-        self._dead[key] = dead if bool(dead.any()) else None
-        self._has_dead = self._has_dead or self._dead[key] is not None
+    def _look(self, uses: Sequence[tuple[object, Use]]) -> None:
+        """Look where rows are dead; waits for the device, once."""
+        dead: dict[object, Tensor] = {}
+        for key, use in uses:
+            none = (use.grads.tensor == 0).all(1).reshape(use.samples, -1)
+            none = none.all(1, keepdim=True) if key == "samples" else none
+            before = self._dead.get(key)
+            dead[key] = none if before is None else before & none
+        for key, has_some in zip(dead, _any(dead.values()), strict=True):
+            self._dead[key] = dead[key] if has_some else None
+            self._has_dead = self._has_dead or has_some
+
+
+def _any(masks: Iterable[Tensor]) -> list[bool]:
+    """Tell of each mask whether anything is set, in one copy."""
+    found = [mask.any() for mask in masks]
+    return torch.stack(found).tolist() if found else []
 
 
 def with_reached(uses: Sequence[Use], samples: int, mask: Tensor | None) -> list[Use]:

@@ -13,9 +13,10 @@ from torch import Tensor
 from kfac2.coarse import NoSpace
 from kfac2.division import work_of
 from kfac2.fine import Damping, Fields, FineSolver
-from kfac2.inverses import SHARE, InPlace, Inverses, Solvers, Warn, coarse_inverted, inverted, mended
+from kfac2.inverses import SHARE, InPlace, Inverses, Solvers, coarse_inverted, inverted
 from kfac2.kinds import Layer
 from kfac2.layout import Layout
+from kfac2.mending import Warn, mended
 from kfac2.sent_fields import flat_fields, read_fields, room
 from kfac2.statistics import Averages
 

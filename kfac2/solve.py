@@ -51,4 +51,5 @@ def solve_in_place(
     skipped = torch.zeros(2, dtype=torch.int64, device=inverses.usable.device)
     clip, rates = None, [1.0] * len(in_coarse)
     result = step.write(gathered, inverses, solvers, in_coarse, coarse_weight, clip, rates, skipped, None, precision)
+    step.let_go()
     return int(skipped[1]) if result.found.item() else None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kfac2.brought import brought
 from kfac2.layout import Layout, Stacks
 
 FIRST = 0.1  # c until there is a spread
@@ -45,7 +46,7 @@ def followed(
     latest = torch.stack(sides) / (1 - kept) ** 2
     usable = latest.isfinite()  # a zero divided by a zero says nothing
     if not all(again):
-        usable &= torch.tensor(again, device=layout.device)[layout.layer_of_block]
+        usable &= brought(again, torch.bool, layout.device)[layout.layer_of_block]
     mixed = torch.where(spread.isnan(), latest, torch.lerp(latest, spread, KEPT))
     return torch.where(usable, mixed, spread)
 

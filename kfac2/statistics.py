@@ -1,10 +1,11 @@
-"""Sums over the rows of one iteration, and their running averages (Algorithm 1 of the paper)."""
+"""Uses of weights, passes of rows, their sums over one iteration; and what running averages are (Algorithm 1)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,6 +176,27 @@ def is_of_samples(use: Use, places: Collection[int], samples: int) -> bool:
     return r * use.places in places or r in places
 
 
+class FirstBad(NamedTuple):
+    """The first of some tensors that is not finite, not read yet.
+
+    Attributes:
+        number: of it, int32 on the device, (1,); how many there are where all are finite.
+        names: of all.
+    """
+
+    number: Tensor
+    names: list[str]
+
+    @property
+    def is_bad(self) -> Tensor:
+        """Whether there is one, bool on the device."""
+        return self.number.reshape(()) < len(self.names)
+
+    def name(self, number: int) -> str | None:
+        """Name the one of this number; None where there is none."""
+        return self.names[number] if number < len(self.names) else None
+
+
 @dataclass
 class Sums:
     """Sums over the rows of one iteration, not yet normalised; those of several passes, or processes, add up.
@@ -187,6 +209,7 @@ class Sums:
         coarse: what the coarse space has summed up; empty without one.
         misfits: layers with a use that does not fit the samples, see `Pass.fits`.
         squares: what `inverse="ekfac"` observes, Σ_n (V_Gᵀ ∇_n V_A)² by layer, (blocks, d_out, d_in); else empty.
+        log_probs: sums of log-probabilities of labels that were drawn unseen: not finite where one of them is not.
     """
 
     A: dict[Layer, Tensor] = field(default_factory=dict)
@@ -196,6 +219,7 @@ class Sums:
     coarse: tuple[Tensor, ...] = ()
     misfits: set[Layer] = field(default_factory=set)
     squares: dict[Layer, Tensor] = field(default_factory=dict)
+    log_probs: list[Tensor] = field(default_factory=list)
 
     def add_factors(self, passed: Pass) -> None:
         """Add the rows of one pass to the sums of both factors: Σ g gᵀ was taken; all of ā āᵀ in one native call."""
@@ -225,17 +249,24 @@ class Sums:
             tuple(a + b for a, b in zip(self.coarse, other.coarse, strict=True)) if self.coarse else other.coarse
         )
         self.misfits |= other.misfits
+        self.log_probs += other.log_probs
 
-    def not_finite(self) -> str | None:
-        """Name what holds a NaN or an infinity among the sums, or None."""
+    def first_bad(self) -> FirstBad | None:
+        """Find what holds a NaN or an infinity among the sums, if there are any; reads nothing back."""
         if not self.A:
             return None
         # a sum of features, or a square of a product, may overflow by itself
-        sums = [*self.A.values(), *self.G.values(), *self.squares.values(), *self.coarse]
-        names = [f"the statistics of {layer.name}" for layer in (*self.A, *self.G, *self.squares)]
+        sums = [*self.A.values(), *self.log_probs, *self.G.values(), *self.squares.values(), *self.coarse]
+        names = [f"the statistics of {layer.name}" for layer in self.A]
+        names += ["the log-probabilities of the distribution"] * len(self.log_probs)
+        names += [f"the statistics of {layer.name}" for layer in (*self.G, *self.squares)]
         names += ["the coarse sums of inputs", "the coarse sums of output gradients"][: len(self.coarse)]
-        first = first_not_finite(sums)
-        return None if first == len(sums) else names[first]
+        return FirstBad(first_not_finite(sums), names)
+
+    def not_finite(self) -> str | None:
+        """Name what holds a NaN or an infinity among the sums, or None; waits for the device."""
+        first = self.first_bad()
+        return None if first is None else first.name(int(first.number))
 
 
 def add_to(sums: dict[Layer, Tensor], layer: Layer, new: Tensor) -> None:
@@ -291,54 +322,3 @@ class Averages:
 def kept_share(updates: int, decay: float) -> float:
     """Return ε = min(1 - 1/t, decay), what remains of the old average at update t."""
     return min(1 - 1 / updates, decay)
-
-
-def averaged(layout: Layout, old: Averages, sums: Sums, decay: float, follows_spread: bool = False) -> Averages:
-    """Average the factors of one iteration in: X ← εX + (1 - ε)X_new. What the coarse space has stays as it is.
-
-    A layer's first statistics are taken as they are; a layer without rows in this iteration keeps its factors. Their
-    spread is followed where that is wanted.
-    """
-    t = old.updates + 1
-    kept = kept_share(t, decay)
-    A = mixed_in(layout, old.A, old.seen, sums.A, [1 / sums.cases] * len(sums.A), kept)
-    G = mixed_in(layout, old.G, old.seen, sums.G, [1 / sums.rows[layer] for layer in sums.G], kept)
-    seen = tuple(was or layer in sums.A for was, layer in zip(old.seen, layout.layers, strict=True))
-    fits = tuple(layer not in sums.misfits for layer in layout.layers)
-    s = None
-    if follows_spread:
-        again = [was and layer in sums.A for was, layer in zip(old.seen, layout.layers, strict=True)]
-        s = spread.followed(layout, old.spread, (old.A, old.G), (A, G), again, kept)
-    return Averages(t, A, G, seen, fits, old.coarse, s)
-
-
-def mixed_in(
-    layout: Layout,
-    old: Stacks,
-    known: Sequence[bool],
-    raw: dict[Layer, Tensor],
-    scales: Sequence[float],
-    kept: float,
-) -> Stacks:
-    """Return a field with the new sums averaged in; neither `old` nor `raw` is changed.
-
-    Args:
-        layout: where the field lies.
-        old: the averages so far.
-        known: by layer, whether `old` says something; if not, the new sums are taken as they are.
-        raw: new sums by layer; a layer without any keeps what it has.
-        scales: what these are multiplied by.
-        kept: ε.
-    """
-    numbers = [layout.number(layer) for layer in raw]
-    is_whole = len(numbers) == len(layout.layers)
-    new = [torch.empty_like(stack) if is_whole else stack.clone() for stack in old]
-    of_all = layout.views(new)
-    views = [of_all[i] for i in numbers]
-    torch._foreach_copy_(views, list(raw.values()))
-    torch._foreach_mul_(views, list(scales))
-    again = [place for place, i in enumerate(numbers) if known[i]]
-    if again:
-        before = layout.views(old)
-        torch._foreach_lerp_([views[place] for place in again], [before[numbers[place]] for place in again], kept)
-    return new

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kfac2 import _C  # type: ignore[attr-defined]
+from kfac2.brought import brought
 from kfac2.coarse import FineStep
-from kfac2.health import is_capturing
 from kfac2.inverses import InPlace, Inverses, Solvers
 from kfac2.layout import Layout
 from kfac2.ops.gather_gradients import gather_gradients
@@ -84,13 +84,9 @@ class Step:
             for number in [numbers[id(part.parameter)]]
         ]
         self._weights = [numbers[id(layer.weight)] for layer in layout.layers]
-        self._matrices, self._work, self._directions = (
-            torch.zeros(layout.size, dtype=layout.dtype, device=layout.device) for _ in range(3)
-        )
-        self._by_batch = [layout.of_batches(m) for m in (self._matrices, self._work, self._directions)]
+        self._matrices: Tensor | None = None
         self._table = torch.zeros(0, 4, dtype=torch.int64, device="cpu")
         self._tabled: tuple[tuple[bool, ...], tuple[int, ...]] | None = None
-        self._filled: tuple[bool, ...] = ()
         self._rate_index: dict[tuple[int, ...], Tensor] = {}
         self._one = torch.ones((), dtype=torch.float64, device=layout.device)
 
@@ -100,9 +96,14 @@ class Step:
         return len(self.parameters)
 
     def gradient(self, i: int) -> Tensor:
-        """View ∇ of layer i as it was gathered last, one dimension."""
+        """View ∇ of layer i as it was gathered last and not let go since, one dimension."""
+        assert self._matrices is not None
         begin, end = self._layout.spans[i].tolist()
         return self._matrices[begin:end]
+
+    def let_go(self) -> None:
+        """Free the matrices: between steps activations need the memory."""
+        self._matrices = None
 
     # -- gradients ------------------------------------------------------------------------------------------
 
@@ -113,10 +114,8 @@ class Step:
             gradients: of `parameters`.
         """
         present = tuple(gradient is not None for gradient in gradients[: self._own])
-        # What a captured step leaves out, other steps may fill before it is replayed.
-        if present != self._filled or (not all(present) and is_capturing(self._layout.device)):
-            self._matrices.zero_()
-            self._filled = present
+        new = self._new_matrices
+        self._matrices = new() if all(present) else new().zero_()
         seen = [g if view is None else view(g) for n, view, _ in self._parts if (g := gradients[n]) is not None]
         elsewhere: list[int] = []
         looked_at: list[int] = []
@@ -161,17 +160,21 @@ class Step:
                 return number
         return None
 
-    def cannot_overflow(self, gathered: Gathered) -> InPlace | None:
-        """Look whether gradients are such that the step will be finite, whatever inverses there are; waits.
+    def room(self, gathered: Gathered) -> InPlace | None:
+        """Return what lets new inverses be written over the last ones; reads nothing back.
 
         Returns:
-            What inverses are held to then. None where a gradient is not finite, or so large, or of a type that holds
-            so little, that the step may be skipped.
+            A bound that they are held to, so that the step will be finite whatever they are. It is blocked where a
+            gradient is not finite, or so large that the step may be skipped. None where gradients are of a type that
+            holds so little that it may be, too.
         """
-        if gathered.largest is not None or int(gathered.first_bad) < self.none_bad:
+        assert self._matrices is not None
+        stacks = self._layout.of_batches(self._matrices)
+        if gathered.largest is not None or not stacks:
             return None
-        norms = [torch.linalg.vector_norm(m, math.inf, (1, 2)) * m[0].numel() ** 0.5 for m in self._by_batch[0]]
-        return InPlace(norms) if norms and float(torch.cat(norms).amax()) <= LARGEST_GRADIENT else None
+        norms = [torch.linalg.vector_norm(m, math.inf, (1, 2)) * m[0].numel() ** 0.5 for m in stacks]
+        blocked = ~(torch.cat(norms).amax() <= LARGEST_GRADIENT) | (gathered.first_bad[0] < self.none_bad)
+        return InPlace(norms, blocked)
 
     def _make_table(self, present: tuple[bool, ...], others: tuple[int, ...]) -> Tensor:
         """For each gradient its place, row length, layer and number; -1 for one that is only looked at."""
@@ -211,16 +214,19 @@ class Step:
             limits: of |v_i|, (L,), float64 on the device; None: none.
             precision: of float32 products on a CUDA device, `'ieee'` or `'tf32'`; None: torch's own setting.
         """
-        fields = {**inverses.fields, **inverses.derived}
+        assert self._matrices is not None
+        fields, directions = {**inverses.fields, **inverses.derived}, self._new_matrices()
         with _products_in(precision):
             if not solvers.division.holds_all:
-                solvers.division.apply_held(self._layout, solvers.fine, fields, self._matrices, self._directions)
+                solvers.division.apply_held(self._layout, solvers.fine, fields, self._matrices, directions)
             else:
-                solvers.fine.apply(fields, *self._by_batch)
+                work = self._new_matrices()
+                solvers.fine.apply(fields, *map(self._layout.of_batches, (self._matrices, work, directions)))
+                del work
         host_rates, device_rates = self._rates(rates)
         step = FineStep(
             self._matrices,
-            self._directions,
+            directions,
             self._layout.spans,
             host_rates,
             device_rates,
@@ -234,8 +240,11 @@ class Step:
         )
         mask = torch.tensor(in_coarse, dtype=torch.float64, device="cpu")
         result = solvers.coarse.correct(step, inverses.coarse, mask, coarse_weight)
-        write_gradients(gathered.gradients, gathered.table, self._directions, result, inverses.usable)
+        write_gradients(gathered.gradients, gathered.table, directions, result, inverses.usable)
         return result
+
+    def _new_matrices(self) -> Tensor:
+        return torch.empty(self._layout.size, dtype=self._layout.dtype, device=self._layout.device)
 
     def _rates(self, rates: Sequence[float | Tensor]) -> tuple[Tensor, Tensor | None]:
         """Split η_i into numbers and, where rates lie on the device, what the numbers are multiplied by."""
@@ -246,6 +255,6 @@ class Step:
         order = {key: place for place, key in enumerate(on_device, start=1)}
         places = tuple(order.get(id(rate), 0) for rate in rates)
         if places not in self._rate_index:
-            self._rate_index[places] = torch.tensor(places, device=self._layout.device)
+            self._rate_index[places] = brought(places, torch.int64, self._layout.device)
         factors = torch.stack([self._one, *(rate.reshape(()).double() for rate in on_device.values())])
         return host, factors[self._rate_index[places]]

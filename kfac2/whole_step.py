@@ -12,7 +12,7 @@ from kfac2.bound import Bound
 from kfac2.descent import Rate, State, adamw_step, next_steps, sgd_step, times
 from kfac2.directed import MOST_DAMPING, PER_LAYER, Directed
 from kfac2.directed_work import Work
-from kfac2.divergence import divergence, first_of, quarter
+from kfac2.divergence import Keeps, divergence, first_of, quarter, rounded
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
 from kfac2.options import OptimizerOptions
@@ -61,8 +61,8 @@ class WholeStep:
     def begin(self) -> None:
         """Say which rows are kept, and how blocks are damped, in the iteration that begins."""
         wants_rows = self._preconditioner.own_steps.wants_step(self._preconditioner.iteration)
-        bounded = quarter if self._options.kl_bound is not None else None
-        self._curvature.iteration.keeps = self._kept_for_both if wants_rows else bounded
+        bounded = Keeps(quarter, rounds=True) if self._options.kl_bound is not None else None
+        self._curvature.iteration.keeps = Keeps(self._kept_for_both) if wants_rows else bounded
         is_taken = self._is_directed and self.directed.signal.is_on
         self._preconditioner.schedule.most_damping = MOST_DAMPING if is_taken else math.inf
 
@@ -134,7 +134,7 @@ class WholeStep:
         for group in groups:
             own = [p for p in group["params"] if p.grad is not None and id(p) in moving]
             steps |= zip(map(id, own), next_steps(own, state, group), strict=True)
-        kept = [first_of(one, quarter(one.whole)) for one in iteration.kept]
+        kept = [rounded(first_of(one, quarter(one.whole))) for one in iteration.kept]  # however they were kept
         squared = divergence(kept, lambda p: steps.get(id(p)), self._curvature.solvers.processes)
         self.bound.measured(squared, bound, self._curvature.health.at_once)
 

@@ -72,6 +72,40 @@ def test_a_layer_that_does_not_move_and_scaled_gradients():
     assert_equal(divergence([scaled], lambda p: moving.get(id(p))), measured)
 
 
+@pytest.mark.parametrize("name", models.NAMES)
+def test_rows_rounded_to_16_bits_change_the_divergence_less_than_the_labels_do(name):
+    task = models.task(name)
+    task.model.float()
+    task.x = task.x.float() if task.x.is_floating_point() else task.x
+    parameters = [p for p in task.model.parameters() if p.requires_grad]
+    step = {id(p): torch.randn_like(p) for p in parameters}
+    measured, errors = [], []
+    for seed in range(20):
+        _, passed = sampled_pass(task, seed)
+        exact, rounded = (divergence([kept_of(passed, 10**6, r)], lambda p: step[id(p)]) for r in (False, True))
+        measured.append(exact)
+        errors.append(rounded / exact - 1)
+    spread = torch.stack(measured).std() / torch.stack(measured).mean()
+    assert 0 < torch.stack(errors).abs().max() < 1e-2
+    assert torch.stack(errors).square().mean().sqrt() < 0.05 * spread
+
+
+def test_only_the_rows_of_the_bound_are_rounded_and_none_but_float32():
+    task = models.task("conv2d")
+    for dtype in (torch.float32, torch.float64):
+        task.model.to(dtype)
+        task.x = task.x.to(dtype)
+        _, passed = sampled_pass(task)
+        for rounds in (False, True):
+            kept = kept_of(passed, passed.samples // 2, rounds)
+            wanted = torch.bfloat16 if rounds and dtype == torch.float32 else dtype
+            assert {use.grads.tensor.dtype for use in kept.uses} == {wanted}
+            for use, whole in zip(kept.uses, passed.uses, strict=True):
+                g = use.grads.tensor
+                assert g.untyped_storage().nbytes() == g.numel() * g.element_size()  # no part of it holds the whole
+                assert_equal(g.to(dtype), whole.grads.tensor[: len(g)], 4e-3 if rounds else 0.0)
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_the_factor_falls_at_once_and_rises_slowly(at_once):
     bound = Bound()

@@ -100,6 +100,17 @@ def test_each_gradient_is_let_go_before_the_next_one_comes(settings, none_waits,
     assert gradients == [0] * 10
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_step_holds_no_buffer_when_it_is_over(at_once):
+    model = Chain(3)
+    opt = KFAC(model, cov_every=2, inv_every=2)
+    curvature_of(opt).health.at_once = at_once
+    for seed in range(3):
+        iterate(model, opt, *batch(), seed=seed)
+        held = [v for v in vars(curvature_of(opt).prepared()).values() if isinstance(v, torch.Tensor)]
+        assert all(tensor.numel() < WIDTH * WIDTH for tensor in held)
+
+
 def test_small_gradients_share_a_native_call(monkeypatch):
     calls = []
     covariances = arrivals.ops.covariances

@@ -27,6 +27,7 @@ from roofline_nets import Source, grads_of, inputs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfac2.ops import Window, precondition
+from kfac2.ops import applied_directions as applied
 from kfac2.ops.gram_matrices import gram_matrix, is_faster
 
 ROOT = Path(__file__).parent.parent
@@ -339,6 +340,22 @@ def test_wide_rows_go_where_kfac2_sends_them(product_switch):
             shape = (2, channels, 9, 9)
             x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16 if is_half else torch.float32, shape=shape)
             assert calls.is_wide(rows, precision) == is_faster(x, rows.window), (precision, channels, kernel)
+
+
+def test_wide_layers_go_where_kfac2_sends_them():
+    for channels, outputs, kernel in itertools.product((7, 8, 63, 64), (63, 64), (1, 3)):
+        window = Window.of(2, kernel, padding=kernel // 2)
+        rows, grads = Source(2, channels, (9, 9), window), Source(2, outputs, (9, 9), Window.places(2))
+        x = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(2, channels, 9, 9))
+        g, directions = torch.empty(2, outputs, 9, 9), torch.empty(1, 1, outputs, rows.length)
+        assert calls.is_wide_layer(rows, grads) == applied.is_faster(x, window, g, directions), (channels, outputs)
+
+
+def test_products_of_wide_layers_are_those_that_torch_counts():
+    rows, grads = Source(2, 128, (6, 6), Window.of(2, 3, padding=1)), Source(2, 192, (6, 6), Window.places(2))
+    x, g, directions = torch.randn(2, 128, 6, 6), torch.randn(2, 192, 6, 6), torch.randn(1, 1, 192, 9 * 128)
+    modelled = sum(stage.flop for stage in library.applied_directions([rows], [grads], 4))
+    assert modelled == counted(lambda: applied.applied_directions(x, rows.window, g, directions))
 
 
 def test_own_products_of_wide_rows_are_those_that_torch_counts():

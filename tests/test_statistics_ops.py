@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfac2 import ops, reference
-from kfac2.ops import gram_matrices
+from kfac2.ops import applied_directions, gram_matrices
 from kfac2.window import Window
 
 covariances_module = sys.modules["kfac2.ops.covariances"]
+derivatives_module = sys.modules["kfac2.ops.directional_derivatives"]
 
 
 @given(cases())
@@ -178,6 +180,64 @@ def test_directional_derivatives(layers):
     for x, ours, theirs, scale in zip(inputs, got, expected, scales, strict=True):
         assert ours.dtype == torch.float64
         assert_equal(ours - theirs + scale, scale, 1e-12 if x.dtype == torch.float64 else 1e-5)
+
+
+@given(directional_layers(), st.sampled_from([1, 300, 2**26]))
+def test_the_library_gives_the_same_derivatives(layer, chunk):
+    """The route of wide layers on a CUDA device, taken on the CPU; few samples at a time as well."""
+    (native,) = ops.directional_derivatives(*([part] for part in layer[:4]))
+    with mock.patch.object(applied_directions, "CHUNK", chunk):
+        got = applied_directions.applied_directions(*layer[:4])
+    x, _, _, directions, input_rows, grad_rows = layer
+    magnitudes = ([[rows.abs() for rows in blocks]] for blocks in (input_rows, grad_rows))
+    scale = reference.directional_derivatives(*magnitudes, [directions.double().abs()])[0]
+    assert got.dtype == torch.float64 and got.shape == native.shape
+    assert_equal(got - native + scale, scale, 1e-12 if x.dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("chosen", [(), (1,), (0, 2), (0, 1, 2)])
+def test_wide_layers_among_others(monkeypatch, chosen):
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, c, 4, 4) for c in (2, 5, 3)]
+    windows = [Window.of(2, k, padding=k // 2, bias=1) for k in (1, 3, 2)]
+    grads = [torch.randn(3, 2, *window.grid((4, 4))) for window in windows]
+    directions = [
+        torch.randn(2, 1, 2, window.row_length(x.shape[1])) for x, window in zip(inputs, windows, strict=True)
+    ]
+    native = ops.directional_derivatives(inputs, windows, grads, directions)
+    pointers = {inputs[i].data_ptr() for i in chosen}
+    monkeypatch.setattr(derivatives_module, "is_faster", lambda x, *rest: x.data_ptr() in pointers)
+    for ours, theirs in zip(ops.directional_derivatives(inputs, windows, grads, directions), native, strict=True):
+        assert_equal(ours, theirs, 1e-5)
+
+
+def test_layers_that_do_not_fit_are_left_to_the_op_that_says_why():
+    """As on a CUDA device, of which tensors only say that they are there."""
+    x, g, directions = torch.randn(3, 128, 4), torch.randn(3, 128, 4), torch.randn(2, 1, 128, 129)
+    window = Window.places(1, bias=1)
+
+    def goes(x=x, window=window, g=g, directions=directions):
+        there = SimpleNamespace(is_cuda=True, dtype=x.dtype, shape=x.shape)
+        return applied_directions.is_faster(there, window, g, directions)
+
+    assert goes() and goes(x=x.bfloat16(), g=g.half())
+    assert not applied_directions.is_faster(x, window, g, directions)
+    for other in (
+        {"g": g[:2]},
+        {"g": g[:, :2]},
+        {"g": g[..., :3]},
+        {"g": g.double()},
+        {"g": g.long()},
+        {"x": x.double()},
+        {"directions": directions[..., :128]},
+        {"directions": directions[0]},
+        {"directions": directions[:0]},
+        {"directions": directions.double()},
+        {"directions": directions[:, :, :63], "g": g[:, :63]},
+        {"window": Window.places(1, bias=2)},
+        {"window": Window.of(1, 3)},
+    ):
+        assert not goes(**other), other
 
 
 def test_patch_order_is_that_of_unfold():

@@ -307,14 +307,11 @@ def test_an_inverse_that_fails_right_after_loading_leaves_the_loaded_one():
 def capture(monkeypatch):
     """Run a step as if a CUDA graph of it were captured."""
     import kfac2.preconditioner
-    import kfac2.step
 
     def run(step):
-        for module in (kfac2.preconditioner, kfac2.step):
-            monkeypatch.setattr(module, "is_capturing", lambda device: True)
+        monkeypatch.setattr(kfac2.preconditioner, "is_capturing", lambda device: True)
         step()
-        for module in (kfac2.preconditioner, kfac2.step):
-            monkeypatch.setattr(module, "is_capturing", lambda device: False)
+        monkeypatch.setattr(kfac2.preconditioner, "is_capturing", lambda device: False)
 
     return run
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac2 import ops
+from kfac2.brought import brought
 from kfac2.coarse.base import CoarseSpace
 from kfac2.kinds import Layer
 from kfac2.layout import Layout
@@ -90,7 +91,7 @@ class Ones(CoarseSpace):
         index = [first + q for first, count in firsts for q in range(count)]
         if len(index) == maps:
             return sums
-        places = torch.tensor(index, device=layout.device)
+        places = brought(index, torch.int64, layout.device)
         whole = sums[0].new_zeros(maps, maps), sums[1].new_zeros(maps, maps)
         for to, present in zip(whole, sums, strict=True):
             to[places.unsqueeze(1), places] = present
@@ -182,7 +183,8 @@ def coarse_inverse(fisher: Tensor, damping: float | Tensor) -> tuple[Tensor, Ten
         damping: λ_c > 0, one number or (L,).
     """
     fisher = fisher.double()
-    scales = torch.as_tensor(damping, dtype=torch.float64, device=fisher.device).rsqrt().expand(len(fisher))
+    damping = damping.to(fisher) if isinstance(damping, Tensor) else fisher.new_full((), damping)
+    scales = damping.rsqrt().expand(len(fisher))
     try:
         scaled = scales.unsqueeze(1) * fisher * scales
         values, vectors, status = (part[0] for part in floored_eigh(scaled.unsqueeze(0)))

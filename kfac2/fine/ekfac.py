@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kfac2.averaging import mixed_in
 from kfac2.fine.base import Damping, Fields, ObservingSolver, decomposed_in_float64
 from kfac2.fine.exact import Exact, decomposed
 from kfac2.kinds.base import formed
 from kfac2.layout import Layout, Stacks
-from kfac2.statistics import Pass, Sums, Use, mixed_in
+from kfac2.statistics import Pass, Sums, Use
 
 _GRADIENT_NUMBERS = 2**22  # of all gradients of single samples that are alive at a time: 16 MB
 

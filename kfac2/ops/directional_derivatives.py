@@ -1,4 +1,7 @@
-"""Derivatives of each sample's log-likelihood in directions of the weights, for all layers in one native call."""
+"""Derivatives of each sample's log-likelihood in directions of the weights, for all layers in one native call.
+
+Wide layers on a CUDA device go to the library's products, see `applied_directions`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac2.ops._checks import check_one_device, check_same_length, check_tensors, detached
+from kfac2.ops.applied_directions import applied_directions, is_faster
 from kfac2.window import Window
 
 
@@ -42,9 +46,19 @@ def directional_derivatives(
         check_same_length(name, tensors, "inputs", inputs)
     check_same_length("windows", windows, "inputs", inputs)
     check_one_device(inputs=inputs[0], grads=grads[0], directions=directions[0])
+    layers = list(zip(detached(inputs), windows, detached(grads), detached(directions), strict=True))
+    by_library = [is_faster(*layer) for layer in layers]
+    native = [layer for layer, other in zip(layers, by_library, strict=True) if not other]
+    rest = iter(_native(native) if native else [])
+    return [
+        applied_directions(*layer) if other else next(rest) for layer, other in zip(layers, by_library, strict=True)
+    ]
+
+
+def _native(layers: Sequence[tuple[Tensor, Window, Tensor, Tensor]]) -> list[Tensor]:
+    inputs, windows, grads, directions = map(list, zip(*layers, strict=True))
     numbers = [number for window in windows for number in window.encode()]
-    lists = (detached(inputs), numbers, detached(grads), detached(directions))
-    return torch.ops.kfac2.directional_derivatives(*lists)
+    return torch.ops.kfac2.directional_derivatives(inputs, numbers, grads, directions)
 
 
 @torch.library.register_fake("kfac2::directional_derivatives")

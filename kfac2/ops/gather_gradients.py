@@ -31,8 +31,8 @@ def gather_gradients(
     return torch.ops.kfac2.gather_gradients(gradients, layout, layers, none_bad, matrices)
 
 
-def first_not_finite(tensors: Sequence[Tensor]) -> int:
-    """Return the number of the first tensor that holds a NaN or an infinity; their count where none does.
+def first_not_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the number of the first tensor that holds a NaN or an infinity, int32, (1,); their count where none does.
 
     Args:
         tensors: as the gradients of `gather_gradients`.
@@ -40,7 +40,7 @@ def first_not_finite(tensors: Sequence[Tensor]) -> int:
     count = len(tensors)
     layout = torch.full((count, 4), -1, device="cpu")
     layout[:, 3] = torch.arange(count, device="cpu")
-    return int(gather_gradients(tensors, layout, 0, count, tensors[0].new_empty(0, dtype=torch.float32)))
+    return gather_gradients(tensors, layout, 0, count, tensors[0].new_empty(0, dtype=torch.float32))
 
 
 @torch.library.register_fake("kfac2::gather_gradients")

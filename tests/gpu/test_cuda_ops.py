@@ -8,7 +8,7 @@ from compare import assert_equal
 from device import DEVICE, needs_device
 
 from kfac2 import ops, reference
-from kfac2.ops import gram_matrices
+from kfac2.ops import applied_directions, gram_matrices
 from kfac2.window import Window
 
 pytestmark = needs_device
@@ -55,6 +55,26 @@ def precision(request):
     before, setting.fp32_precision = setting.fp32_precision, request.param
     yield request.param
     setting.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape, kernel", [((40, 260), ()), ((3, 257, 20), (1,)), ((2, 130, 9, 7), (3, 2))])
+def test_derivatives_of_wide_layers_among_others(shape, kernel, dtype, precision):
+    x, small = torch.randn(shape).to(dtype), torch.randn(5, 3, 4).to(dtype)
+    window, other = Window.of(len(kernel), kernel, padding=len(kernel) // 2, bias=1), Window.of(1, 2)
+    inputs, windows, grads, directions = [x, small], [window, other], [], []
+    for tensor, own, outputs in ((x, window, 140), (small, other, 6)):
+        grads.append(torch.randn(len(tensor), outputs, *own.grid(tensor.shape[2:])).to(dtype))
+        directions.append(torch.randn(2, 1, outputs, own.row_length(tensor.shape[1])))
+    there = [[to_device(t) for t in inputs], windows, [to_device(t) for t in grads], [to_device(t) for t in directions]]
+    routes = [applied_directions.is_faster(*layer) for layer in zip(*there, strict=True)]
+    assert routes == [True, False]
+    got = ops.directional_derivatives(*there)
+    doubles = ([t.double() for t in some] for some in (grads, directions))
+    expected = ops.directional_derivatives([t.double() for t in inputs], windows, *doubles)
+    is_rounded = precision == "tf32" or len(kernel) > 1  # torch's own setting of convolutions allows TF32
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours.cpu() - theirs).norm() <= (5e-3 if is_rounded else 1e-4) * theirs.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

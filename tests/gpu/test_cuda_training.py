@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 
 import models
 import pytest
@@ -154,6 +155,50 @@ def test_an_ordinary_step_never_waits_for_the_device(options):
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, {"levels": 1, "kl_clip": None}, DEFAULTS])
+def test_a_step_of_statistics_waits_twice(options):
+    """For the first rows, and at its end; with new inverses, too. Eigendecompositions that are torch's wait as well."""
+    model, x, target = net(), torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
+    opt = KFAC(model, cov_every=2, inv_every=4, weight_decay=1e-3, **options)
+    for _ in range(6):
+        iterate(model, opt, x, target)
+    waits = []
+    for _ in range(3):  # statistics; nothing; statistics and inverses
+        opt.zero_grad()
+        out = model(x)
+        loss = F.cross_entropy(out, target)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                opt.accumulate_fisher(Categorical(logits=out, validate_args=False))
+                loss.backward()
+                opt.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    assert waits[:2] == [2, 0]
+    if options.get("levels") == 1:
+        assert waits[2] == 2
+
+
+def test_statistics_that_are_not_finite_are_found_at_the_end_of_the_step():
+    model, x, target = net(), torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
+    opt = KFAC(model, cov_every=2, inv_every=2, weight_decay=0.1)
+    for _ in range(2):
+        iterate(model, opt, x, target)
+    model.eval()
+    before = [t.detach().clone() for t in (*model.parameters(), *opt.curvature.inverses.tensors())]
+    bad = x.clone()
+    bad[3, 2] = float("nan")
+    with pytest.warns(RuntimeWarning, match="the statistics of 0 at iteration 2; the step is skipped"):
+        iterate(model, opt, bad, target)
+    now = (*model.parameters(), *opt.curvature.inverses.tensors())
+    assert all(torch.equal(t, old) for t, old in zip(now, before, strict=True))
+    iterate(model, opt, x, target)
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=False))
 
 
 def capture(model, opt, x, target):

@@ -1,0 +1,200 @@
+"""One update of the gradients: inverses, the step, and the one look at what the device has found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac2.change_limit import ChangeLimit, Limits
+from kfac2.curvature import Curvature
+from kfac2.fine import Damping
+from kfac2.health import read_together
+from kfac2.inverses import InPlace, Inverses
+from kfac2.ops.shift_and_scale import ShiftAndScale
+from kfac2.options import Options
+from kfac2.schedule import Schedule
+from kfac2.statistics import Averages, FirstBad
+from kfac2.step import Gathered, Step
+
+
+class _Attempt(NamedTuple):
+    """Gradients that were written, and what is committed if the step is taken.
+
+    Attributes:
+        averages: of the factors.
+        inverses: that it was made with.
+        limits: of the directions.
+        result: of the step.
+        place: of the inverses.
+    """
+
+    averages: Averages
+    inverses: Inverses
+    limits: Limits | None
+    result: ShiftAndScale
+    place: InPlace | None
+
+
+class _Found(NamedTuple):
+    """What the host has read of an attempt.
+
+    Attributes:
+        bad: what is not finite, or None.
+        is_blocked: whether new inverses were to be written over the last ones, which stand.
+        has_failed: whether an inverse failed.
+    """
+
+    bad: str | None = None
+    is_blocked: bool = False
+    has_failed: bool = True
+
+
+class Update:
+    """Writes the new gradients of an iteration, and commits what they were made with where the step is taken.
+
+    On a CPU the host looks after each step, on a CUDA device where statistics come: once, at the end. Steps that were
+    skipped before, gradients, sums and directions that are not finite, inverses that failed: their flags are one copy.
+
+    Args:
+        curvature: of the model.
+        options: of the step.
+        schedule: says what is due.
+
+    Attributes:
+        scale: on the device, ν of the last step, and the sum that it bounds.
+        change_limit: of each layer's direction.
+    """
+
+    def __init__(self, curvature: Curvature, options: Options, schedule: Schedule) -> None:
+        self.scale = torch.ones(2, dtype=torch.float64, device="cpu")
+        self.change_limit = ChangeLimit()
+        self._curvature = curvature
+        self._options = options
+        self._schedule = schedule
+
+    def run(
+        self,
+        step: Step,
+        gathered: Gathered,
+        rates: Sequence[float | Tensor],
+        damping: Callable[[Averages], Damping] | None,
+        capturing: bool,
+    ) -> str | None:
+        """Write the new gradients, and commit.
+
+        Args:
+            step: of the layers.
+            gathered: their gradients.
+            rates: η_i by layer.
+            damping: of new inverses of these averages; None: the last ones go on.
+            capturing: whether a CUDA graph of the step is captured.
+
+        Returns:
+            What the host finds not finite, so that nothing was committed; or None.
+        """
+        bad = self._bad_before(step, gathered)
+        if bad is not None:
+            return bad
+        curvature, health = self._curvature, self._curvature.health
+        looks = health.at_once or bool(curvature.iteration.sums.A)
+        sums = curvature.iteration.sums.first_bad() if looks and not curvature.estimates.looks_at_once else None
+        place = None if damping is None else self._place(step, gathered, sums, looks)
+        while True:
+            attempt = self._attempt(step, gathered, rates, damping, place, capturing)
+            if attempt is None:  # no layer is left: plain SGD
+                first = int(gathered.first_bad)
+                return curvature.source(first) if first < step.none_bad else None
+            self.scale, health.found = attempt.result.scale, None if looks else attempt.result.found
+            found = self._look(gathered, attempt, sums) if looks else _Found()
+            if found.bad is not None:
+                curvature.estimates.mend()
+                return found.bad
+            if not found.is_blocked:
+                break
+            place = None  # it is taken all the same: again, with new inverses beside the last ones
+        inverses = attempt.inverses
+        if inverses.failed is not None and not found.has_failed:
+            inverses = replace(inverses, failed=None)
+        curvature.estimates.commit(attempt.averages, inverses)
+        self.change_limit.commit(attempt.limits, attempt.result.norms)
+        if looks and found.has_failed:
+            curvature.estimates.mend()
+        return None
+
+    def _bad_before(self, step: Step, gathered: Gathered) -> str | None:
+        """Name what the host finds not finite before the step is computed; all processes find the same."""
+        curvature = self._curvature
+        bad = curvature.health.bad
+        if bad is None and curvature.estimates.looks_at_once:
+            bad = curvature.iteration.sums.not_finite()
+        if bad is None and (number := step.bad_elsewhere(gathered)) is not None:
+            bad = curvature.source(number)
+        return bad
+
+    def _place(self, step: Step, gathered: Gathered, sums: FirstBad | None, looks: bool) -> InPlace | None:
+        """Return where new inverses are written: over the last ones, unless the step may be skipped."""
+        if not looks:
+            return InPlace(None)
+        place = step.room(gathered)
+        if place is None or place.blocked is None:
+            return None
+        if self._curvature.estimates.looks_at_once:
+            return None if bool(place.blocked) else place._replace(blocked=None)
+        return place if sums is None else place._replace(blocked=place.blocked | sums.is_bad)
+
+    def _attempt(
+        self,
+        step: Step,
+        gathered: Gathered,
+        rates: Sequence[float | Tensor],
+        damping: Callable[[Averages], Damping] | None,
+        place: InPlace | None,
+        capturing: bool,
+    ) -> _Attempt | None:
+        """Refresh, and write the gradients; commit nothing. None: there are no inverses."""
+        curvature, options = self._curvature, self._options
+        averages, inverses = curvature.estimates.refreshed(curvature.iteration.sums, damping, place)
+        if inverses is None:
+            return None
+        if capturing:
+            curvature.health.capture((step, averages.in_coarse))
+        renew = bool(curvature.iteration.sums.A)
+        limits = self.change_limit.prepared(curvature.layout, options.max_change, averages.seen, renew)
+        result = step.write(
+            gathered,
+            inverses,
+            curvature.solvers,
+            averages.in_coarse,
+            options.coarse_weight,
+            self._schedule.now("kl_clip"),
+            rates,
+            curvature.health.skipped,
+            None if limits is None else limits.values,
+            options.step_precision,
+        )
+        return _Attempt(averages, inverses, limits, result, place)
+
+    def _look(self, gathered: Gathered, attempt: _Attempt, sums: FirstBad | None) -> _Found:
+        """Wait for the device, once; tell of the steps that were skipped before."""
+        curvature, health, failed = self._curvature, self._curvature.health, attempt.inverses.failed
+        told = read_together(
+            skipped=health.skipped,
+            found=attempt.result.found,
+            number=gathered.first_bad,
+            sums=None if sums is None else sums.number,
+            blocked=None if attempt.place is None else attempt.place.blocked,
+            failed=failed,
+        )
+        (count, first), is_bad = told["skipped"], bool(told["found"][0])
+        if count:
+            health.skipped.zero_()
+        if not health.at_once:
+            health.report(int(count) - is_bad, int(first), self._schedule.iteration, curvature.source)
+        bad = curvature.source(int(told["number"][0])) if is_bad else None
+        if sums is not None:
+            bad = sums.name(int(told["sums"][0])) or bad
+        return _Found(bad, any(told["blocked"]), any(told["failed"]))
