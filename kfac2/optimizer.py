@@ -118,8 +118,8 @@ class KFAC(Readings, Optimizer):
             does; then all have the same parameters, to the last bit, as one process on the whole batch would.
         share: who inverts. `"all"`: each process everything; `"inverses"`: the owner of a layer, who sends the result;
             `"gradients"`: it keeps that, and sends what it makes of each gradient: least memory. A number h/W, h
-            dividing W: of W processes h hold each inverse. Not below 1 with `"ekfac"`. Default `"auto"`: one of the
-            first two, by times measured once; give it for runs alike to the last bit, which Cholesky's on CPUs are.
+            dividing W: of W processes h hold each inverse. `"ekfac"` takes the first two. Default `"auto"`: the one of
+            them that takes less time, measured once; name it where two runs must be alike to the last bit.
         check_every: passes of statistics from one self-check to the next, beside those of a set of uses that is new:
             the rows of a weight must rebuild its gradient, or it leaves K-FAC. Default 100; 0: never.
         step_precision: of float32 products of the step on a CUDA device, `'ieee'` or `'tf32'`; default: torch's own.
