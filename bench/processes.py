@@ -169,8 +169,8 @@ turns in one run, of two or four processes with one thread each on two cores tha
 By `python bench/processes_memory.py`: MB of live tensors of the process that has most, of batches of 16 in each
 process, with DistributedDataParallel. Factors and inverses as they are held, beside the plan; and the peaks of whole
 iterations by kind of step, with the model, its gradients and activations, and the temporaries inside of torch's
-functions. With `share="inverses"` new inverses lie beside the last ones and what is sent until all have arrived; with
-`share="all"` each takes the place of the last one, and with `share="gradients"` the others' are never there.
+functions. Each new inverse takes the place of the last one, whoever inverts it, and messages are bounded: a step with
+new inverses needs hardly more than one of statistics. Where not all hold all, the others' are never there.
 
 {memory}
 

@@ -57,6 +57,7 @@ def _in_a_group(rank, path):
     torch.set_num_threads(1)
     early = kfac2.KFAC(net())
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    distributed.barrier()  # nothing below waits for the other, which may still be connecting when this one leaves
     try:
         m = early.curvature.handled.model
         out = m(X)

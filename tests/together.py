@@ -45,6 +45,7 @@ def _member(rank: int, size: int, path: str, work: Callable[..., None], argument
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size, timeout=TIMEOUT)
+    distributed.barrier()  # work that talks to nobody would leave while others still connect
     try:
         work(*arguments)
     finally:
