@@ -85,7 +85,7 @@ class KFAC(Readings, Optimizer):
         rest_lr, betas, eps: the rate of AdamW, and its others; default 1e-3, (0.9, 0.999) and 1e-8.
         levels: 1 for plain K-FAC, the default; 2 for two-level K-FAC with the paper's space.
         coarse: the space of the second level: `'ones'` is the paper's, `'directions'` that of v_i and the last update
-            d_i of all layers (see above); by default what `levels` says.
+            d_i of all layers (see above), experimental; by default what `levels` says.
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
             of A ⊗ G + λI, `'ekfac'` for EKFAC (George et al. 2018): the same eigenbasis, with the diagonal that the
             Fisher has in it, estimated anew at each statistics update.
