@@ -13,7 +13,6 @@ from kfac2.capture import Capture, Captures, Trace
 from kfac2.followed import Followed
 from kfac2.kinds import Layer
 from kfac2.likelihood import Scores
-from kfac2.processes import ALONE, Processes
 from kfac2.reached import batch_size, counted_cases, with_reached
 from kfac2.sampled import Sampled
 from kfac2.self_check import Reached, check_are_means
@@ -24,28 +23,14 @@ class Collector:
     """Makes passes of the captured uses of an iteration.
 
     Args:
-        layers: the layers to watch.
-        follow_backward: whether the ordinary backward pass brings the gradients (the empirical Fisher).
-        drop: called with a layer that has to leave, and why.
-        batch_dim: the axis of samples of what has positions.
-        check_every: passes from one self-check to the next; 0: none.
+        followed: the layers to watch, and their captures.
         is_by_sample: whether it counts which sample a row is of: then that is looked at with each self-check.
-        processes: that train together. Where there are several, a layer that has to leave waits for their meeting.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        follow_backward: bool,
-        drop: Callable[[Layer, str], None],
-        batch_dim: int = 0,
-        check_every: int = 100,
-        is_by_sample: bool = False,
-        processes: Processes = ALONE,
-    ) -> None:
-        self._followed = Followed(layers, follow_backward, drop, batch_dim, check_every, processes)
-        self._sampled = Sampled(self._followed, is_by_sample)
-        self._processes = processes
+    def __init__(self, followed: Followed, is_by_sample: bool = False) -> None:
+        self._followed = followed
+        self._sampled = Sampled(followed, is_by_sample)
+        self._processes = followed.processes
 
     @property
     def captures(self) -> Captures:

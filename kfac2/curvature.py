@@ -14,6 +14,7 @@ from kfac2.collector import Collector
 from kfac2.division import Division, check_share
 from kfac2.estimates import Estimates
 from kfac2.fine import SOLVERS, ObservingSolver
+from kfac2.followed import Followed
 from kfac2.handled import Handled
 from kfac2.health import Health
 from kfac2.inverses import Inverses, Solvers
@@ -105,9 +106,8 @@ class Curvature(Readings):
         self.estimates = Estimates(layout, chosen, self.solvers, self.health)
         self.dropping: Callable[[], object] = lambda: None
         is_by_sample = chosen.space is not None or chosen.inverse == "ekfac"
-        self.collector = Collector(
-            layers, is_empirical, self.drop, chosen.batch_dim, chosen.check_every, is_by_sample, processes
-        )
+        followed = Followed(layers, is_empirical, self.drop, chosen.batch_dim, chosen.check_every, processes)
+        self.collector = Collector(followed, is_by_sample)
         self.collector.captures.turn(True)
         self.moment: Callable[[], int] = lambda: self.averages.updates
         self.iteration = Iteration(

@@ -60,6 +60,34 @@ class _Layers:
         return torch.maximum(self._weights.now(), self._weights.floors).square()
 
 
+class _Projection(NamedTuple):
+    """What a step in the space is made of, once it is known which layers have rows.
+
+    Attributes:
+        work: of these layers.
+        settings: η and μ of each.
+        matrices: v and d of each, (2, blocks, d_out, d_in).
+        fisher: ZᵀFZ, (2L, 2L).
+        weights: |W_i|², (L,).
+    """
+
+    work: Work
+    settings: Settings
+    matrices: list[Tensor]
+    fisher: Tensor
+    weights: Tensor
+
+    @property
+    def rates(self) -> Tensor:
+        """η of each coefficient, (2L,)."""
+        return self.settings.rates.repeat(2)
+
+    @property
+    def one_level(self) -> Tensor:
+        """Coefficients of one level's step, v + μ d, (2L,)."""
+        return torch.cat([torch.ones_like(self.settings.momentum), self.settings.momentum])
+
+
 class Directed(OwnSteps):
     """The steps of one optimizer in the space of directions.
 
@@ -127,34 +155,38 @@ class Directed(OwnSteps):
             if self.signal.waits:
                 last = work.last_updates(was_taken=True)
                 matrices = self._of(work.layers).matrices.of((last, last))
-                self._measure_step(work, _inner_products(matrices, work.gradients())[1])
+                self._measure_step(work, _inner_products(matrices, work.gradients())[1], work.settings().rates)
             return set()
-        work, matrices, fisher = self._projected(work)
-        grams, slopes = _inner_products(matrices, work.gradients())
-        self._measure_step(work, slopes)
-        model, c = self._solved(work, fisher, grams, slopes)
-        if not self.signal.is_on:
-            self._look(work, matrices, model, c)
-            return set()
-        self._take(work, model, c)
-        return {*work.parameters()}
+        of = self._projected(work)
+        grams, slopes = _inner_products(of.matrices, of.work.gradients())
+        self._measure_step(of.work, slopes, of.settings.rates)
+        model, c = self._solved(of, grams, slopes)
+        if self.signal.is_on:
+            return self._take(of, model, c)
+        self._look(of, model, c)
+        return set()
 
     def _of(self, layers: list[Layer]) -> _Layers:
         if self._layers is None or not self._layers.fits(layers):
             self._layers = _Layers(layers)
         return self._layers
 
-    def _projected(self, work: Work) -> tuple[Work, list[Tensor], Tensor]:
-        """Return the work with the layers that have rows in some process, their v and d, and ZᵀFZ."""
+    def _projected(self, work: Work) -> _Projection:
+        """Project the Fisher of the rows on the space of the layers that have rows in some process."""
         batch, self._batch = self._batch, 0
         samples = min(batch, self._samples()), batch
         if batch and work.processes.is_alone:
             self.signal.rows = samples[0] / batch
         fine = {key: p.grad for key, p in work.parameters().items()}
-        matrices = self._of(work.layers).matrices.of((fine, work.last_updates(self.signal.was_taken)))
+        own = self._of(work.layers)
+        matrices = own.matrices.of((fine, work.last_updates(self.signal.was_taken)))
         fisher, places, taken = _fisher(work.passes, work.layers, matrices, work.processes, samples)
         self.signal.rows = self.signal.rows if taken is None else taken
-        return work._replace(layers=[work.layers[i] for i in places]), [matrices[i] for i in places], fisher
+        weights = own.squares()
+        if len(places) < len(work.layers):  # no process has rows of the others
+            work, matrices = work._replace(layers=[work.layers[i] for i in places]), [matrices[i] for i in places]
+            weights = weights[places]
+        return _Projection(work, work.settings(), matrices, fisher, weights)
 
     def _measure_look(self, work: Work) -> None:
         """Measure the slope on this batch along the step that was looked at last; after the first look, decide."""
@@ -167,26 +199,28 @@ class Directed(OwnSteps):
         if self.signal.is_new:
             self.signal.decide()
 
-    def _measure_step(self, work: Work, slopes: Tensor) -> None:
+    def _measure_step(self, work: Work, slopes: Tensor, rates: Tensor) -> None:
         """Measure the slope on this batch along the last step.
 
         Args:
             work: of the layers.
             slopes: ⟨v_i, ∇_i⟩ and ⟨d_i, ∇_i⟩, (L, 2).
+            rates: η of each, (L,).
         """
         is_same = self.latest is not None and self.latest.names == work.names
-        self.signal.measured((slopes[:, 1].double() * work.settings().rates).sum() if is_same else None, work.found)
+        self.signal.measured((slopes[:, 1].double() * rates).sum() if is_same else None, work.found)
 
-    def _solved(self, work: Work, fisher: Tensor, grams: Tensor, slopes: Tensor) -> tuple[Quadratic, Tensor]:
+    def _solved(self, of: _Projection, grams: Tensor, slopes: Tensor) -> tuple[Quadratic, Tensor]:
         """Return the model and the coefficients, held to their bounds; where the solve fails, those of one level."""
-        names, settings, weights = work.names, work.settings(), self._of(work.layers).squares()
+        work, names = of.work, of.work.names
         known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
-        model, correlations = with_correlations(quadratic(fisher, grams, slopes, weights), known)
+        model, correlations = with_correlations(quadratic(of.fisher, grams, slopes, of.weights), known)
         c = coefficients(model, TAU if work.tau is None else work.tau)
-        c = self._held(model, c * _within(MOST_CHANGE, c, settings.rates, grams, weights), settings.rates, work.bound)
+        c = c * _within(MOST_CHANGE, c, of.settings.rates, grams, of.weights)
+        c = self._held(model, c, of.rates, work.bound)
         is_solved = c.isfinite().all()
         self._correlations = names, torch.where(is_solved, correlations, 0.0 if known is None else known)
-        return model, torch.where(is_solved, c, _one_level(settings))
+        return model, torch.where(is_solved, c, of.one_level)
 
     def _held(self, model: Quadratic, c: Tensor, rates: Tensor, bound: float | None) -> Tensor:
         """Hold a step to its bound."""
@@ -194,13 +228,12 @@ class Directed(OwnSteps):
         if bound is None:
             return c
         most = SHARE_OF_BOUND * bound * self.signal.length**2
-        divergence = divergence_of(model, c, rates.repeat(2))
+        divergence = divergence_of(model, c, rates)
         return c * torch.where(divergence > most, (most / divergence).sqrt(), 1.0)
 
-    def _take(self, work: Work, model: Quadratic, c: Tensor) -> None:
-        """Take a step, and note what the model says of it."""
-        settings = work.settings()
-        rates = settings.rates.repeat(2)
+    def _take(self, of: _Projection, model: Quadratic, c: Tensor) -> set[int]:
+        """Take a step, and note what the model says of it; return ids of the parameters that have moved."""
+        work, rates = of.work, of.rates
         self.signal.took((rates * c) @ model.slopes, divergence_of(model, c, rates), work.found)
         self.latest = Coefficients(work.names, *c.chunk(2))
         on_host = work.found is None and c.device.type == "cpu"
@@ -214,13 +247,13 @@ class Directed(OwnSteps):
                 rate = times(group["lr"], work.factor)
                 decay, coefficients_of = group["weight_decay"], [of_part[id(p)] for p in own]
                 directed_step(own, work.state, rate, decay, coefficients_of, work.found)
+        return {*moving}
 
-    def _look(self, work: Work, matrices: Sequence[Tensor], model: Quadratic, c: Tensor) -> None:
+    def _look(self, of: _Projection, model: Quadratic, c: Tensor) -> None:
         """Note a step that is not taken, and what the model says of its slope after one level's step."""
-        settings = work.settings()
-        moved, taken = settings.rates.repeat(2) * c, settings.rates.repeat(2) * _one_level(settings)
-        self.signal.looked(moved @ model.slopes, moved @ model.fisher @ taken, work.found)
-        pairs = zip(work.names, matrices, moved.view(2, -1).T, strict=True)
+        moved, taken = of.rates * c, of.rates * of.one_level
+        self.signal.looked(moved @ model.slopes, moved @ model.fisher @ taken, of.work.found)
+        pairs = zip(of.work.names, of.matrices, moved.view(2, -1).T, strict=True)
         self._looked = {name: own.to(m.dtype) @ m.flatten(1) for name, m, own in pairs}
 
     # -- state ----------------------------------------------------------------------------------------------
@@ -248,11 +281,6 @@ class Directed(OwnSteps):
         if state["correlations"] is not None:  # states of before there were looks lack whose they are
             self._correlations = tuple(state.get("correlated", state["names"])), state["correlations"].to(device)
         self._looked = {name: step.to(device) for name, step in state.get("looked", {}).items()}
-
-
-def _one_level(settings: Settings) -> Tensor:
-    """Return the coefficients of one level's step, v + μ d, (2L,)."""
-    return torch.cat([torch.ones_like(settings.momentum), settings.momentum])
 
 
 def _fisher(

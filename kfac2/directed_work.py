@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kfac2.brought import brought
 from kfac2.descent import Rate, State
 from kfac2.divergence import KeptPass
 from kfac2.kinds import Layer
@@ -28,7 +29,7 @@ class Settings(NamedTuple):
 
 def _column(values: Sequence[Rate], device: torch.device) -> Tensor:
     if not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.float64, device="cpu").to(device)
+        return brought(values, torch.float64, device)  # type: ignore[arg-type]
     return torch.stack([torch.as_tensor(value, device=device).double().reshape(()) for value in values])
 
 

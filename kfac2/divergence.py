@@ -92,7 +92,7 @@ def first_of(kept: KeptPass, count: int) -> KeptPass:
         return kept
     uses = []
     for use in kept.uses:
-        samples = max(1, use.samples * count // kept.samples) if use.samples > 1 else 1
+        samples = _leading(use.samples, count, kept.samples)
         inputs, grads = (Rows(rows.tensor[:samples], rows.window) for rows in (use.inputs, use.grads))
         uses.append(use._replace(inputs=inputs, grads=grads, samples=samples))
     return KeptPass(uses, count, kept.cases * count / kept.samples, kept.whole)
@@ -117,16 +117,17 @@ def first_rows(passed: Pass, use: Use, count: int, rounds: bool = False) -> Rows
         count: how many samples.
         rounds: see `Keeps`.
     """
-    g, whole = use.grads.tensor, passed.samples
-    is_part = count < whole and use.samples > 1
-    if is_part:
-        g = g[: max(1, use.samples * count // whole)]
-    dtype = torch.bfloat16 if rounds and g.dtype == torch.float32 else g.dtype
-    if passed.scale != 1:
-        g = (g * passed.scale).to(dtype)
-    else:
-        g = g.to(dtype, copy=is_part)  # else all of g would stay
-    return Rows(g, use.grads.window)
+    samples = _leading(use.samples, count, passed.samples)
+    g = use.grads.tensor[:samples]
+    new = g * passed.scale if passed.scale != 1 else g
+    new = _in_16_bits(new) if rounds else new
+    is_view = new is g and samples < use.samples
+    return Rows(new.clone() if is_view else new, use.grads.window)  # of a view all of g would stay
+
+
+def _leading(size: int, count: int, whole: int) -> int:
+    """Return how much of a leading size belongs to so many of all samples; of a size of 1, all of them have it."""
+    return max(1, size * count // whole) if count < whole and size > 1 else size
 
 
 def quarter(samples: int) -> int:

@@ -35,7 +35,7 @@ class Division:
     Attributes:
         share: one of these; a number only where it is none of the words.
         columns: of the grid.
-        why: a sentence that says who inverts, and why; empty for one that is alone.
+        why: what a sentence about it ends with.
 
     Raises:
         ValueError: if a number does not split the processes into columns of one size.

@@ -38,8 +38,8 @@ class Followed:
         layers: Sequence[Layer],
         follow_backward: bool,
         drop: Callable[[Layer, str], None],
-        batch_dim: int,
-        check_every: int,
+        batch_dim: int = 0,
+        check_every: int = 100,
         processes: Processes = ALONE,
     ) -> None:
         self.captures = Captures(layers, follow_backward)

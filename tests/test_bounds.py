@@ -17,6 +17,7 @@ import kfac2
 from kfac2.bound import Bound
 from kfac2.collector import Collector
 from kfac2.divergence import divergence, kept_of
+from kfac2.followed import Followed
 from kfac2.layers import find_layers
 from kfac2.likelihood import scores_of
 from kfac2.rise import Rise
@@ -24,7 +25,8 @@ from kfac2.rise import Rise
 
 def sampled_pass(task, seed=0):
     layers = find_layers(task.model, list(task.model.parameters()), (), 32).layers
-    collector = Collector(layers, False, lambda layer, reason: pytest.fail(f"{layer.name} is to be dropped: {reason}"))
+    followed = Followed(layers, False, lambda layer, reason: pytest.fail(f"{layer.name} is to be dropped: {reason}"))
+    collector = Collector(followed)
     collector.captures.turn(True)
     torch.manual_seed(seed)
     (passed,), _ = collector.sample(scores_of(task.distribution(task.model(task.x))))

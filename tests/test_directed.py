@@ -318,23 +318,32 @@ def shares(opt):
     return seen
 
 
+def quadratic_loss():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3).double()
+    x = torch.randn(30, 6, dtype=torch.float64)
+    y = x @ torch.randn(6, 3, dtype=torch.float64) + torch.randn(30, 3, dtype=torch.float64)
+    return model, x, y
+
+
+def fit(model, opt, x, y):
+    opt.zero_grad()
+    out = Normal(model(x), 1.0)
+    opt.accumulate_fisher(out)
+    (-out.log_prob(y)).mean().backward()
+    opt.step()
+
+
 @pytest.mark.parametrize("is_averaged", [False, True])
 def test_without_noise_all_of_a_slope_is_there_on_the_next_batch(is_averaged, monkeypatch):
     """A quadratic loss with its exact Fisher; with correlations of steps before the model is not quite exact."""
     if not is_averaged:
         monkeypatch.setattr("kfac2.coarse.directions.KEPT", 0.0)
-    torch.manual_seed(0)
-    model = nn.Linear(6, 3).double()
-    x = torch.randn(30, 6, dtype=torch.float64)
-    y = x @ torch.randn(6, 3, dtype=torch.float64) + torch.randn(30, 3, dtype=torch.float64)
+    model, x, y = quadratic_loss()
     opt = directed(model, fisher="exact", lr=0.2, damping=1.0, coarse_samples=30)
     seen = shares(opt)
     for _ in range(12):
-        opt.zero_grad()
-        out = Normal(model(x), 1.0)
-        opt.accumulate_fisher(out)
-        (-out.log_prob(y)).mean().backward()
-        opt.step()
+        fit(model, opt, x, y)
         assert opt._whole_step.directed.signal.is_on
     assert len(seen) == 11
     assert seen == pytest.approx([1.0] * 11, abs=0.3 if is_averaged else 1e-6)
@@ -345,20 +354,13 @@ def test_without_noise_all_of_a_slope_is_there_on_the_next_batch(is_averaged, mo
 def test_without_noise_all_of_the_slope_along_a_look_is_there_after_the_step_of_one_level(bound, monkeypatch):
     """A quadratic loss with its exact Fisher: s₁ = s₀ - DᵀFD₁, where D₁ may be shortened by the measured bound."""
     monkeypatch.setattr("kfac2.coarse.directions.KEPT", 0.0)
-    torch.manual_seed(0)
-    model = nn.Linear(6, 3).double()
-    x = torch.randn(30, 6, dtype=torch.float64)
-    y = x @ torch.randn(6, 3, dtype=torch.float64) + torch.randn(30, 3, dtype=torch.float64)
+    model, x, y = quadratic_loss()
     options = {"fisher": "exact", "lr": 0.2, "damping": 1.0, "coarse_samples": 30, "kl_bound": bound}
     opt = with_looks(model, max_change=None, kl_clip=None, **options)
     opt._whole_step.directed.signal.decide = lambda: None  # so that each other step is a look
     seen = shares(opt)
     for _ in range(8):
-        opt.zero_grad()
-        out = Normal(model(x), 1.0)
-        opt.accumulate_fisher(out)
-        (-out.log_prob(y)).mean().backward()
-        opt.step()
+        fit(model, opt, x, y)
         assert opt._whole_step.directed.latest is None
         assert bound is None or opt.last_step.bound_factor < 0.9
     assert seen == pytest.approx([1.0] * 4, abs=1e-6)
