@@ -147,14 +147,6 @@ class Curvature(Readings):
         """The inverses in use."""
         return self.estimates.inverses
 
-    def uses_new_layer(self) -> bool:
-        """Tell whether a layer that has no statistics yet is used in a forward pass of this iteration.
-
-        Several processes do not look, since another may have no such use: it waits for the next statistics.
-        """
-        captures, is_alone = self.collector.captures, self.solvers.processes.is_alone
-        return is_alone and captures.count > 0 and any(map(captures.uses, self.estimates.layers_that(seen=False)))
-
     # -- statistics -----------------------------------------------------------------------------------------
 
     @torch.no_grad()

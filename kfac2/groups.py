@@ -1,12 +1,14 @@
-"""Parameter groups as users write them."""
+"""Parameter groups and rates as users write them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from kfac2.descent import Rate
+from kfac2.kinds import Layer
 from kfac2.layers import FROZEN, Found
 from kfac2.options import NUMBER, check_option
 
@@ -42,6 +44,29 @@ def check_group(settings: dict[str, Any]) -> None:
         raise TypeError(f"nesterov must be True or False, got {settings['nesterov']!r}")
     if settings["nesterov"] and settings["momentum"] == 0:
         raise ValueError("nesterov must be False without momentum, got nesterov=True with momentum=0")
+
+
+def rates_of(lr: Rate | Mapping[str, float] | None, names: Sequence[str], is_needed: bool) -> Callable[[Layer], Rate]:
+    """Return what gives η of a layer.
+
+    Args:
+        lr: one for all, or one for each layer by name; None: 1.
+        names: of the layers.
+        is_needed: whether it must not be None.
+
+    Raises:
+        ValueError: if it is missing or negative.
+        TypeError: if it is no number.
+        KeyError: if a mapping lacks a layer.
+    """
+    if lr is None:
+        if is_needed:
+            raise ValueError("lr must be given, since the KL clip depends on it; got None (or set kl_clip=None)")
+        lr = 1.0
+    for rate in [lr[name] for name in names] if isinstance(lr, Mapping) else [lr]:
+        if not isinstance(rate, Tensor):
+            check_option("lr", rate, NUMBER, lambda v: v >= 0, "a number of at least 0")
+    return lambda layer: lr[layer.name] if isinstance(lr, Mapping) else lr
 
 
 def settings_of(groups: Iterable[Mapping[str, Any]]) -> dict[str, object]:

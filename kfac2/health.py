@@ -32,7 +32,6 @@ class Health:
 
     Attributes:
         at_once: whether the host looks after each step.
-        bad: what was not finite when this iteration's statistics were taken, so that the step is skipped; or None.
         skipped: int64 on the device, (2,): the steps skipped since the last report, and the number of the first
             parameter whose gradient was not finite in the first of them.
         found: on the device, 1 where the last step came upon something that the host does not know of; else None.
@@ -42,7 +41,6 @@ class Health:
         self.at_once = device.type == "cpu"
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
         self.found: Tensor | None = None
-        self.bad: str | None = None
         self._captured: object | None = None
         self._warned: set[str] = set()
         self._streak = self._told = 0  # steps skipped one after the other, and how many of them were told
@@ -141,7 +139,7 @@ class Health:
     def forget(self) -> None:
         """Forget what a run has found that is given up for another state."""
         self.skipped.zero_()
-        self.found = self.bad = None
+        self.found = None
         self._streak = self._told = 0
 
     # -- CUDA graphs ----------------------------------------------------------------------------------------

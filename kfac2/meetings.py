@@ -21,49 +21,40 @@ class Meetings:
     Args:
         curvature: of the model.
         schedule: says what is due.
-        wants_rows: tells whether rows are wanted of an iteration.
-        wants_inverses: tells whether inverses are renewed in this one.
     """
 
-    def __init__(
-        self,
-        curvature: Curvature,
-        schedule: Schedule,
-        wants_rows: Callable[[int], bool],
-        wants_inverses: Callable[[], bool],
-    ) -> None:
+    def __init__(self, curvature: Curvature, schedule: Schedule) -> None:
         self._curvature = curvature
         self._schedule = schedule
-        self._wants_rows = wants_rows
-        self._wants_inverses = wants_inverses
         self._settings: Callable[[], dict[str, object]] = dict
         if not curvature.solvers.processes.is_alone:
             schedule.meeting = 0
             curvature.moment = lambda: schedule.iteration
 
-    @property
-    def is_due(self) -> bool:
-        """Whether there are other processes, and they meet in this iteration."""
-        return self._schedule.meeting is not None and self._schedule.meets
+    def take(self) -> str | None:
+        """Add up the statistics of all, or keep rows, as the schedule wants; else only see that all train alike.
 
-    def take_statistics(self) -> str | None:
-        """Add up the statistics of all; return what was not finite in one of them, or None."""
-        return self._curvature.joint.take("statistics", self._facts)
+        Returns:
+            What was not finite in statistics, so that there are none; or None.
+        """
+        if self._schedule.wants_statistics:
+            return self._curvature.joint.take("statistics", self._facts)
+        if self._schedule.wants_rows:
+            self._take_rows()
+        elif self._schedule.waits_for_others:
+            self._curvature.joint.meet("nothing", {}, self._facts)
+        return None
 
-    def take_rows(self) -> None:
+    def _take_rows(self) -> None:
         """Keep rows of this iteration, of which no statistics are due; none where something was not finite."""
         iteration = self._curvature.iteration
         is_bad = iteration.settle() is not None
-        if self.is_due:
+        if self._schedule.waits_for_others:
             own = {"bad": is_bad, "kept": bool(iteration.kept)}
             found = self._curvature.joint.meet("rows", own, self._facts)
             is_bad, iteration.others_kept = found.any("bad"), found.any("kept")
         if is_bad:
             iteration.drop_kept()  # a step without them is one level's
-
-    def hold(self) -> None:
-        """Meet in an iteration of which nothing is wanted: only to see that all train alike."""
-        self._curvature.joint.meet("nothing", {}, self._facts)
 
     def settle_next(self) -> None:
         """Settle when the processes meet next; at the end of a meeting, when all know the same."""
@@ -72,7 +63,8 @@ class Meetings:
         last = now + 1 if has_to_begin else self._schedule.next_due("cov_every")
         if not self._curvature.solvers.division.is_everyones:
             last = min(last, self._schedule.next_due("inv_every"))
-        self._schedule.meeting = next((k for k in range(now + 1, last) if self._wants_rows(k)), last)
+        with_rows = filter(self._schedule.own_steps.wants_step, range(now + 1, last))
+        self._schedule.meeting = next(with_rows, last)
 
     def begin_at(self, iteration: int) -> None:
         """Meet in this iteration next, since all go on from another state."""
@@ -103,5 +95,5 @@ class Meetings:
             "the iteration": self._schedule.iteration,
             "when statistics are due next": self._schedule.next_due("cov_every"),
             "when inverses are due next": self._schedule.next_due("inv_every"),
-            "whether inverses are due": self._wants_inverses(),
+            "whether inverses are due": self._schedule.wants_inverses,
         }

@@ -259,9 +259,8 @@ class KFAC(Readings, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            loss_of_all = self.preconditioner.meetings.mean_loss(loss)
-            self._whole_step.follow(loss_of_all)
-        if closure is None and is_for_its_state(self.param_groups, self.state):
+            self._whole_step.follow(loss)
+        elif is_for_its_state(self.param_groups, self.state):
             self._whole_step.make_state(self.param_groups, self.state, set(self._handled))
             return None
         rates = self._follow_groups()

@@ -1,9 +1,8 @@
-"""The schedule of two-level K-FAC: when statistics, when inverses; and gradients rewritten in place."""
+"""The iterations of two-level K-FAC: statistics as the schedule wants them, and gradients rewritten in place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,22 +10,18 @@ from torch import Tensor, nn
 
 from kfac2.change_limit import ChangeLimit
 from kfac2.curvature import Curvature
-from kfac2.draws import drawn_apart
-from kfac2.fine import Damping
+from kfac2.descent import Rate
+from kfac2.groups import rates_of
 from kfac2.health import is_capturing
 from kfac2.kinds import Layer
 from kfac2.likelihood import Prediction
 from kfac2.meetings import Meetings
-from kfac2.options import NUMBER, Options, check_option
+from kfac2.options import Options
 from kfac2.own_passes import Passes, Predict
-from kfac2.own_steps import OwnSteps
 from kfac2.processes import WORLD
 from kfac2.readings import Readings
 from kfac2.schedule import Schedule
-from kfac2.statistics import Averages
 from kfac2.update import Update
-
-Rate = float | Tensor
 
 
 class Preconditioner(Readings):
@@ -59,8 +54,8 @@ class Preconditioner(Readings):
     Attributes:
         options: the options; those that state does not depend on may be set during training.
         curvature: the statistics and inverses that this is a schedule of.
-        schedule: when what is due.
-        own_steps: what a second level that takes steps of its own asks of an iteration.
+        schedule: what each iteration wants.
+        meetings: of the processes that train one model.
         took_statistics: whether the last step was of an iteration of statistics.
 
     Raises:
@@ -86,14 +81,11 @@ class Preconditioner(Readings):
         )
         self.curvature.scheduled = True
         self.curvature.dropping = self.check
-        self.schedule = Schedule(self.options)
-        self._update = Update(self.curvature, self.options, self.schedule)
-        self.own_steps = OwnSteps()
+        self.schedule = Schedule(self.curvature, self.options)
         self.took_statistics = False
-        self._passes = Passes(self.curvature)
-        self.meetings = Meetings(
-            self.curvature, self.schedule, lambda iteration: self.own_steps.wants_step(iteration), self._wants_inverses
-        )
+        self._passes = Passes(self.curvature, self.schedule)
+        self._update = Update(self.curvature, self.options, self.schedule)
+        self.meetings = Meetings(self.curvature, self.schedule)
         self.iteration = 0
         if options is None:  # else who shares them tells it
             self._log_summary()
@@ -119,9 +111,7 @@ class Preconditioner(Readings):
         Each `cov_every`-th does, each one while there is nothing yet, and one whose forward pass used a layer that has
         no statistics so far; with `coarse="directions"` each one while these pay.
         """
-        return self.options.fisher != "empirical" and (self._wants_statistics() or self._wants_rows())
-
-    # -- the schedule ---------------------------------------------------------------------------------------
+        return self.options.fisher != "empirical" and (self.schedule.wants_statistics or self.schedule.wants_rows)
 
     @property
     def iteration(self) -> int:
@@ -131,28 +121,8 @@ class Preconditioner(Readings):
     @iteration.setter
     def iteration(self, iteration: int) -> None:
         self.schedule.go_on_at(iteration)
-        looks = bool(self.curvature.layout.layers) and not self._passes.are_own
-        self.curvature.collector.captures.turn(
-            looks and (self.schedule.looks(self.curvature.averages) or self.own_steps.wants_step(iteration))
-        )
 
-    def _wants_statistics(self) -> bool:
-        curvature = self.curvature
-        if curvature.collector.captures.is_closed or not curvature.layout.layers:
-            return False
-        return self.schedule.statistics_are_due(curvature.averages) or curvature.uses_new_layer()
-
-    def _wants_rows(self) -> bool:
-        curvature, wants = self.curvature, self.own_steps.wants_step(self.iteration)
-        return wants and bool(curvature.layout.layers) and not curvature.collector.captures.is_closed
-
-    def _wants_inverses(self) -> bool:
-        if not (self.curvature.solvers.division.is_everyones or self.schedule.meets):
-            return False  # processes that share them out wait for each other
-        return self.schedule.wants_inverses(self.curvature.averages, self.curvature.inverses, self._wants_statistics())
-
-    def _damping(self, averages: Averages) -> Damping:
-        return self.schedule.damping(self.curvature.layout, averages)
+    # -- an iteration -----------------------------------------------------------------------------------------
 
     def accumulate_fisher(
         self, distribution: Prediction | Predict, mask: Tensor | None = None, samples: int | None = None
@@ -197,17 +167,8 @@ class Preconditioner(Readings):
         """
         if not callable(distribution) and samples is not None:
             raise TypeError(f"samples must be left out with a distribution, got {samples!r}: it says how many itself")
-        if not self.needs_fisher:
-            return
-        is_summed = self._wants_statistics()
-        changes_nothing = not is_summed and self.own_steps.only_looks
-        with drawn_apart(torch.initial_seed(), self.iteration) if changes_nothing else nullcontext():
-            if callable(distribution):
-                check_option("samples", samples, int, lambda v: v >= 1, "an int of at least 1 with a function")
-                count = min(samples, self.own_steps.part(samples))  # type: ignore[type-var, arg-type]
-                self._passes.collect_own(distribution, mask, samples, count, is_summed)  # type: ignore[arg-type]
-            else:
-                self._passes.collect(distribution, mask, is_summed)
+        if self.needs_fisher:
+            self._passes.collect(distribution, mask, samples)
 
     def step(self, lr: Rate | Mapping[str, float] | None = None) -> bool:
         """Precondition the gradients in place: statistics, inverses, both levels, KL clip, limits.
@@ -230,21 +191,11 @@ class Preconditioner(Readings):
             TypeError: if `lr` is no number.
             KeyError: if a mapping lacks a layer.
         """
-        done = self.precondition(self._rates(lr))
+        done = self.precondition(rates_of(lr, self.layers, self.schedule.now("kl_clip") is not None))
         if not done:
             for parameter in self.curvature.handled.params:
                 parameter.grad = None
         return done
-
-    def _rates(self, lr: Rate | Mapping[str, float] | None) -> Callable[[Layer], Rate]:
-        if lr is None:
-            if self.schedule.now("kl_clip") is not None:
-                raise ValueError("lr must be given, since the KL clip depends on it; got None (or set kl_clip=None)")
-            lr = 1.0
-        for rate in [lr[name] for name in self.layers] if isinstance(lr, Mapping) else [lr]:
-            if not isinstance(rate, Tensor):
-                check_option("lr", rate, NUMBER, lambda v: v >= 0, "a number of at least 0")
-        return lambda layer: lr[layer.name] if isinstance(lr, Mapping) else lr
 
     @torch.no_grad()
     def precondition(self, rates: Callable[[Layer], Rate]) -> bool:
@@ -260,51 +211,37 @@ class Preconditioner(Readings):
             RuntimeError: if statistics are missing, or a CUDA graph is captured in an iteration that wants
                 statistics or inverses.
         """
-        curvature = self.curvature
+        curvature, schedule = self.curvature, self.schedule
         capturing = is_capturing(curvature.layout.device)
-        if capturing and not (division := curvature.solvers.division).holds_all:
-            raise RuntimeError(f"share must be 'all' or 'inverses' to capture a step, got {division.share!r}")
-        if capturing and not self._is_ordinary():
-            raise RuntimeError(
-                f"only an ordinary step can be captured in a CUDA graph, got iteration {self.iteration}, which wants "
-                "statistics or inverses: capture where `ordinary` is True"
-            )
-        took, meets = self._wants_statistics(), self.meetings.is_due
+        if capturing:
+            self._check_capture()
+        took, meets = schedule.wants_statistics, schedule.waits_for_others
         self.took_statistics = took
-        if took:
-            self._take_statistics()
-        elif self._wants_rows():
-            self.meetings.take_rows()
-        elif meets:
-            self.meetings.hold()
+        bad = self.meetings.take()
+        if took and (bad is not None or not curvature.iteration.sums.A):  # else the update looks
+            self._update.look()
+            if bad is None and curvature.layout.layers:
+                self._report_missing()
         if any(layer.weight.grad is not None for layer in curvature.estimates.layers_that(seen=False)):
-            self.schedule.look_again()
+            schedule.look_again()
         step = curvature.prepared()
         gathered = step.gather([parameter.grad for parameter in step.parameters])
-        damping = self._damping if self._wants_inverses() else None
-        bad = self._update.run(step, gathered, [rates(layer) for layer in curvature.layout.layers], damping, capturing)
+        of_layers = [rates(layer) for layer in curvature.layout.layers]
+        if bad is None:
+            bad = self._update.run(step, gathered, of_layers, capturing)
         if bad is not None:
             curvature.health.skip(self.iteration, bad)
         elif curvature.health.found is None:  # and the host has looked
             curvature.health.went_on()
         if bad is None and took:
-            self.own_steps.decide()
+            schedule.own_steps.decide()
         if meets:
             self.meetings.settle_next()
         curvature.iteration.discard()
-        if not self.own_steps.reads_gradients:
+        if not schedule.own_steps.reads_gradients:
             step.let_go()
-        curvature.health.bad = None
         self.iteration += not capturing
         return bad is None
-
-    def _take_statistics(self) -> None:
-        self.curvature.health.bad = self.meetings.take_statistics()
-        if self.curvature.iteration.sums.A and self.curvature.health.bad is None:
-            return  # the update looks
-        self._look()
-        if self.curvature.layout.layers and self.curvature.health.bad is None:
-            self._report_missing()
 
     def _report_missing(self) -> None:
         call = "accumulate_fisher" if self.options.fisher != "empirical" else "backward() with grad enabled"
@@ -330,11 +267,16 @@ class Preconditioner(Readings):
         `needs_fisher` is False.
         """
         held = (self.curvature.prepared(), self.curvature.averages.in_coarse)
-        return not self.curvature.health.is_stale(held) and self._is_ordinary()
+        return not self.curvature.health.is_stale(held) and self.schedule.is_ordinary
 
-    def _is_ordinary(self) -> bool:
-        wants = self._wants_statistics() or self._wants_rows() or self._wants_inverses()
-        return not (wants or self.own_steps.waits or self.meetings.is_due)
+    def _check_capture(self) -> None:
+        if not (division := self.curvature.solvers.division).holds_all:
+            raise RuntimeError(f"share must be 'all' or 'inverses' to capture a step, got {division.share!r}")
+        if not self.schedule.is_ordinary:
+            raise RuntimeError(
+                f"only an ordinary step can be captured in a CUDA graph, got iteration {self.iteration}, which wants "
+                "statistics or inverses: capture where `ordinary` is True"
+            )
 
     def replayed(self) -> None:
         """Count an iteration whose step was the replay of a CUDA graph.
@@ -358,13 +300,8 @@ class Preconditioner(Readings):
         Returns:
             How many steps were skipped because of a NaN or an infinity since the last report.
         """
-        count = self._look()
+        count = self._update.look()
         self.curvature.health.tell_skipped()
-        return count
-
-    def _look(self) -> int:
-        count = self.curvature.health.report_skipped(self.iteration, self.curvature.source)
-        self.curvature.estimates.mend()
         return count
 
     def watch(self, params: Iterable[nn.Parameter]) -> None:

@@ -81,7 +81,6 @@ class Update:
         step: Step,
         gathered: Gathered,
         rates: Sequence[float | Tensor],
-        damping: Callable[[Averages], Damping] | None,
         capturing: bool,
     ) -> str | None:
         """Write the new gradients, and commit.
@@ -90,7 +89,6 @@ class Update:
             step: of the layers.
             gathered: their gradients.
             rates: η_i by layer.
-            damping: of new inverses of these averages; None: the last ones go on.
             capturing: whether a CUDA graph of the step is captured.
 
         Returns:
@@ -102,6 +100,7 @@ class Update:
         curvature, health = self._curvature, self._curvature.health
         looks = health.at_once or bool(curvature.iteration.sums.A)
         sums = curvature.iteration.sums.first_bad() if looks and not curvature.estimates.looks_at_once else None
+        damping = self._schedule.damping if self._schedule.wants_inverses else None
         place = None if damping is None else self._place(step, gathered, sums, looks)
         while True:
             attempt = self._attempt(step, gathered, rates, damping, place, capturing)
@@ -109,7 +108,7 @@ class Update:
                 first = int(gathered.first_bad)
                 return curvature.source(first) if first < step.none_bad else None
             self.scale, health.found = attempt.result.scale, None if looks else attempt.result.found
-            found = self._look(gathered, attempt, sums) if looks else _Found()
+            found = self._read(gathered, attempt, sums) if looks else _Found()
             if found.bad is not None:
                 curvature.estimates.mend()
                 return found.bad
@@ -125,12 +124,20 @@ class Update:
             curvature.estimates.mend()
         return None
 
+    def look(self) -> int:
+        """Wait for the device, without an update; warn of the steps that were skipped before, and mend inverses.
+
+        Returns:
+            How many steps those are.
+        """
+        count = self._curvature.health.report_skipped(self._schedule.iteration, self._curvature.source)
+        self._curvature.estimates.mend()
+        return count
+
     def _bad_before(self, step: Step, gathered: Gathered) -> str | None:
         """Name what the host finds not finite before the step is computed; all processes find the same."""
         curvature = self._curvature
-        bad = curvature.health.bad
-        if bad is None and curvature.estimates.looks_at_once:
-            bad = curvature.iteration.sums.not_finite()
+        bad = curvature.iteration.sums.not_finite() if curvature.estimates.looks_at_once else None
         if bad is None and (number := step.bad_elsewhere(gathered)) is not None:
             bad = curvature.source(number)
         return bad
@@ -178,7 +185,7 @@ class Update:
         )
         return _Attempt(averages, inverses, limits, result, place)
 
-    def _look(self, gathered: Gathered, attempt: _Attempt, sums: FirstBad | None) -> _Found:
+    def _read(self, gathered: Gathered, attempt: _Attempt, sums: FirstBad | None) -> _Found:
         """Wait for the device, once; tell of the steps that were skipped before."""
         curvature, health, failed = self._curvature, self._curvature.health, attempt.inverses.failed
         told = read_together(

@@ -45,8 +45,8 @@ class WholeStep:
         self._rest = rest
         self._is_directed = options.coarse == "directions"
         if self._is_directed:
-            preconditioner.own_steps = self.directed
-            preconditioner.iteration = 0  # its steps are looked at from the first
+            preconditioner.schedule.own_steps = self.directed
+            preconditioner.schedule.go_on_at(0)  # its forward passes are looked at for such a step
         self.begin()
 
     def _samples_of_rows(self) -> int:
@@ -60,14 +60,16 @@ class WholeStep:
 
     def begin(self) -> None:
         """Say which rows are kept, and how blocks are damped, in the iteration that begins."""
-        wants_rows = self._preconditioner.own_steps.wants_step(self._preconditioner.iteration)
+        schedule = self._preconditioner.schedule
+        wants_rows = schedule.own_steps.wants_step(schedule.iteration)
         bounded = Keeps(quarter, rounds=True) if self._options.kl_bound is not None else None
         self._curvature.iteration.keeps = Keeps(self._kept_for_both) if wants_rows else bounded
         is_taken = self._is_directed and self.directed.signal.is_on
-        self._preconditioner.schedule.most_damping = MOST_DAMPING if is_taken else math.inf
+        schedule.most_damping = MOST_DAMPING if is_taken else math.inf
 
     def follow(self, loss: Any) -> None:
-        """Take a loss into account, which a closure has returned."""
+        """Take a loss into account, which a closure has returned; of several processes the mean of theirs."""
+        loss = self._preconditioner.meetings.mean_loss(loss)
         self.rise.follow(loss, self._curvature.layout.device, self._curvature.health.at_once)
 
     def take(self, groups: Groups, state: State) -> None:
@@ -187,4 +189,5 @@ class WholeStep:
         self.bound.go_on_with(state["bounds"]["factor"])
         self.rise.load(state["bounds"].get("rise"))
         self.directed.load(state.get("directed"), self._curvature.layout.device)
-        self._preconditioner.iteration = self._preconditioner.iteration  # the signal says what it wants
+        schedule = self._preconditioner.schedule
+        schedule.go_on_at(schedule.iteration)  # what such steps want of it is known only now

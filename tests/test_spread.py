@@ -371,4 +371,4 @@ def test_refusals():
     assert opt.options.relative_damping
     opt.options.damping = lambda k: "auto"
     with pytest.raises(TypeError, match=r"damping\(0\) must be a number above 0, got 'auto'"):
-        opt.preconditioner._damping(curvature_of(opt).averages)
+        opt.preconditioner.schedule.damping(curvature_of(opt).averages)
