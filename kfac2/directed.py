@@ -67,6 +67,8 @@ class _Projection(NamedTuple):
         work: of these layers.
         settings: η and μ of each.
         matrices: v and d of each, (2, blocks, d_out, d_in).
+        grams: their inner products, (L, 2, 2).
+        slopes: ⟨v_i, ∇_i⟩ and ⟨d_i, ∇_i⟩, (L, 2).
         fisher: ZᵀFZ, (2L, 2L).
         weights: |W_i|², (L,).
     """
@@ -74,6 +76,8 @@ class _Projection(NamedTuple):
     work: Work
     settings: Settings
     matrices: list[Tensor]
+    grams: Tensor
+    slopes: Tensor
     fisher: Tensor
     weights: Tensor
 
@@ -147,20 +151,17 @@ class Directed(OwnSteps):
         if not work.layers or not (work.has_rows or self.signal.waits):
             return set()
         if self._looked:
-            was_new = self.signal.is_new
             self._measure_look(work)
-            if was_new and not self.signal.is_on:
-                return set()
+            if self.signal.is_new:
+                self.signal.decide()
+                if not self.signal.is_on:
+                    return set()
         if not work.has_rows:
-            if self.signal.waits:
-                last = work.last_updates(was_taken=True)
-                matrices = self._of(work.layers).matrices.of((last, last))
-                self._measure_step(work, _inner_products(matrices, work.gradients())[1], work.settings().rates)
+            self._measure_without_rows(work)
             return set()
         of = self._projected(work)
-        grams, slopes = _inner_products(of.matrices, of.work.gradients())
-        self._measure_step(of.work, slopes, of.settings.rates)
-        model, c = self._solved(of, grams, slopes)
+        self._measure_step(of.work, of.slopes, of.settings.rates)
+        model, c = self._solved(of)
         if self.signal.is_on:
             return self._take(of, model, c)
         self._look(of, model, c)
@@ -186,21 +187,27 @@ class Directed(OwnSteps):
         if len(places) < len(work.layers):  # no process has rows of the others
             work, matrices = work._replace(layers=[work.layers[i] for i in places]), [matrices[i] for i in places]
             weights = weights[places]
-        return _Projection(work, work.settings(), matrices, fisher, weights)
+        grams, slopes = _inner_products(matrices, work.gradients())
+        return _Projection(work, work.settings(), matrices, grams, slopes, fisher, weights)
 
     def _measure_look(self, work: Work) -> None:
-        """Measure the slope on this batch along the step that was looked at last; after the first look, decide."""
+        """Measure the slope on this batch along the step that was looked at last."""
         looked, self._looked = self._looked, {}
         slope = None
         if sorted(looked) == sorted(work.names):
             pairs = zip((looked[name] for name in work.names), work.gradients(), strict=True)
             slope = torch.stack([step @ gradient.to(step.dtype) for step, gradient in pairs]).double().sum()
         self.signal.measured(slope, work.found)
-        if self.signal.is_new:
-            self.signal.decide()
+
+    def _measure_without_rows(self, work: Work) -> None:
+        """Measure the slope along the last step that was taken, unless that is done."""
+        if self.signal.waits:
+            last = work.last_updates(was_taken=True)
+            matrices = self._of(work.layers).matrices.of((last, last))
+            self._measure_step(work, _inner_products(matrices, work.gradients())[1], work.settings().rates)
 
     def _measure_step(self, work: Work, slopes: Tensor, rates: Tensor) -> None:
-        """Measure the slope on this batch along the last step.
+        """Measure the slope on this batch along the last step that was taken; after a look there is nothing to do.
 
         Args:
             work: of the layers.
@@ -210,13 +217,13 @@ class Directed(OwnSteps):
         is_same = self.latest is not None and self.latest.names == work.names
         self.signal.measured((slopes[:, 1].double() * rates).sum() if is_same else None, work.found)
 
-    def _solved(self, of: _Projection, grams: Tensor, slopes: Tensor) -> tuple[Quadratic, Tensor]:
+    def _solved(self, of: _Projection) -> tuple[Quadratic, Tensor]:
         """Return the model and the coefficients, held to their bounds; where the solve fails, those of one level."""
         work, names = of.work, of.work.names
         known = self._correlations[1] if self._correlations is not None and self._correlations[0] == names else None
-        model, correlations = with_correlations(quadratic(of.fisher, grams, slopes, of.weights), known)
+        model, correlations = with_correlations(quadratic(of.fisher, of.grams, of.slopes, of.weights), known)
         c = coefficients(model, TAU if work.tau is None else work.tau)
-        c = c * _within(MOST_CHANGE, c, of.settings.rates, grams, of.weights)
+        c = c * _within(MOST_CHANGE, c, of.settings.rates, of.grams, of.weights)
         c = self._held(model, c, of.rates, work.bound)
         is_solved = c.isfinite().all()
         self._correlations = names, torch.where(is_solved, correlations, 0.0 if known is None else known)
