@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -118,6 +119,19 @@ def test_the_toolkit_behind_a_wrapper_script_is_found(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import setup; print(setup.find_toolkit())"
     path = os.pathsep.join((str(script.parent), os.environ["PATH"]))
     assert run(sys.executable, "-c", code, cwd=ROOT, PATH=path, CUDA_HOME="", CUDA_PATH="") == (0, "/opt/some-cuda\n")
+
+
+def test_each_line_of_contributing_uses_only_those_below_it():
+    cells = re.findall(r"^\| (`kfac2/[^|]*)\|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    line = {part: number for number, cell in enumerate(cells) for part in re.findall(r"`(?:kfac2/)?(\w+)/?`", cell)}
+    imports = re.compile(r"^\s*from kfac2(?:\.(\w+)\S*)? import ([^#\n]*)", re.MULTILINE)
+    paths = [path.relative_to(ROOT / "kfac2") for path in (ROOT / "kfac2").rglob("*.py")]
+    parts = {path: path.parts[0].removesuffix(".py") for path in paths if not path.parts[0].startswith("_")}
+    assert {*parts.values()} == {*line}
+    for path, part in parts.items():
+        for module, names in imports.findall((ROOT / "kfac2" / path).read_text()):
+            for other in [module] if module else re.findall(r"\w+", names):
+                assert other.startswith("_") or line[part] <= line[other], f"{path} uses {other}"
 
 
 def test_gpu_check_measures_and_writes_its_record(tmp_path):
