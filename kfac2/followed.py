@@ -9,7 +9,7 @@ from torch import Tensor
 from kfac2.capture import Capture, Captures
 from kfac2.kinds import Layer
 from kfac2.processes import ALONE, Processes
-from kfac2.self_check import Reached, Rebuilt, SelfCheck
+from kfac2.self_check import Reached, SelfCheck
 from kfac2.statistics import Use
 
 
@@ -72,10 +72,10 @@ class Followed:
             return "its input was overwritten in place before its statistics were taken"
         return capture.layer.reason_against(capture.call)
 
-    def leave(self, failed: Mapping[Layer, Rebuilt]) -> None:
-        """Let layers leave whose rows do not rebuild their gradient."""
-        for layer, rebuilt in failed.items():
-            self._leaves(layer, rebuilt.reason)
+    def leave(self, failed: Mapping[Layer, str]) -> None:
+        """Let layers leave whose rows do not rebuild their gradient, each with the reason."""
+        for layer, reason in failed.items():
+            self._leaves(layer, reason)
 
     def leave_without_rows(self, captures: Sequence[Capture]) -> None:
         """Let layers leave of which there is a capture that gives no rows."""

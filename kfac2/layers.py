@@ -77,11 +77,9 @@ def find_layers(
         is_first: whether each of `skip` must match; what it has matched may be gone later.
 
     Raises:
-        TypeError: if `model` is no module, or `skip` is not made of strings.
+        TypeError: if `skip` is not made of strings.
         ValueError: if an entry of `skip` matches no module, or layers are on two devices.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     patterns = _skip_patterns(model, skip, is_first)
     owners = _owners(model)
     ids = {id(parameter) for parameter in trained}

@@ -165,10 +165,6 @@ class Layout:
         """View the matrices of all layers by batch, (blocks, d_out, d_in) each."""
         return [batch.of(matrices) for batch in self.batches]
 
-    def row_length(self, i: int) -> int:
-        """Return the length of a row of layer i's matrix."""
-        return self.layers[i].matrix_shape[2]
-
 
 def _widest(layers: Sequence[Layer]) -> torch.dtype:
     return torch.float64 if any(layer.factor_dtype == torch.float64 for layer in layers) else torch.float32

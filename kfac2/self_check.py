@@ -10,32 +10,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac2.capture import Capture
 from kfac2.kinds import Layer
-from kfac2.processes import ALONE, Processes
+from kfac2.processes import Processes
 from kfac2.statistics import Use
 
 Reached = Sequence[tuple[Capture, Tensor]]
 """Captures, and the gradients of their outputs."""
 _MOST_SETS = 64  # of uses that are told apart: with experts, each pass may have its own
 _LOW = (torch.float16, torch.bfloat16)
-
-
-class Rebuilt(NamedTuple):
-    """A weight whose rows do not rebuild its gradient.
-
-    Attributes:
-        error: |Σ g āᵀ - ∇| / |∇|; infinity where no rows were captured.
-        reason: for people.
-    """
-
-    error: float
-    reason: str
 
 
 class SelfCheck:
@@ -72,7 +59,7 @@ class SelfCheck:
     @torch.no_grad()
     def of_sample(
         self, layers: Sequence[Layer], rows: RebuiltGradients, gradients: Sequence[Tensor | None]
-    ) -> dict[Layer, Rebuilt]:
+    ) -> dict[Layer, str]:
         """Compare with autograd's gradients of the same scalar.
 
         Args:
@@ -81,7 +68,7 @@ class SelfCheck:
             gradients: of `parameters(layers)`.
 
         Returns:
-            The layers that fail.
+            The layers that fail, and why.
         """
         rest, failed = iter(gradients), {}
         for layer in layers:
@@ -90,13 +77,13 @@ class SelfCheck:
                 continue
             error = rows.error(layer, true)
             if error is not None:
-                failed[layer] = Rebuilt(error, _reason(error))
+                failed[layer] = _reason(error)
         return failed
 
     @torch.no_grad()
     def of_backward(
-        self, watched: Sequence[Layer], reached: Reached, processes: Processes = ALONE
-    ) -> tuple[dict[Layer, Rebuilt], float]:
+        self, watched: Sequence[Layer], reached: Reached, processes: Processes
+    ) -> tuple[dict[Layer, str], float]:
         """Compare with `.grad`, into which the ordinary backward passes of this iteration have added up.
 
         A factor that all layers share does not make rows wrong: gradients were clipped after the backward pass, or an
@@ -109,7 +96,7 @@ class SelfCheck:
             processes: over which `.grad` was averaged.
 
         Returns:
-            The layers that fail, and the factor.
+            The layers that fail, and why; and the factor.
         """
         rows = RebuiltGradients()
         for capture, g in reached:
@@ -125,13 +112,13 @@ class SelfCheck:
         for layer in layers:
             error = rows.error(layer, [parameter.grad for parameter in _parameters(layer)], shared)
             if error is not None:
-                failed[layer] = Rebuilt(error, _reason(error))
+                failed[layer] = _reason(error)
         exponent = math.log2(shared) if shared > 0 else 0.0
         is_scale = abs(exponent - round(exponent)) < 1e-2
         return failed, 2.0 ** round(exponent) if is_scale else 1.0
 
 
-def check_are_means(passes: Sequence[tuple[Use, int]], scale: float, processes: Processes = ALONE) -> None:
+def check_are_means(passes: Sequence[tuple[Use, int]], scale: float, processes: Processes) -> None:
     """Check that cross-entropies are means over their cases, where their output gradients show that they are some.
 
     With a softmax each row g = (p - y)/M adds up to 0, and |p - y|₁ is at most 2: so is its mean over the cases,
@@ -213,7 +200,7 @@ class RebuiltGradients:
         return layer in self._sums
 
     def error(self, layer: Layer, true: Sequence[Tensor | None], factor: float = 1.0) -> float | None:
-        """Return by how much the rebuilt gradient is off; None where it is right."""
+        """Return by how much the rebuilt gradient is off, |Σ g āᵀ - ∇| / |∇|; None where it is right."""
         wanted = _joined([t for t in true if t is not None])
         size = float(wanted.norm())
         if layer not in self._sums:
@@ -260,6 +247,7 @@ def _rebuilt(capture: Capture, g: Tensor) -> list[Tensor]:
 
 
 def _reason(error: float) -> str:
+    """Say why a layer fails; the error is infinity where no rows were captured."""
     if error == math.inf:
         return "its weight has a gradient, but was used in no call of F.linear, F.conv or F.conv_transpose"
     return (

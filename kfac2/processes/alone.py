@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import Tensor, distributed
+from torch import distributed
 
-from kfac2.processes.base import Part, Processes, Told
+from kfac2.processes.base import Processes, Told
 
 
 class Alone(Processes):
@@ -23,18 +23,6 @@ class Alone(Processes):
     def labels(self, moment: int, number: int) -> AbstractContextManager[None]:
         """Do nothing: labels are drawn from torch's global generator."""
         return nullcontext()
-
-    def added(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors."""
-        return list(tensors)
-
-    def parts(self, ranks: Sequence[Sequence[int]]) -> Part:
-        """Return all there is."""
-        return None
-
-    def send(self, what: str, flat: Tensor, owner: int, part: Part = None) -> Callable[[], None]:
-        """Send nothing."""
-        return lambda: None
 
     def meet(self, occasion: str, facts: Callable[[], Mapping[str, object]], own: Mapping[str, float]) -> Told:
         """Return its own numbers; check that there is still no other process that it does not know of."""

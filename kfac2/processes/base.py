@@ -36,6 +36,8 @@ class Processes(ABC):
     A *meeting* is an iteration in which they talk to each other. All know beforehand which is the next one, so that
     none waits for another that does not come; between two meetings none says a word.
 
+    One that is alone has nobody to add up with, or to send to: nobody asks it to.
+
     Attributes:
         rank: of this process among them.
         size: how many there are.
@@ -61,40 +63,6 @@ class Processes(ABC):
         """
 
     @abstractmethod
-    def added(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Add up tensors of all processes, one message for each dtype; all get the same bits.
-
-        Args:
-            what: for errors.
-            tensors: of the same shapes and dtypes in all processes.
-        """
-
-    @abstractmethod
-    def parts(self, ranks: Sequence[Sequence[int]]) -> Part:
-        """Make groups of some processes each, that `send` takes; all processes call it together, with the same.
-
-        Args:
-            ranks: of each group; each process is in one of them.
-
-        Returns:
-            The group that this process is in.
-
-        Raises:
-            ValueError: if there are further processes, which would have to take part.
-        """
-
-    @abstractmethod
-    def send(self, what: str, flat: Tensor, owner: int, part: Part = None) -> Callable[[], None]:
-        """Begin to send a tensor of one process to others, in place; return what waits for it.
-
-        Args:
-            what: for errors.
-            flat: what is sent, or where it is received; of one size in all processes.
-            owner: the rank that sends, among all.
-            part: those it is sent to, of `parts`; None: all. They call it in the same order.
-        """
-
-    @abstractmethod
     def meet(self, occasion: str, facts: Callable[[], Mapping[str, object]], own: Mapping[str, float]) -> Told:
         """Tell each other some numbers: one message of a few of them, whatever the model.
 
@@ -115,3 +83,39 @@ class Processes(ABC):
         Args:
             facts: gives them by name, what `pickle` takes; they are the same if they print alike.
         """
+
+    # -- where there are several ------------------------------------------------------------------------------
+
+    def added(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Add up tensors of all processes, one message for each dtype; all get the same bits.
+
+        Args:
+            what: for errors.
+            tensors: of the same shapes and dtypes in all processes.
+        """
+        raise NotImplementedError
+
+    def parts(self, ranks: Sequence[Sequence[int]]) -> Part:
+        """Make groups of some processes each, that `send` takes; all processes call it together, with the same.
+
+        Args:
+            ranks: of each group; each process is in one of them.
+
+        Returns:
+            The group that this process is in.
+
+        Raises:
+            ValueError: if there are further processes, which would have to take part.
+        """
+        raise NotImplementedError
+
+    def send(self, what: str, flat: Tensor, owner: int, part: Part = None) -> Callable[[], None]:
+        """Begin to send a tensor of one process to others, in place; return what waits for it.
+
+        Args:
+            what: for errors.
+            flat: what is sent, or where it is received; of one size in all processes.
+            owner: the rank that sends, among all.
+            part: those it is sent to, of `parts`; None: all. They call it in the same order.
+        """
+        raise NotImplementedError
