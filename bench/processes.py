@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib
 import processes_memory
-import processes_overlap
 from output import into_place, table, write
 from processes_counted import counted
 from processes_plan import (
@@ -173,16 +172,6 @@ functions. Each new inverse takes the place of the last one, whoever inverts it,
 new inverses needs hardly more than one of statistics. Where not all hold all, the others' are never there.
 
 {memory}
-
-## Sums in parts
-
-By `python bench/processes_overlap.py`: milliseconds of adding up the sums of an iteration, each part of them on its way
-while the next is packed, over one message for each dtype; in turns in one run of two gloo processes with one thread
-each, on two cores that others used, too. No sum can be sent before its loss has gone backward and all have told that
-theirs are finite: a part waits for nothing but the packing of others. The one message is kept: parts gain nothing
-beyond the quartiles, and over a faster link there is less to gain, since the message shrinks and the packing stays.
-
-{overlap}
 """
 
 
@@ -190,16 +179,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of processes.md and .png")
     parser.add_argument("--counted", nargs="*", default=COUNTED, help="networks to count bytes of")
-    parser.add_argument("--measured", nargs="*", default=COUNTED, help="networks to measure memory and sums of")
+    parser.add_argument("--measured", nargs="*", default=COUNTED, help="networks to measure memory of")
     parser.add_argument("--processes", nargs="*", type=int, default=[2, 4], help="how many of them")
     options = parser.parse_args(arguments)
     works = [work_of(net) for net in (resnet_50(), gpt2_small(), transformer_1b())]
     counts, worst = compared(options.counted, options.processes)
     tables = "\n".join(map(planned, works))
     memory = processes_memory.told(options.measured, options.processes)
-    overlap = processes_overlap.told(options.measured, repeats=200)
     parts = {"tables": tables, "refused": refused(works), "counts": counts, "worst": worst, "rate": DEVICE.rate}
-    write(options.out / "processes.md", TEXT.format(**parts, memory=memory, overlap=overlap))
+    write(options.out / "processes.md", TEXT.format(**parts, memory=memory))
     draw(works, options.out / "processes.png")
     print(f"{options.out / 'processes.md'}: the largest difference from the plan is {worst:.1%}")
 

@@ -14,7 +14,7 @@ from arguments import add_some, positive
 from memory import KINDS, Meter
 from networks import NETWORKS
 from output import table
-from processes_plan import FLOAT, Share, Work, held, held_by, holders_of, shares_of
+from processes_plan import FLOAT, Share, Work, factors_of, held, held_by, holders_of, shares_of
 from torch import distributed, nn
 
 import kfac2
@@ -28,7 +28,7 @@ HEADER = ["network", "processes", "share", "factors and inverses, MB", "planned,
 def planned(work: Work, share: Share, processes: int) -> float:
     """Return bytes of factors and inverses of the process that has most."""
     columns = processes // holders_of(share, processes)
-    return FLOAT * (sum(map(held_by, work.layers)) + max(held(work, processes, columns, held_by)))
+    return FLOAT * (sum(map(factors_of, work.layers)) + max(held(work, processes, columns, held_by)))
 
 
 def measured(name: str, share: Share, processes: int) -> dict[str, float]:

@@ -138,7 +138,7 @@ def taken_part_in(messages: Sequence[Message], processes: int) -> int:
 
 
 def factors_of(layer: tuple[int, int, int]) -> int:
-    """Return numbers of both inverses of a layer as they are sent."""
+    """Return numbers of both factors of a layer as they are held, and of both inverses as they are sent."""
     blocks, d_out, d_in = layer
     return blocks * (half(d_out) + half(d_in))
 
@@ -208,7 +208,7 @@ def plan(work: Work, share: Share, processes: int, link: Link, device: Device) -
         kind: sent[kind] / link.bandwidth + _hops(own, processes) * link.latency for kind, own in of_kind.items()
     }
     loads = [sum(map(cubes, work.layers))] if share == "all" else owned(work, processes, cubes)
-    factors = sum(map(held_by, work.layers)) * FLOAT
+    factors = sum(map(factors_of, work.layers)) * FLOAT  # as they are sent: one triangle of each
     columns = processes // holders_of(share, processes)
     inverses = max(held(work, processes, columns, held_by)) * FLOAT
     largest = max((m.size for own in of_kind.values() for m in own), default=0)

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from kfac2 import ops
 from kfac2.capture import Capture
 from kfac2.divergence import Keeps, first_rows
 from kfac2.kinds import Layer
 from kfac2.ops.layer_maps import sum_dtype
+from kfac2.outer_products import outer_products
 from kfac2.reached import Reach, share_reached
 from kfac2.self_check import RebuiltGradients
 from kfac2.statistics import Pass, Taken, Use
+from kfac2.triangles import packed_shape
 
 # Gradients that wait for each other, so that small ones share a native call: 16 MB. A larger one waits for none.
 WAITING_BYTES = 2**24
@@ -231,17 +232,15 @@ def taken_of(passed: Pass, wanted: Wanted) -> Pass:
 
 
 def _sums(uses: Sequence[Use], scale: float) -> list[Tensor]:
-    """Return Σ g gᵀ of each use times a scale, in one native call; 0 where no row is left."""
+    """Return Σ g gᵀ of each use times a scale, as triangles; 0 where no row is left."""
     rows = [use.counted_grads() for use in uses]
-    some = [r for r in rows if r.tensor.numel()]
-    scales = [scale] * len(some)
-    sums = iter(ops.covariances([r.tensor for r in some], [r.window for r in some], scales=scales) if some else ())
+    sums = iter(outer_products([r for r in rows if r.tensor.numel()], scale))
     return [next(sums) if r.tensor.numel() else _zeros(use, r.tensor.dtype) for use, r in zip(uses, rows, strict=True)]
 
 
 def _zeros(use: Use, dtype: torch.dtype) -> Tensor:
     blocks, d_out, _ = use.layer.matrix_shape
-    return torch.zeros(blocks, d_out, d_out, dtype=sum_dtype(dtype), device=use.g.device)
+    return torch.zeros(blocks, *packed_shape(d_out), dtype=sum_dtype(dtype), device=use.g.device)
 
 
 def _tensors(taken: Taken) -> list[Tensor]:

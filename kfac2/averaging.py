@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,18 +16,20 @@ from kfac2.statistics import Averages, Sums, kept_share
 def averaged(layout: Layout, old: Averages, sums: Sums, decay: float, follows_spread: bool = False) -> Averages:
     """Average the factors of one iteration in: X ← εX + (1 - ε)X_new. What the coarse space has stays as it is.
 
-    A layer's first statistics are taken as they are; a layer without rows in this iteration keeps its factors. Their
+    The sums of factors are let go, batch by batch, as averages take their place: these would need as much once more. A
+    layer's first statistics are taken as they are; a layer without rows in this iteration keeps its factors. Their
     spread is followed where that is wanted.
     """
     t = old.updates + 1
     kept = kept_share(t, decay)
-    A = mixed_in(layout, old.A, old.seen, sums.A, [1 / sums.cases] * len(sums.A), kept)
-    G = mixed_in(layout, old.G, old.seen, sums.G, [1 / sums.rows[layer] for layer in sums.G], kept)
-    seen = tuple(was or layer in sums.A for was, layer in zip(old.seen, layout.layers, strict=True))
+    is_new = [layer in sums.A for layer in layout.layers]
+    A = mixed_in(layout, old.A, old.seen, sums.A, lambda layer: 1 / sums.cases, kept)
+    G = mixed_in(layout, old.G, old.seen, sums.G, lambda layer: 1 / sums.rows[layer], kept)
+    seen = tuple(was or new for was, new in zip(old.seen, is_new, strict=True))
     fits = tuple(layer not in sums.misfits for layer in layout.layers)
     s = None
     if follows_spread:
-        again = [was and layer in sums.A for was, layer in zip(old.seen, layout.layers, strict=True)]
+        again = [was and new for was, new in zip(old.seen, is_new, strict=True)]
         s = spread.followed(layout, old.spread, (old.A, old.G), (A, G), again, kept)
     return Averages(t, A, G, seen, fits, old.coarse, s)
 
@@ -37,28 +39,30 @@ def mixed_in(
     old: Stacks,
     known: Sequence[bool],
     raw: dict[Layer, Tensor],
-    scales: Sequence[float],
+    scale_of: Callable[[Layer], float],
     kept: float,
 ) -> Stacks:
-    """Return a field with the new sums averaged in; neither `old` nor `raw` is changed.
+    """Return a field with the new sums averaged in; `old` is not changed, and `raw` is emptied.
 
     Args:
         layout: where the field lies.
         old: the averages so far.
         known: by layer, whether `old` says something; if not, the new sums are taken as they are.
         raw: new sums by layer; a layer without any keeps what it has.
-        scales: what these are multiplied by.
+        scale_of: gives what the sums of a layer are multiplied by.
         kept: ε.
     """
-    numbers = [layout.number(layer) for layer in raw]
-    is_whole = len(numbers) == len(layout.layers)
-    new = [torch.empty_like(stack) if is_whole else stack.clone() for stack in old]
-    of_all = layout.views(new)
-    views = [of_all[i] for i in numbers]
-    torch._foreach_copy_(views, list(raw.values()))
-    torch._foreach_mul_(views, list(scales))
-    again = [place for place, i in enumerate(numbers) if known[i]]
-    if again:
-        before = layout.views(old)
-        torch._foreach_lerp_([views[place] for place in again], [before[numbers[place]] for place in again], kept)
-    return new
+    result = []
+    for batch, stack in zip(layout.batches, old, strict=True):
+        own = [i for i in batch.members if layout.layers[i] in raw]
+        new = torch.empty_like(stack) if len(own) == len(batch.members) else stack.clone()
+        views, before = (dict(zip(batch.members, s.split(batch.sizes), strict=True)) for s in (new, stack))
+        if own:
+            layers = [layout.layers[i] for i in own]
+            torch._foreach_copy_([views[i] for i in own], [raw.pop(layer) for layer in layers])
+            torch._foreach_mul_([views[i] for i in own], [scale_of(layer) for layer in layers])
+        again = [i for i in own if known[i]]
+        if again:
+            torch._foreach_lerp_([views[i] for i in again], [before[i] for i in again], kept)
+        result.append(new)
+    return result

@@ -177,7 +177,7 @@ class Curvature(Readings):
                 raise NotFiniteError(bad)
             if not self.iteration.sums.A:
                 raise RuntimeError("there is nothing to accumulate: got no distribution and no backward pass")
-            self.estimates.commit(*self.estimates.refreshed(self.iteration.sums, None))
+            self.estimates.commit(*self.estimates.averaged(self.iteration.sums))
         finally:
             self.iteration.drop_kept()
             self.iteration.discard()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,32 +65,34 @@ class Estimates:
 
     # -- what comes next ------------------------------------------------------------------------------------
 
-    def refreshed(
-        self, sums: Sums, damping: Callable[[Averages], Damping] | None, place: InPlace | None = None
-    ) -> tuple[Averages, Inverses | None]:
-        """Return averages and inverses with the sums of an iteration; commit neither.
+    def averaged(self, sums: Sums) -> tuple[Averages, Inverses | None]:
+        """Return the averages with the sums of an iteration, and the inverses in use; commit neither.
 
         Args:
-            sums: of the iteration; without any, the averages go on.
-            damping: of new inverses of these averages; None: the inverses in use go on.
-            place: new inverses take the place of those in use, as nothing will come up for which the step is skipped.
+            sums: of the iteration, whose factors are let go as averages take their place; without any, all goes on.
         """
         averages, inverses = self.averages, self.inverses
-        if sums.A:
-            decay = self._options.stat_decay
-            averages = averaged(self.layout, averages, sums, decay, self._options.follows_spread)
-            kept = kept_share(averages.updates, decay)
-            averages = replace(averages, coarse=self.solvers.coarse.averaged(self.layout, averages, sums, kept))
-            if inverses is not None:
-                inverses = observed(self.layout, inverses, self.solvers.fine, sums, decay)
-        if damping is not None and averages.updates and self.layout.layers:
-            inverses = self.inverted(averages, inverses, damping(averages), place)
+        if not sums.A:
+            return averages, inverses
+        decay = self._options.stat_decay
+        averages = averaged(self.layout, averages, sums, decay, self._options.follows_spread)
+        kept = kept_share(averages.updates, decay)
+        averages = replace(averages, coarse=self.solvers.coarse.averaged(self.layout, averages, sums, kept))
+        if inverses is not None:
+            inverses = observed(self.layout, inverses, self.solvers.fine, sums, decay)
         return averages, inverses
 
     def inverted(
         self, averages: Averages, last: Inverses | None, damping: Damping, place: InPlace | None = None
     ) -> Inverses:
-        """Return inverses of averages, made here or shared out among processes; mended where the host looks at once."""
+        """Return inverses of averages, made here or shared out among processes; mended where the host looks at once.
+
+        Args:
+            averages: of the factors.
+            last: the inverses so far.
+            damping: of the blocks.
+            place: new inverses take the place of the last, as nothing will come up for which the step is skipped.
+        """
         options, solvers = self._options, self.solvers
         arguments = (averages, last, solvers, damping, options.coarse_damping, options.inverse_dtype)
         if solvers.division.is_everyones:

@@ -12,8 +12,8 @@ from kfac2.coarse import CoarseSpace
 from kfac2.kinds import Layer
 from kfac2.layout import Batch, Layout, Stacks
 from kfac2.processes import Processes
-from kfac2.processes.packing import packed, unpacked
-from kfac2.statistics import Sums
+from kfac2.statistics import A_shape, G_shape, Sums
+from kfac2.triangles import packed, unpacked
 
 
 class Exchanged(NamedTuple):
@@ -56,16 +56,16 @@ def exchanged(
     flags = [float(layer in own) for own in (sums.A, sums.squares, sums.misfits, leaving) for layer in layers]
     rows = [float(sums.rows.get(layer, 0)) for layer in layers]
     counts = torch.tensor([*rows, *flags, float(sums.cases), float(has_kept)], dtype=torch.float64)
-    halves = [_halves(layout, own, side) for side, own in (("d_in", sums.A), ("d_out", sums.G))]
+    factors = _stacked(layout, sums.A, A_shape) + _stacked(layout, sums.G, G_shape)
     others = _stacked(layout, sums.squares, lambda batch: (batch.d_out, batch.d_in)) if observes else []
     pair_sums = [packed(tensor.to(layout.dtype)[None]) for tensor in sums.coarse or coarse.no_sums(layout)]
-    sent = [counts.to(layout.device), *pair_sums, *halves[0], *halves[1], *others]
+    sent = [counts.to(layout.device), *pair_sums, *factors, *others]
     received = iter(processes.added("the statistics", sent))
-    del halves, sent  # as large as half of all factors
+    del factors, sent  # as large as all factors
 
     told = _Counts(next(received).tolist(), len(layers))
     pairs = tuple(unpacked(next(received), len(layout.layer_of_map))[0] for _ in pair_sums)
-    A, G = ([unpacked(next(received), getattr(b, side)) for b in layout.batches] for side in ("d_in", "d_out"))
+    A, G = ([next(received) for _ in layout.batches] for _ in "AG")
     squares = list(received)
     left = [layer for layer, flag in zip(layers, told.flags(3), strict=True) if flag]
     result = Sums(
@@ -93,10 +93,6 @@ class _Counts:
         """Return the flags of all layers, those of some process."""
         begin = (1 + which) * self._layers
         return [bool(number) for number in self._numbers[begin : begin + self._layers]]
-
-
-def _halves(layout: Layout, tensors: Mapping[Layer, Tensor], side: str) -> Stacks:
-    return [packed(stack) for stack in _stacked(layout, tensors, lambda batch: (getattr(batch, side),) * 2)]
 
 
 def _stacked(layout: Layout, tensors: Mapping[Layer, Tensor], shape_of: Callable[[Batch], tuple[int, int]]) -> Stacks:

@@ -17,6 +17,7 @@ from kfac2.fine import Damping, Fields, FineSolver
 from kfac2.layout import Layout, Stacks
 from kfac2.processes import Processes
 from kfac2.statistics import Averages
+from kfac2.triangles import diagonals, unpacked
 
 SHARE = 4  # 1 / what a refresh may need above factors and inverses, over what these need
 LEAST_BYTES = 2**22  # that a chunk may need in any case: a native call for each of many small layers would cost time
@@ -152,11 +153,10 @@ def inverted(
     seen = brought(averages.seen, failed.dtype, layout.device)
     before = torch.zeros_like(failed) if last is None else last.usable
     for chunk in chunks(layout, fine, dtype):
-        factors = _parts(averages.A, chunk), _parts(averages.G, chunk)
         layers = torch.cat([layout.layer_of_block[c.first : c.first + c.end - c.begin] for c in chunk])
         standing = None if last is None else {name: _parts(stacks, chunk) for name, stacks in last.fields.items()}
         new, is_bad = _chunk_inverted(
-            layout, chunk, fine, damping, factors, dtype, standing, _split(before[layers] > 0, chunk)
+            layout, chunk, fine, damping, averages, dtype, standing, _split(before[layers] > 0, chunk)
         )
         if place is not None and place.gradients is not None:
             gains = torch.cat([gain.double() for gain in fine.gains(new, damping)])
@@ -210,14 +210,13 @@ def _chunk_inverted(
     chunk: Sequence[Chunk],
     fine: FineSolver,
     damping: Damping,
-    factors: tuple[Stacks, Stacks],
+    averages: Averages,
     dtype: torch.dtype | None,
     standing: Fields | None,
     had: Sequence[Tensor],
 ) -> tuple[Fields, Tensor]:
     """Return the new fields of a chunk, and of which blocks they hold no meaning."""
-    A, G = ([part.to(dtype or part.dtype) for part in stacks] for stacks in factors)
-    fields, status = fine.invert(A, G, damping)
+    fields, status = fine.invert(*_whole(layout, averages, chunk, dtype), damping)
     fields = all_rounded(fields, layout, chunk)
     if standing is not None:
         fields = all_rounded(fine.carry_over(fields, standing, had), layout, chunk)
@@ -236,7 +235,8 @@ def chunks(layout: Layout, fine: FineSolver, dtype: torch.dtype | None) -> Itera
         dtype: the factors are inverted in; None: their own.
     """
     sizes = [(batch.d_in**2 + batch.d_out**2) * batch.dtype.itemsize for batch in layout.batches]
-    held = 2 * sum(size * batch.blocks for size, batch in zip(sizes, layout.batches, strict=True))
+    # of the factors one triangle is kept
+    held = 3 * sum(size * batch.blocks for size, batch in zip(sizes, layout.batches, strict=True)) // 2
     most = max(held // SHARE, LEAST_BYTES) // fine.copies
     chunk: list[Chunk] = []
     used = first = 0
@@ -254,6 +254,15 @@ def chunks(layout: Layout, fine: FineSolver, dtype: torch.dtype | None) -> Itera
             used, block, first = used + size * blocks, block + blocks, first + blocks
     if chunk:
         yield chunk
+
+
+def _whole(
+    layout: Layout, averages: Averages, chunk: Sequence[Chunk], dtype: torch.dtype | None
+) -> tuple[Stacks, Stacks]:
+    """Return the whole factors of a chunk, in memory of their own."""
+    A = [(part, layout.batches[c.batch].d_in) for part, c in zip(_parts(averages.A, chunk), chunk, strict=True)]
+    G = [(part, layout.batches[c.batch].d_out) for part, c in zip(_parts(averages.G, chunk), chunk, strict=True)]
+    return tuple([unpacked(part.to(dtype or part.dtype), d) for part, d in side] for side in (A, G))  # type: ignore[return-value]
 
 
 def _parts(stacks: Stacks, chunk: Sequence[Chunk]) -> Stacks:
@@ -293,7 +302,7 @@ def _coarse_damping(layout: Layout, averages: Averages, damping: Damping) -> flo
     if not damping.relative:
         return damping.value
     traces = [
-        A.diagonal(dim1=-2, dim2=-1).sum(-1).double() * G.diagonal(dim1=-2, dim2=-1).sum(-1).double()
+        diagonals(A).sum(-1).double() * diagonals(G).sum(-1).double()
         for A, G in zip(averages.A, averages.G, strict=True)
     ]
     scales = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)

@@ -14,8 +14,8 @@ from kfac2.fine import Damping, FineSolver
 from kfac2.inverses import Solvers
 from kfac2.layout import Layout
 from kfac2.processes import Processes
-from kfac2.processes.packing import packed, packed_shape, unpacked
 from kfac2.sent_fields import sent_bytes
+from kfac2.triangles import packed, packed_shape, unpacked
 
 LITTLE = 1e7
 """Σ n³ below which nothing is measured: a CPU inverts it in milliseconds, which a few messages take, too."""

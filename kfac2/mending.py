@@ -51,7 +51,7 @@ def mended(layout: Layout, averages: Averages, inverses: Inverses, solvers: Solv
     known = list(inverses.observed)
     for i in numbers:
         name = layout.layers[i].name
-        entry = solvers.fine.mend(layout.view(averages.A, i), layout.view(averages.G, i), inverses.damping)
+        entry = solvers.fine.mend(*averages.of_layer(layout, i), inverses.damping)
         if entry is None:
             warn(f"not finite {name}", f"a factor of {name} is not finite; its last inverse is kept")
             continue

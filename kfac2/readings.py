@@ -88,7 +88,7 @@ class Readings:
             raise KeyError(f"name must be one of the handled layers {self.layers}, got {name!r}")
         if not averages.seen[number]:
             raise RuntimeError(f"{name} has no statistics yet: take some first")
-        A, G = (layout.view(stacks, number).clone() for stacks in (averages.A, averages.G))
+        A, G = averages.of_layer(layout, number)
         return (A, G) if layout.layers[number].blocks > 1 else (A[0], G[0])
 
     def coarse_sums(self) -> tuple[Tensor, Tensor]:

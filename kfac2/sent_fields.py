@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfac2.fine import Fields, FineSolver
 from kfac2.layout import Batch, Layout
-from kfac2.processes.packing import packed, packed_shape, unpacked
+from kfac2.triangles import packed, packed_shape, unpacked
 
 
 def room(layout: Layout, fine: FineSolver) -> Tensor:

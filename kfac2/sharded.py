@@ -16,6 +16,7 @@ from kfac2.kinds import Layer
 from kfac2.layout import Layout
 from kfac2.shared_inverses import whole
 from kfac2.state import from_inverses, to_inverses
+from kfac2.triangles import packed_shape
 
 
 class HasState(Protocol):
@@ -112,7 +113,7 @@ class ShardedState:
 
 def _no_factors(layer: Layer) -> dict[str, Tensor]:
     blocks, d_out, d_in = layer.matrix_shape
-    shapes = {"A": (blocks, d_in, d_in), "G": (blocks, d_out, d_out)}
+    shapes = {"A": (blocks, *packed_shape(d_in)), "G": (blocks, *packed_shape(d_out))}
     return {
         key: torch.zeros(shape, dtype=layer.factor_dtype, device=layer.weight.device) for key, shape in shapes.items()
     }

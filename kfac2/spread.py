@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kfac2.brought import brought
 from kfac2.layout import Layout, Stacks
+from kfac2.triangles import diagonals, frobenius_norms
 
 FIRST = 0.1  # c until there is a spread
 KEPT = 0.8  # of the spread so far, at each update
@@ -52,10 +53,9 @@ def followed(
 
 
 def _square(new: Tensor, old: Tensor) -> Tensor:
-    """Return d |new - old|²_F / (tr new)² of each block, in float64."""
-    d = new.shape[-1]
-    norms = torch.linalg.vector_norm(new - old, dim=(-2, -1))
-    return (norms / new.diagonal(dim1=-2, dim2=-1).mean(-1)).double().square() / d
+    """Return d |new - old|²_F / (tr new)² of each block, in float64, given triangles."""
+    diagonal = diagonals(new)
+    return (frobenius_norms(new - old) / diagonal.mean(-1).double()).square() / diagonal.shape[-1]
 
 
 def damping(layout: Layout, spread: Tensor | None, kept: float) -> Tensor:

@@ -19,6 +19,7 @@ from kfac2.layout import Layout
 from kfac2.options import STRUCTURAL, CurvatureOptions
 from kfac2.spread import by_batch, unknown
 from kfac2.statistics import Averages
+from kfac2.triangles import packed, packed_shape
 
 KEYS = ("options", "layers", "dropped", "statistics", "inverses")
 State = dict[str, Any]
@@ -52,7 +53,8 @@ def to_averages(state: Mapping[str, Any], layout: Layout, solvers: Solvers) -> A
     for i, layer in enumerate(layout.layers):
         for key, stacks in (("A", averages.A), ("G", averages.G)):
             if layer.name in saved["factors"]:
-                layout.view(stacks, i).copy_(saved["factors"][layer.name][key])
+                target, factor = layout.view(stacks, i), saved["factors"][layer.name][key]
+                target.copy_(factor if factor.shape == target.shape else packed(factor))
     seen = tuple(layer.name in saved["factors"] for layer in layout.layers)
     coarse = tuple(_here(saved[name], layout) for name in solvers.coarse.names if name in saved)
     spread = _to_spread(saved["spread"], layout) if "spread" in saved else None
@@ -168,9 +170,9 @@ def check(
     for name, factors in (state["statistics"] or {"factors": {}})["factors"].items():
         blocks, d_out, d_in = shapes[name]
         for key, d in (("A", d_in), ("G", d_out)):
-            shape = tuple(factors[key].shape)
-            if shape != (blocks, d, d):
-                raise ValueError(f"state_dict must have {key} of {name} in shape {(blocks, d, d)}, got {shape}")
+            shape, triangle = tuple(factors[key].shape), (blocks, *packed_shape(d))
+            if shape not in (triangle, (blocks, d, d)):  # whole ones were saved by earlier versions
+                raise ValueError(f"state_dict must have {key} of {name} in shape {triangle}, got {shape}")
 
 
 def _here(tensor: Tensor, layout: Layout) -> Tensor:

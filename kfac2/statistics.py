@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac2 import ops, spread
+from kfac2 import spread
 from kfac2.kinds import Call, Layer, Rows
-from kfac2.layout import Layout, Stacks
+from kfac2.layout import Batch, Layout, Stacks
 from kfac2.ops.gather_gradients import first_not_finite
+from kfac2.outer_products import outer_products
+from kfac2.triangles import packed_shape, unpacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +23,8 @@ class Taken:
     """What was taken of the gradients of a use while they were there.
 
     Attributes:
-        G: Σ g gᵀ of the rows that count, (blocks, d_out, d_out), times the squared scale of their pass; None where
-            nothing is summed up.
+        G: triangle of Σ g gᵀ of the rows that count, times the squared scale of their pass; None where nothing is
+            summed up.
         maps: what a coarse space sums up: 1ᵀg of all rows, one for each map of the layer.
         first: the rows g of the first samples, times the scale of their pass; None where none are kept.
     """
@@ -202,8 +204,8 @@ class Sums:
     """Sums over the rows of one iteration, not yet normalised; those of several passes, or processes, add up.
 
     Attributes:
-        A: Σ ā āᵀ by layer, (blocks, d_in, d_in).
-        G: Σ g gᵀ by layer, (blocks, d_out, d_out).
+        A: Σ ā āᵀ by layer, as triangles, see `kfac2.triangles`.
+        G: Σ g gᵀ by layer, likewise.
         rows: number of g rows by layer, N · T_i.
         cases: M, independent cases of the loss.
         coarse: what the coarse space has summed up; empty without one.
@@ -222,7 +224,7 @@ class Sums:
     log_probs: list[Tensor] = field(default_factory=list)
 
     def add_factors(self, passed: Pass) -> None:
-        """Add the rows of one pass to the sums of both factors: Σ g gᵀ was taken; all of ā āᵀ in one native call."""
+        """Add the rows of one pass to the sums of both factors; Σ g gᵀ was taken as the gradients came."""
         for use in passed.uses:
             assert use.taken is not None and use.taken.G is not None
             add_to(self.G, use.layer, use.taken.G)
@@ -230,8 +232,7 @@ class Sums:
             add_to(self.squares, layer, squares)
         if passed.is_repeated:
             return
-        inputs = [use.counted_inputs() for use in passed.uses]
-        sums = ops.covariances([rows.tensor for rows in inputs], [rows.window for rows in inputs])
+        sums = outer_products([use.counted_inputs() for use in passed.uses])
         for use, A in zip(passed.uses, sums, strict=True):
             add_to(self.A, use.layer, A)
             self.rows[use.layer] = self.rows.get(use.layer, 0) + use.row_count
@@ -274,14 +275,24 @@ def add_to(sums: dict[Layer, Tensor], layer: Layer, new: Tensor) -> None:
     sums[layer] = sums[layer] + new if layer in sums else new
 
 
+def A_shape(batch: Batch) -> tuple[int, int]:
+    """Return the shape in which one block's A is kept."""
+    return packed_shape(batch.d_in)
+
+
+def G_shape(batch: Batch) -> tuple[int, int]:
+    """Return the shape in which one block's G is kept."""
+    return packed_shape(batch.d_out)
+
+
 @dataclass(frozen=True)
 class Averages:
     """Running averages; never changed, only replaced, so that a step that fails leaves them as they were.
 
     Attributes:
         updates: t, statistics updates so far.
-        A: A_ii, (blocks, d_in, d_in) for each batch of the layout.
-        G: G_ii, (blocks, d_out, d_out).
+        A: A_ii of all blocks of each batch of the layout, as triangles, see `kfac2.triangles`.
+        G: G_ii, likewise.
         seen: by layer, whether it has had rows: if not, its factors are zeros that say nothing.
         in_coarse: by layer, whether it is in the coarse space: whether it fitted the last update.
         coarse: the averages of the coarse space; empty without one.
@@ -299,9 +310,13 @@ class Averages:
     @staticmethod
     def none(layout: Layout) -> Averages:
         """Return the averages before the first update."""
-        A, G = layout.stacks(lambda b: (b.d_in, b.d_in)), layout.stacks(lambda b: (b.d_out, b.d_out))
         count = len(layout.layers)
-        return Averages(0, A, G, (False,) * count, (True,) * count)
+        return Averages(0, layout.stacks(A_shape), layout.stacks(G_shape), (False,) * count, (True,) * count)
+
+    def of_layer(self, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
+        """Return whole factors of layer i, (blocks, d_in, d_in) and (blocks, d_out, d_out), in memory of their own."""
+        _, d_out, d_in = layout.layers[i].matrix_shape
+        return unpacked(layout.view(self.A, i), d_in), unpacked(layout.view(self.G, i), d_out)
 
     def moved(self, old: Layout, new: Layout, coarse: tuple[Tensor, ...]) -> Averages:
         """Return the averages where another layout says; a layer that was not there has none.
@@ -311,8 +326,7 @@ class Averages:
             new: where they are to lie.
             coarse: those of the coarse space, in the new layout.
         """
-        A = new.moved(self.A, old, lambda b: (b.d_in, b.d_in))
-        G = new.moved(self.G, old, lambda b: (b.d_out, b.d_out))
+        A, G = new.moved(self.A, old, A_shape), new.moved(self.G, old, G_shape)
         numbers = [old.number(layer) if layer in old.layers else None for layer in new.layers]
         seen = tuple(number is not None and self.seen[number] for number in numbers)
         in_coarse = tuple(number is None or self.in_coarse[number] for number in numbers)

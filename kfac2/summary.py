@@ -18,6 +18,7 @@ from kfac2.handled import Handled
 from kfac2.kinds import KINDS
 from kfac2.layers import SKIPPED, UNGROUPED
 from kfac2.layout import Batch, Layout
+from kfac2.triangles import packed_shape
 
 LARGE = 8192
 """A factor of more rows than this is warned of: its inverse takes gigabytes, and minutes of one core."""
@@ -199,7 +200,7 @@ def _alike(reason: str) -> str:
 
 
 def _factor_bytes(batch: Batch) -> int:
-    return batch.blocks * (batch.d_in**2 + batch.d_out**2) * batch.dtype.itemsize
+    return batch.blocks * sum(math.prod(packed_shape(d)) for d in (batch.d_in, batch.d_out)) * batch.dtype.itemsize
 
 
 def _inverse_bytes(batch: Batch, layout: Layout, fine: FineSolver) -> int:

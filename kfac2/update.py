@@ -22,19 +22,15 @@ from kfac2.step import Gathered, Step
 
 
 class _Attempt(NamedTuple):
-    """Gradients that were written, and what is committed if the step is taken.
+    """Gradients that were written.
 
     Attributes:
-        averages: of the factors.
-        inverses: that it was made with.
-        limits: of the directions.
+        inverses: that they were made with, committed if the step is taken.
         result: of the step.
         place: of the inverses.
     """
 
-    averages: Averages
     inverses: Inverses
-    limits: Limits | None
     result: ShiftAndScale
     place: InPlace | None
 
@@ -102,11 +98,19 @@ class Update:
         sums = curvature.iteration.sums.first_bad() if looks and not curvature.estimates.looks_at_once else None
         damping = self._schedule.damping if self._schedule.wants_inverses else None
         place = None if damping is None else self._place(step, gathered, sums, looks)
+        renew = bool(curvature.iteration.sums.A)
+        averages, last = curvature.estimates.averaged(curvature.iteration.sums)
+        new = None if damping is None or not (averages.updates and curvature.layout.layers) else damping(averages)
+        if last is None and new is None:  # no layer is left: plain SGD
+            first = int(gathered.first_bad)
+            return curvature.source(first) if first < step.none_bad else None
+        if capturing:
+            health.capture((step, averages.in_coarse))
+        limits = self.change_limit.prepared(curvature.layout, self._options.max_change, averages.seen, renew)
         while True:
-            attempt = self._attempt(step, gathered, rates, damping, place, capturing)
-            if attempt is None:  # no layer is left: plain SGD
-                first = int(gathered.first_bad)
-                return curvature.source(first) if first < step.none_bad else None
+            inverses = last if new is None else curvature.estimates.inverted(averages, last, new, place)
+            assert inverses is not None
+            attempt = self._attempt(step, gathered, rates, averages, inverses, limits, place)
             self.scale, health.found = attempt.result.scale, None if looks else attempt.result.found
             found = self._read(gathered, attempt, sums) if looks else _Found()
             if found.bad is not None:
@@ -115,11 +119,10 @@ class Update:
             if not found.is_blocked:
                 break
             place = None  # it is taken all the same: again, with new inverses beside the last ones
-        inverses = attempt.inverses
         if inverses.failed is not None and not found.has_failed:
             inverses = replace(inverses, failed=None)
-        curvature.estimates.commit(attempt.averages, inverses)
-        self.change_limit.commit(attempt.limits, attempt.result.norms)
+        curvature.estimates.commit(averages, inverses)
+        self.change_limit.commit(limits, attempt.result.norms)
         if looks and found.has_failed:
             curvature.estimates.mend()
         return None
@@ -158,19 +161,13 @@ class Update:
         step: Step,
         gathered: Gathered,
         rates: Sequence[float | Tensor],
-        damping: Callable[[Averages], Damping] | None,
+        averages: Averages,
+        inverses: Inverses,
+        limits: Limits | None,
         place: InPlace | None,
-        capturing: bool,
-    ) -> _Attempt | None:
-        """Refresh, and write the gradients; commit nothing. None: there are no inverses."""
+    ) -> _Attempt:
+        """Write the gradients; commit nothing."""
         curvature, options = self._curvature, self._options
-        averages, inverses = curvature.estimates.refreshed(curvature.iteration.sums, damping, place)
-        if inverses is None:
-            return None
-        if capturing:
-            curvature.health.capture((step, averages.in_coarse))
-        renew = bool(curvature.iteration.sums.A)
-        limits = self.change_limit.prepared(curvature.layout, options.max_change, averages.seen, renew)
         result = step.write(
             gathered,
             inverses,
@@ -183,7 +180,7 @@ class Update:
             None if limits is None else limits.values,
             options.step_precision,
         )
-        return _Attempt(averages, inverses, limits, result, place)
+        return _Attempt(inverses, result, place)
 
     def _read(self, gathered: Gathered, attempt: _Attempt, sums: FirstBad | None) -> _Found:
         """Wait for the device, once; tell of the steps that were skipped before."""

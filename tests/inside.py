@@ -3,6 +3,7 @@
 import torch
 
 import kfac2
+from kfac2.triangles import packed
 
 
 def curvature_of(opt):
@@ -25,9 +26,9 @@ def is_usable(opt, name):
 def set_factor(opt, name, matrix, factor="A"):
     """Let the next inverse update meet another factor."""
     curvature = curvature_of(opt)
-    curvature.layout.view(getattr(curvature.averages, factor), curvature.layout.named(name)).copy_(
-        torch.as_tensor(matrix)
-    )
+    kept = curvature.layout.view(getattr(curvature.averages, factor), curvature.layout.named(name))
+    whole = torch.as_tensor(matrix)
+    kept.copy_(packed(whole.reshape(-1, *whole.shape[-2:])))
 
 
 def directed(model, **options):

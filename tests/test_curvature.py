@@ -31,7 +31,7 @@ def test_statistics_are_those_of_the_optimizer(name):
         task.loss(task.model(task.x)).backward()
         assert opt.curvature.iteration.settle() is None
         estimates = opt.curvature.estimates
-        estimates.commit(*estimates.refreshed(opt.curvature.iteration.sums, None))
+        estimates.commit(*estimates.averaged(opt.curvature.iteration.sums))
         opt.curvature.iteration.discard()
         if seed:
             torch.manual_seed(seed)

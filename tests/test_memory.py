@@ -14,7 +14,7 @@ from paper import KFAC
 from torch.distributions import Categorical
 
 import kfac2
-from kfac2 import arrivals
+from kfac2 import arrivals, ops, outer_products
 from kfac2.inverses import LEAST_BYTES, SHARE, chunks
 
 WIDTH = 6
@@ -113,16 +113,20 @@ def test_a_step_holds_no_buffer_when_it_is_over(at_once):
 
 def test_small_gradients_share_a_native_call(monkeypatch):
     calls = []
-    covariances = arrivals.ops.covariances
+    covariances = ops.covariances
 
     def counting(tensors, *rest, **options):
         calls.append(len(tensors))
         return covariances(tensors, *rest, **options)
 
-    monkeypatch.setattr(arrivals.ops, "covariances", counting)
+    monkeypatch.setattr(ops, "covariances", counting)
     model = Chain(5)
     iterate(model, KFAC(model), *batch())
     assert calls == [5, 5]  # the gradients of all layers, then their inputs
+    calls.clear()
+    monkeypatch.setattr(outer_products, "WHOLE_BYTES", 2 * 4 * (WIDTH + 1) ** 2)  # of two inputs, with a bias each
+    iterate(model, KFAC(model), *batch())
+    assert calls == [2, 2, 1, 2, 2, 1]
 
 
 def test_gradients_wait_until_they_are_as_large_as_said(monkeypatch, gradients):

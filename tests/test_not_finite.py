@@ -149,7 +149,9 @@ def invert(curvature, A_list, G):
     for i, A in enumerate(A_list):
         set_factor(curvature, str(i), A)
         set_factor(curvature, str(i), G, "G")
-    curvature.estimates.commit(*curvature.estimates.refreshed(curvature.iteration.sums, lambda averages: Damping(0.1)))
+    estimates = curvature.estimates
+    averages, last = estimates.averaged(curvature.iteration.sums)
+    estimates.commit(averages, estimates.inverted(averages, last, Damping(0.1)))
 
 
 @pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac"])

@@ -1,13 +1,11 @@
 """Several processes train as one on the whole batch: real processes on loopback, one thread each."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from together import assert_trains_as_one, size, spawn
 
 from kfac2.division import owners_of
-from kfac2.processes.packing import packed, packed_shape, unpacked
 
 CASES = {
     "as it comes": ({}, {}),
@@ -71,15 +69,6 @@ def test_work_is_shared_out_evenly(work, processes):
     owners = owners_of(work, processes)
     loads = [sum(w for w, owner in zip(work, owners, strict=True) if owner == rank) for rank in range(processes)]
     assert max(loads) <= sum(work) / processes + (1 - 1 / processes) * max(work, default=0) + 1e-6  # Graham 1969
-
-
-@given(st.integers(1, 9), st.integers(1, 3))
-def test_symmetric_matrices_are_packed_in_half(d, blocks):
-    M = torch.randn(blocks, d, d, dtype=torch.float64)
-    M = M + M.mT
-    half = packed(M)
-    assert half.shape == (blocks, *packed_shape(d)) and half[0].numel() == d * (d + 1) // 2
-    assert torch.equal(unpacked(half, d), M)
 
 
 @pytest.mark.slow

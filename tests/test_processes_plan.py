@@ -5,12 +5,9 @@ import sys
 
 import processes
 import processes_memory
-import processes_overlap
 import processes_plan
 import pytest
-import torch
 from processes_plan import Device, Link, Work, gradients, messages, plan, taken_part_in
-from torch import distributed
 
 WORK = Work("three layers", [(1, 4, 5), (2, 3, 10), (1, 8, 9)], 4 * 5 + 2 * 3 * 10 + 8 * 9)
 
@@ -67,14 +64,3 @@ def test_what_is_held_is_what_is_planned():
     for _, _, _, held, planned, ordinary, statistics, _ in rows:
         assert held == planned and 0 < float(held) < float(ordinary) < float(statistics)
     assert float(rows[2][3]) < float(rows[0][3])
-
-
-@pytest.mark.parametrize("parts", [1, 2, 9])
-def test_sums_in_parts_are_the_same(tmp_path, parts):
-    stacks = [M + M.mT for M in (torch.randn(2, 5, 5), torch.randn(1, 4, 4), torch.randn(3, 1, 1))]
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        added = processes_overlap.early(stacks, parts)
-    finally:
-        distributed.destroy_process_group()
-    assert all(map(torch.equal, added, stacks))

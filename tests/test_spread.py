@@ -20,6 +20,7 @@ import kfac2
 from kfac2 import reference, spread
 from kfac2.layers import find_layers
 from kfac2.layout import Layout
+from kfac2.triangles import all_packed
 
 
 def expected_damping(errors):
@@ -60,6 +61,11 @@ def drawn_factors(stacks, generator):
     return [r @ r.mT for r in rows]
 
 
+def triangles(A, G):
+    """Both factors as the averages keep them."""
+    return all_packed(A), all_packed(G)
+
+
 @settings(deadline=None, max_examples=40)
 @given(sequences())
 def test_the_rule_against_its_equations(drawn):
@@ -83,7 +89,7 @@ def test_the_rule_against_its_equations(drawn):
                     average.copy_(layout.view(batch, i) if not seen[i] else
                                   kept * average + (1 - kept) * layout.view(batch, i))  # fmt: skip
         again = [was and rows for was, rows in zip(seen, has_rows, strict=True)]
-        s = spread.followed(layout, s, (A, G), tuple(new), again, kept)
+        s = spread.followed(layout, s, triangles(A, G), triangles(*new), again, kept)
         seen = [was or rows for was, rows in zip(seen, has_rows, strict=True)]
         A, G = new
         for (i, side, q), one in plain.items():
@@ -106,7 +112,8 @@ def test_the_standard_error_is_that_of_an_average_of_independent_draws(monkeypat
     for _ in range(400):
         rows = torch.randn(64, 20, generator=generator)
         new = kept * averages + (1 - kept) * (rows.T @ rows / 64)[None]
-        s = spread.followed(layout, s, ([averages], [averages]), ([new], [new]), [True], kept)
+        before, after = triangles([averages], [averages]), triangles([new], [new])
+        s = spread.followed(layout, s, before, after, [True], kept)
         averages = new
     actual = ((averages[0] - torch.eye(20)).square().sum() / 20).sqrt().item()
     assert spread.damping(layout, s, kept).sqrt().item() == pytest.approx(actual, rel=0.25)
@@ -116,10 +123,11 @@ def test_a_factor_of_zeros_or_out_of_range_says_nothing():
     model = nn.Linear(2, 3)
     layout = Layout(find_layers(model, list(model.parameters()), [], 32).layers, torch.device("cpu"))
     zeros, ones = torch.zeros(1, 3, 3), torch.eye(3)[None]
-    s = spread.followed(layout, None, ([ones], [zeros]), ([1.5 * ones], [zeros]), [True], 0.5)
+    s = spread.followed(layout, None, triangles([ones], [zeros]), triangles([1.5 * ones], [zeros]), [True], 0.5)
     assert s[0].item() == pytest.approx(4 / 9) and s[1].isnan().all()
     far = torch.full((1, 3, 3), 1e30)  # the square of its norm is no float32
-    assert torch.equal(spread.followed(layout, s, ([ones], [zeros]), ([far], [zeros]), [True], 0.5)[0], s[0])
+    again = spread.followed(layout, s, triangles([ones], [zeros]), triangles([far], [zeros]), [True], 0.5)
+    assert torch.equal(again[0], s[0])
     assert spread.damping(layout, s, 0.5).item() == pytest.approx(4 / 27)
     assert spread.damping(layout, None, 0.0) == 0.1 and spread.damping(layout, 0 * s, 0.0).item() == spread.LEAST**2
     assert spread.damping(layout, 1e9 * s, 0.0).item() == 9

@@ -331,7 +331,7 @@ def test_a_mask_where_positions_mix():
         torch.manual_seed(1)
         curvature.collect(Categorical(logits=forward()), mask)
         assert curvature.iteration.settle() is None
-        curvature.estimates.commit(*curvature.estimates.refreshed(curvature.iteration.sums, None))
+        curvature.estimates.commit(*curvature.estimates.averaged(curvature.iteration.sums))
         curvature.iteration.discard()
         results.append(curvature.factors("a"))
     assert_equal(results[0][0], results[1][0])
@@ -350,7 +350,7 @@ def test_a_mask_leaves_out_places_of_a_convolution():
         curvature = Curvature(conv, levels=1)
         curvature.collect(Normal(conv(x), 1.0), mask)
         assert curvature.iteration.settle() is None
-        curvature.estimates.commit(*curvature.estimates.refreshed(curvature.iteration.sums, None))
+        curvature.estimates.commit(*curvature.estimates.averaged(curvature.iteration.sums))
         curvature.iteration.discard()
         weight = conv.weight.detach().requires_grad_()
         pairs = []

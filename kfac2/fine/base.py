@@ -67,8 +67,8 @@ class FineSolver(ABC):
         """Invert the blocks of all batches.
 
         Args:
-            A: factors, (blocks, d_in, d_in) for each batch.
-            G: factors, (blocks, d_out, d_out).
+            A: factors, (blocks, d_in, d_in) for each batch, which may be written over.
+            G: factors, (blocks, d_out, d_out), likewise.
             damping: λ of each block.
 
         Returns:

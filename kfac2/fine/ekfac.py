@@ -86,9 +86,8 @@ class EKFAC(ObservingSolver, Exact):
         self, layout: Layout, fields: Fields, known: Sequence[bool], sums: Sums, kept: float
     ) -> tuple[Fields, tuple[bool, ...]]:
         """Average the diagonals in; a layer's first one takes the place of K-FAC's."""
-        scales = [1 / sums.cases] * len(sums.squares)
-        diagonal = mixed_in(layout, fields["diagonal"], known, sums.squares, scales, kept)
         observed = tuple(was or layer in sums.squares for was, layer in zip(known, layout.layers, strict=True))
+        diagonal = mixed_in(layout, fields["diagonal"], known, sums.squares, lambda layer: 1 / sums.cases, kept)
         return {**fields, "diagonal": diagonal}, observed
 
 

@@ -29,8 +29,8 @@ class Tikhonov(FineSolver):
         root, value = (damping.value.sqrt(), 1.0) if isinstance(damping.value, Tensor) else (1.0, damping.value)
         if damping.relative:
             A_scales, G_scales = ([root * _mean_diagonal(factors) for factors in stacks] for stacks in (A, G))
-            A = [factors / scale for factors, scale in zip(A, A_scales, strict=True)]
-            G = [factors / scale for factors, scale in zip(G, G_scales, strict=True)]
+            A = [factors.div_(scale) for factors, scale in zip(A, A_scales, strict=True)]
+            G = [factors.div_(scale) for factors, scale in zip(G, G_scales, strict=True)]
         A_inv, G_inv, status = ops.factored_tikhonov_inverse(A, G, value)
         if damping.relative:
             for inverses, scales in ((A_inv, A_scales), (G_inv, G_scales)):

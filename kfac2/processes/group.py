@@ -14,8 +14,8 @@ from torch import Tensor, distributed
 
 from kfac2.draws import drawn_apart
 from kfac2.processes.base import Part, Processes, Told
+from kfac2.processes.buckets import in_buckets
 from kfac2.processes.fingerprints import fingerprint
-from kfac2.processes.packing import in_buckets
 
 OCCASIONS = ("statistics", "rows", "nothing", "accumulate", "closure", "state_dict", "share")
 WIDTH = 8  # numbers of a rank at a meeting, whatever the occasion: so no two messages have different sizes

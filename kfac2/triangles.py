@@ -1,0 +1,84 @@
+"""Symmetric matrices as half as many numbers: one triangle of each, folded into a rectangle.
+
+The half of the rows that comes first is a rectangle already, but for what its own square has below the diagonal. There
+the lower right triangle fits, and where d is even, one column to the side of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def packed(stack: Tensor) -> Tensor:
+    """Fold symmetric matrices (blocks, d, d) into rectangles of d (d + 1) / 2 numbers each.
+
+    Returns:
+        (blocks, h, w), h = ⌈d/2⌉ and w = d + 1 for an even d, else d.
+    """
+    d = stack.shape[-1]
+    h, shift = _half(d)
+    result = torch.zeros(len(stack), h, d + shift, dtype=stack.dtype, device=stack.device)
+    result[..., shift:] = stack[:, :h]
+    result[..., shift : shift + h].triu_()
+    below = stack[:, h:, h:].tril()  # (d - h, d - h): where d is odd, one row lower
+    result[:, h - below.shape[-1] :, : below.shape[-1]] += below
+    return result
+
+
+def all_packed(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Do what `packed` does to each of several stacks, those of one shape together."""
+    classes: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for number, stack in enumerate(stacks):
+        classes.setdefault((stack.shape, stack.dtype), []).append(number)
+    result = list(stacks)
+    for numbers in classes.values():
+        own = [stacks[number] for number in numbers]
+        halves = packed(torch.cat(own) if len(own) > 1 else own[0]).split(len(own[0]))
+        for number, half in zip(numbers, halves, strict=True):
+            result[number] = half
+    return result
+
+
+def unpacked(rectangles: Tensor, d: int) -> Tensor:
+    """Return the symmetric matrices that `packed` was given.
+
+    Args:
+        rectangles: (blocks, h, w).
+        d: their size.
+    """
+    h, shift = _half(d)
+    rest = d - h
+    result = torch.empty(len(rectangles), d, d, dtype=rectangles.dtype, device=rectangles.device)
+    is_upper = torch.ones(h, h, dtype=torch.bool, device=rectangles.device).triu_()
+    upper, lower = rectangles[..., shift : shift + h], rectangles[:, h - rest :, :rest]
+    torch.where(is_upper, upper, upper.mT, out=result[:, :h, :h])
+    torch.where(is_upper[:rest, :rest], lower.mT, lower, out=result[:, h:, h:])
+    result[:, :h, h:] = rectangles[..., shift + h :]
+    result[:, h:, :h] = result[:, :h, h:].mT
+    return result
+
+
+def packed_shape(d: int) -> tuple[int, int]:
+    """Return the shape of a rectangle."""
+    h, shift = _half(d)
+    return h, d + shift
+
+
+def diagonals(rectangles: Tensor) -> Tensor:
+    """Return the diagonals of the matrices, (blocks, d)."""
+    h, w = rectangles.shape[-2:]
+    shift = int(w == 2 * h + 1)  # where d is even
+    return torch.cat([rectangles.diagonal(offset, dim1=-2, dim2=-1) for offset in (shift, shift - 1)], -1)
+
+
+def frobenius_norms(rectangles: Tensor) -> Tensor:
+    """Return |X|_F of the matrices, (blocks,), in float64: what is off the diagonal is there twice."""
+    half = torch.linalg.vector_norm(rectangles, dim=(-2, -1)).double()
+    return (2 * half.square() - torch.linalg.vector_norm(diagonals(rectangles), dim=-1).double().square()).sqrt()
+
+
+def _half(d: int) -> tuple[int, int]:
+    return (d + 1) // 2, 1 - d % 2
