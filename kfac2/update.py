@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kfac2.change_limit import ChangeLimit, Limits
 from kfac2.curvature import Curvature
-from kfac2.fine import Damping
 from kfac2.health import read_together
 from kfac2.inverses import InPlace, Inverses
 from kfac2.ops.shift_and_scale import ShiftAndScale
@@ -96,11 +95,12 @@ class Update:
         curvature, health = self._curvature, self._curvature.health
         looks = health.at_once or bool(curvature.iteration.sums.A)
         sums = curvature.iteration.sums.first_bad() if looks and not curvature.estimates.looks_at_once else None
-        damping = self._schedule.damping if self._schedule.wants_inverses else None
-        place = None if damping is None else self._place(step, gathered, sums, looks)
+        wants_inverses = self._schedule.wants_inverses
+        place = self._place(step, gathered, sums, looks) if wants_inverses else None
         renew = bool(curvature.iteration.sums.A)
         averages, last = curvature.estimates.averaged(curvature.iteration.sums)
-        new = None if damping is None or not (averages.updates and curvature.layout.layers) else damping(averages)
+        has_factors = averages.updates > 0 and bool(curvature.layout.layers)
+        new = self._schedule.damping(averages) if wants_inverses and has_factors else None
         if last is None and new is None:  # no layer is left: plain SGD
             first = int(gathered.first_bad)
             return curvature.source(first) if first < step.none_bad else None
