@@ -85,6 +85,7 @@ class Captures:
         self._layers: dict[int, Layer] = {}  # by id of the weight
         self._since: dict[Layer, int] = {}  # how many uses there had been when it was first watched
         self._alive: weakref.WeakSet[Capture] = weakref.WeakSet()
+        # Of the backward pass that runs: its id, whether `.grad` held nothing before, a capture, and its gradient.
         self._arriving: list[tuple[int, bool, Capture, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._is_on = False

@@ -61,12 +61,17 @@ class Curvature(Readings):
 
     Attributes:
         options: the options; those that state does not depend on may be set at any time.
+        model: the model, without DistributedDataParallel around it.
         handled: which layers of the model these are, and which parameters are trained.
         collector: captures forward passes with grad enabled, until `close`.
+        solvers: the inverse, the coarse space and the processes, which make estimates.
         estimates: the averages and inverses.
+        iteration: what the passes of this iteration have found.
+        health: what was found not to be finite, and who knows.
         joint: what is done together with other processes.
         dropping: called before a layer is dropped, while what was found still has its names.
         moment: gives the number that labels are drawn with, where there are several processes.
+        scheduled: whether a `Preconditioner` is its schedule: inverses that `solve` makes are then not those in use.
 
     Raises:
         TypeError: if an argument has the wrong type, or an option is unknown.

@@ -39,7 +39,7 @@ class Coefficients(NamedTuple):
 
 
 class _Layers:
-    """What is always the same of some layers."""
+    """What steps need of some layers, and is the same each time: made once."""
 
     def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
@@ -129,7 +129,7 @@ class Directed(OwnSteps):
         return self.signal.wants_step(iteration)
 
     def part(self, samples: int) -> int:
-        """Return how many of so many samples of a batch are measured."""
+        """Return how many of so many samples of a batch are measured; note the size of the batch."""
         self._batch = max(self._batch, samples)  # an own pass is asked about as well, when the batch is known
         return min(samples, self._samples())
 
@@ -167,7 +167,7 @@ class Directed(OwnSteps):
         self._look(of, model, c)
         return set()
 
-    def _of(self, layers: list[Layer]) -> _Layers:
+    def _made_of(self, layers: list[Layer]) -> _Layers:
         if self._layers is None or not self._layers.fits(layers):
             self._layers = _Layers(layers)
         return self._layers
@@ -179,7 +179,7 @@ class Directed(OwnSteps):
         if batch and work.processes.is_alone:
             self.signal.rows = samples[0] / batch
         fine = {key: p.grad for key, p in work.parameters().items()}
-        own = self._of(work.layers)
+        own = self._made_of(work.layers)
         matrices = own.matrices.of((fine, work.last_updates(self.signal.was_taken)))
         fisher, places, taken = _fisher(work.passes, work.layers, matrices, work.processes, samples)
         self.signal.rows = self.signal.rows if taken is None else taken
@@ -203,7 +203,7 @@ class Directed(OwnSteps):
         """Measure the slope along the last step that was taken, unless that is done."""
         if self.signal.waits:
             last = work.last_updates(was_taken=True)
-            matrices = self._of(work.layers).matrices.of((last, last))
+            matrices = self._made_of(work.layers).matrices.of((last, last))
             self._measure_step(work, _inner_products(matrices, work.gradients())[1], work.settings().rates)
 
     def _measure_step(self, work: Work, slopes: Tensor, rates: Tensor) -> None:
@@ -230,7 +230,7 @@ class Directed(OwnSteps):
         return model, torch.where(is_solved, c, of.one_level)
 
     def _held(self, model: Quadratic, c: Tensor, rates: Tensor, bound: float | None) -> Tensor:
-        """Hold a step to its bound."""
+        """Shorten a step by the length of the signal, and hold it to its bound."""
         c = min(1.0, self.signal.length) * c
         if bound is None:
             return c

@@ -47,6 +47,7 @@ class Division:
         self.columns, self.why = 1, ""
         self._column: Part = None
         self._row: Part = None
+        # Of the last layout: that itself, what each owner of this column inverts, what each column holds.
         self._known: tuple[Layout, dict[int, Layout], dict[int, Layout]] | None = None
 
     def settle(self, share: Share, why: str) -> None:

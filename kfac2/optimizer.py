@@ -197,7 +197,7 @@ class KFAC(Readings, Optimizer):
         self._handled = handled_by(self.curvature.handled.found)
         if rest == "adamw":  # what its groups hold is none of K-FAC's, whatever becomes of it
             self.curvature.handled.own = self._handled
-        self._known = {id(parameter) for parameter in self.curvature.handled.params}
+        self._known = {id(parameter) for parameter in self.curvature.handled.params}  # in the groups when last seen
         names = ("lr", "momentum", "weight_decay", "nesterov", "rest_lr", "betas", "eps")
         super().__init__(groups, {**{name: arguments[name] for name in names}, "method": "kfac"})
         self.preconditioner.meetings.agree_on(lambda: settings_of(self.param_groups))

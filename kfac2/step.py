@@ -86,8 +86,9 @@ class Step:
         self._weights = [numbers[id(layer.weight)] for layer in layout.layers]
         self._matrices: Tensor | None = None
         self._table = torch.zeros(0, 4, dtype=torch.int64, device="cpu")
+        # What the table was made for: which own gradients there are, and the numbers of the others.
         self._tabled: tuple[tuple[bool, ...], tuple[int, ...]] | None = None
-        self._rate_index: dict[tuple[int, ...], Tensor] = {}
+        self._rate_index: dict[tuple[int, ...], Tensor] = {}  # by layer, which rate on the device it has; 0: none
         self._one = torch.ones((), dtype=torch.float64, device=layout.device)
 
     @property

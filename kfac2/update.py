@@ -40,7 +40,7 @@ class _Found(NamedTuple):
     Attributes:
         bad: what is not finite, or None.
         is_blocked: whether new inverses were to be written over the last ones, which stand.
-        has_failed: whether an inverse failed.
+        has_failed: whether an inverse failed, as far as the host knows.
     """
 
     bad: str | None = None

@@ -31,8 +31,8 @@ class WholeStep:
         rest: what trains the parameters that K-FAC does not handle.
 
     Attributes:
-        bound: K, as it was measured.
-        rise: what the losses given to a closure tell.
+        bound: the factor that holds the step to K.
+        rise: the factor by which a rise of the losses that closures return shortens it.
         directed: the steps in the space of directions, if there are any.
     """
 
@@ -146,7 +146,7 @@ class WholeStep:
         """Take a step in the space of directions where this iteration has its rows; return ids of what has moved."""
         curvature, layout, iteration = self._curvature, self._curvature.layout, self._curvature.iteration
         step = curvature.prepared()
-        is_wanted = self.directed.wants_step(self._preconditioner.iteration - 1)
+        is_wanted = self.directed.wants_step(self._preconditioner.iteration - 1)  # this one is counted already
         work = Work(
             passes=[first_of(one, self._samples_of_rows()) for one in iteration.kept] if is_wanted else [],
             layers=[layer for layer in seen if layer.weight.grad is not None],
@@ -168,15 +168,15 @@ class WholeStep:
         """Tell what the last step was like."""
         inverses, limit = self._curvature.inverses, self._preconditioner.change_limit
         return LastStep(
-            float("nan") if inverses is None else inverses.damping.value,
-            self._preconditioner.scale,
-            self.bound.squared,
-            self.bound.factor,
-            self._rise_factor(),
-            limit.norms,
-            limit.current,
-            limit.names,
-            self.directed,
+            _damping=float("nan") if inverses is None else inverses.damping.value,
+            _scale=self._preconditioner.scale,
+            _squared=self.bound.squared,
+            _factor=self.bound.factor,
+            _rise=self._rise_factor(),
+            _norms=limit.norms,
+            _limits=limit.current,
+            _names=limit.names,
+            _directed=self.directed,
         )
 
     def save(self, state: dict[str, Any]) -> None:
