@@ -183,6 +183,7 @@ def ops_of(net: Net) -> list[Op]:
     return [
         *every_step(net),
         Op("covariances", "statistics", covariances_of(both)),
+        Op("triangles of factors (torch)", "statistics", Call(library.folds(shapes))),
         Op("averages of factors (torch)", "statistics", Call(library.averages(shapes))),
         Op("spread of factors (torch)", "statistics", Call(library.spread(shapes)), paper=False),
         Op("directional_derivatives", "statistics", derivatives_of(shapes, batch),
@@ -191,6 +192,7 @@ def ops_of(net: Net) -> list[Op]:
         Op("cross_layer_sums", "statistics", sums[0] if len(sums) == 2 else
            sums_of([s.grid for s in inputs_of(shapes)], batch), sums, default=False),
         Op("average_coarse_sums", "statistics", average, default=False),
+        Op("factors of triangles (torch)", "inverses", Call(library.unfolds(shapes))),
         Op("factored_tikhonov_inverse", "inverses", inverses_of(pairs)),
         Op("choice of inverses (torch)", "inverses", Call(library.choice(shapes))),
         Op("scales of inverses (torch)", "inverses", Call(library.scales(shapes)), paper=False),

@@ -169,22 +169,37 @@ def sizes_of(shapes: Sequence[LayerShape]) -> list[int]:
     return [d * d for shape in shapes for d in (shape.d_in, shape.d_out)]
 
 
-def by_stacks(shapes: Sequence[LayerShape], passes: int, launches: int) -> Count:
+def triangles_of(shapes: Sequence[LayerShape]) -> list[int]:
+    """Return the numbers of each factor's triangle."""
+    return [d * (d + 1) // 2 for shape in shapes for d in (shape.d_in, shape.d_out)]
+
+
+def by_stacks(shapes: Sequence[LayerShape], passes: float, launches: int) -> Count:
     """Describe what torch does to the stacks of factors, shape by shape: reads and writes of each number."""
     moved = float(passes * FLOAT * sum(sizes_of(shapes)))
     return Count([Stage("copy", 2 * len(by_size(shapes)) * launches + 8, moved)], 0, moved, 0.0)
 
 
 def averages(shapes: Sequence[LayerShape]) -> Count:
-    """What kfac2 leaves to torch at a statistics update: copies factors, scales and mixes them, looks for NaNs."""
-    sizes = sizes_of(shapes)
+    """What kfac2 leaves to torch at a statistics update: copies triangles, scales and mixes them, looks for NaNs."""
+    sizes = triangles_of(shapes)
     stages = [foreach(sizes, 2, 2), foreach(sizes, 1, 2), foreach(sizes, 2, 3), foreach(sizes, 1, 1)]
     return Count(stages, 0, 4.0 * FLOAT * sum(sizes), 3.0 * sum(sizes))
 
 
 def spread(shapes: Sequence[LayerShape]) -> Count:
-    """With `damping="auto"`: differences of factors (3) and their norms (1)."""
-    return by_stacks(shapes, 4, 6)
+    """With `damping="auto"`: differences of triangles (3 of half the numbers) and their norms (1)."""
+    return by_stacks(shapes, 2, 8)
+
+
+def folds(shapes: Sequence[LayerShape]) -> Count:
+    """New sums into triangles: joined (2), half of the rows copied (1.5), corners cut and added (2)."""
+    return by_stacks(shapes, 5.5, 7)
+
+
+def unfolds(shapes: Sequence[LayerShape]) -> Count:
+    """Triangles into what is inverted: each quarter read and written."""
+    return by_stacks(shapes, 2, 6)
 
 
 def choice(shapes: Sequence[LayerShape]) -> Count:

@@ -10,8 +10,9 @@ from kfac2 import ops
 from kfac2.kinds import Rows
 from kfac2.triangles import all_packed
 
-# Whole matrices that are there together, so that small ones share a native call: 4 MB. A larger one is there alone.
-WHOLE_BYTES = 2**22
+# Whole matrices that are there together, so that small ones share a native call: 4 MB, and 64 MB where a call is a
+# launch that few layers do not fill. A larger one is there alone.
+WHOLE_BYTES = {"cpu": 2**22, "cuda": 2**26}
 
 
 def outer_products(rows: Sequence[Rows], scale: float = 1.0) -> list[Tensor]:
@@ -31,10 +32,11 @@ def outer_products(rows: Sequence[Rows], scale: float = 1.0) -> list[Tensor]:
 def _parts(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
     part: list[Rows] = []
     used = 0
+    most = WHOLE_BYTES.get(rows[0].tensor.device.type, WHOLE_BYTES["cpu"]) if rows else 0
     for one in rows:
         d = one.window.row_length(one.tensor.shape[1])
         needed = one.window.groups * d**2 * max(one.tensor.element_size(), 4)
-        if part and used + needed > WHOLE_BYTES:
+        if part and used + needed > most:
             yield part
             part, used = [], 0
         part.append(one)

@@ -124,7 +124,7 @@ def test_small_gradients_share_a_native_call(monkeypatch):
     iterate(model, KFAC(model), *batch())
     assert calls == [5, 5]  # the gradients of all layers, then their inputs
     calls.clear()
-    monkeypatch.setattr(outer_products, "WHOLE_BYTES", 2 * 4 * (WIDTH + 1) ** 2)  # of two inputs, with a bias each
+    monkeypatch.setitem(outer_products.WHOLE_BYTES, "cpu", 2 * 4 * (WIDTH + 1) ** 2)  # of two inputs, with a bias each
     iterate(model, KFAC(model), *batch())
     assert calls == [2, 2, 1, 2, 2, 1]
 

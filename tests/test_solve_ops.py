@@ -148,6 +148,18 @@ def test_large_factors_go_through_torch_and_mix_with_small_ones(dtype, monkeypat
         assert_equal(got.double(), wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("largest", [6, 100])
+def test_factors_that_may_be_written_over_give_the_same(largest, monkeypatch):
+    """A large stack that is alone in its shape is inverted where it lies."""
+    monkeypatch.setattr(sys.modules[ops.factored_tikhonov_inverse.__module__], "_LARGEST_ON_CPU", largest)
+    A, G = ([torch.stack([spd(d), spd(d)]) for d in sizes] for sizes in ((9, 5, 5), (8, 7, 3)))
+    expected = ops.factored_tikhonov_inverse(A, G, 0.1)
+    result = ops.factored_tikhonov_inverse(A, G, 0.1, overwrites=True)
+    for ours, theirs in zip(result, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert (result.A_inv[0].data_ptr() == A[0].data_ptr()) == (largest == 6)
+
+
 def test_layers_of_several_precisions():
     A, G = [spd(4), spd(3, torch.float32)], [spd(2), spd(5, torch.float32)]
     result = ops.factored_tikhonov_inverse(A, G, 0.1)

@@ -31,7 +31,7 @@ class Tikhonov(FineSolver):
             A_scales, G_scales = ([root * _mean_diagonal(factors) for factors in stacks] for stacks in (A, G))
             A = [factors.div_(scale) for factors, scale in zip(A, A_scales, strict=True)]
             G = [factors.div_(scale) for factors, scale in zip(G, G_scales, strict=True)]
-        A_inv, G_inv, status = ops.factored_tikhonov_inverse(A, G, value)
+        A_inv, G_inv, status = ops.factored_tikhonov_inverse(A, G, value, overwrites=True)
         if damping.relative:
             for inverses, scales in ((A_inv, A_scales), (G_inv, G_scales)):
                 for inverse, scale in zip(inverses, scales, strict=True):

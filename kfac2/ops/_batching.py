@@ -58,15 +58,17 @@ def by_shape(
     function: Callable[..., tuple[Tensor, ...]],
     *lists: Sequence[Tensor],
     shapes: Sequence[Tensor] | None = None,
+    copies: bool = True,
 ) -> tuple[list[Tensor], ...]:
     """Apply a batched function once for each distinct shape.
 
     Args:
-        function: takes one batch (b, ...) for each of `lists`, returns a tuple of batches. What it takes are copies,
-            which it may overwrite.
+        function: takes one batch (b, ...) for each of `lists`, returns a tuple of batches. It may overwrite what it
+            takes.
         lists: one entry for each layer: (...), or (q, ...) where that of `shapes` is a stack.
         shapes: matrices (n, m) or stacks (q, n, m), whose sizes and dtypes tell the classes apart; by default the
             first of `lists`.
+        copies: whether `function` takes copies in any case; else a stack that is alone in its class is overwritten.
 
     Returns:
         For each batch that `function` returns, a list with one entry for each layer, with or without q.
@@ -79,7 +81,10 @@ def by_shape(
     results: list[list[Tensor]] = []
     for (dimensions, *_), members in classes.items():
         join = torch.stack if dimensions == 2 else torch.cat
-        outputs = function(*(join([entries[i] for i in members]) for entries in lists))
+        is_taken = not copies and dimensions == 3 and len(members) == 1
+        outputs = function(
+            *(entries[members[0]] if is_taken else join([entries[i] for i in members]) for entries in lists)
+        )
         results = results or [[matrices[0]] * len(matrices) for _ in outputs]
         for result, output in zip(results, outputs, strict=True):
             parts = output.unbind(0) if dimensions == 2 else output.split([matrices[i].shape[0] for i in members])

@@ -32,7 +32,9 @@ class FactoredInverse(NamedTuple):
     status: list[Tensor]
 
 
-def factored_tikhonov_inverse(A_list: Sequence[Tensor], G_list: Sequence[Tensor], damping: float) -> FactoredInverse:
+def factored_tikhonov_inverse(
+    A_list: Sequence[Tensor], G_list: Sequence[Tensor], damping: float, *, overwrites: bool = False
+) -> FactoredInverse:
     """Invert both factors of every layer with factored Tikhonov damping, all in one native call.
 
     (A + π√λ I)⁻¹ and (G + √λ/π I)⁻¹ with π = √((tr A/dim A) / (tr G/dim G)); π = 1 where a trace is not
@@ -44,6 +46,7 @@ def factored_tikhonov_inverse(A_list: Sequence[Tensor], G_list: Sequence[Tensor]
             symmetric, float32 or float64.
         G_list: output-gradient factors: (d_out, d_out) or (q, d_out, d_out), in the dtype of A.
         damping: λ ≥ 0.
+        overwrites: whether the factors may be written over, which saves memory where they are large; default False.
 
     Returns:
         A_inv, G_inv and status, see `FactoredInverse`; what to do where status is not 0 is the caller's choice.
@@ -64,8 +67,9 @@ def factored_tikhonov_inverse(A_list: Sequence[Tensor], G_list: Sequence[Tensor]
     A_inv: list[Tensor] = [A_list[0]] * len(A_list)
     G_inv, status = list(A_inv), list(A_inv)
     for members in _classes(A_list, G_list):
-        invert = _composed if _is_large(A_list[members[0]], G_list[members[0]]) else _native
-        results = invert([A_list[i] for i in members], [G_list[i] for i in members], damping)
+        factors = [A_list[i] for i in members], [G_list[i] for i in members]
+        is_large = _is_large(A_list[members[0]], G_list[members[0]])
+        results = _composed(*factors, damping, not overwrites) if is_large else _native(*factors, damping)
         for i, A, G, failed in zip(members, *results, strict=True):
             A_inv[i], G_inv[i], status[i] = A, G, failed
     return FactoredInverse(A_inv, G_inv, status)
@@ -91,12 +95,12 @@ def _native(A_list: Sequence[Tensor], G_list: Sequence[Tensor], damping: float) 
     return A_inv, G_inv, status.split([blocks_of(A) for A in A_list])
 
 
-def _composed(A_list: Sequence[Tensor], G_list: Sequence[Tensor], damping: float) -> _Inverses:
+def _composed(A_list: Sequence[Tensor], G_list: Sequence[Tensor], damping: float, copies: bool) -> _Inverses:
     """The same from torch's factorisations, batched by size."""
     root = math.sqrt(damping)
     pi = [_pi(_mean_diagonal(A), _mean_diagonal(G)) for A, G in zip(A_list, G_list, strict=True)]
-    A_inv, A_status = by_shape(_inverse, A_list, [root * p for p in pi], shapes=A_list)
-    G_inv, G_status = by_shape(_inverse, G_list, [root / p for p in pi], shapes=G_list)
+    A_inv, A_status = by_shape(_inverse, A_list, [root * p for p in pi], shapes=A_list, copies=copies)
+    G_inv, G_status = by_shape(_inverse, G_list, [root / p for p in pi], shapes=G_list, copies=copies)
     return A_inv, G_inv, [(a | g).reshape(-1) for a, g in zip(A_status, G_status, strict=True)]
 
 
@@ -116,7 +120,7 @@ def _pi(A_scale: Tensor, G_scale: Tensor) -> Tensor:
 
 
 def _inverse(factors: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert in place: large matrices fill the memory, and these are the copies that `by_shape` has made."""
+    """Invert in place: large matrices fill the memory, and `by_shape` says that these may be written over."""
     good = are_finite(factors)
     factors.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     columns = factors.mT  # the same matrices in the order of LAPACK, whose results then take their place
