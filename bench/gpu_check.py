@@ -165,7 +165,7 @@ def torch_tests(
     name: str, command: Sequence[str], limit: float, probe: Sequence[str] = (), **environment: str
 ) -> Stage:
     """Run tests of the build, from a folder where Python does not see the checkout in its place."""
-    variables = {**in_sight(), **environment}
+    variables = {**in_sight(), "KFAC2_TEST_DEVICE": "cuda", **environment}
     cwd = ROOT / "tests"
     return Stage(name, command, limit, variables, needs=[BUILD_PACKAGE], probe=probe, cwd=cwd, judge=by_pytest)
 

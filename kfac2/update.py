@@ -93,11 +93,13 @@ class Update:
         if bad is not None:
             return bad
         curvature, health = self._curvature, self._curvature.health
-        looks = health.at_once or bool(curvature.iteration.sums.A)
+        has_new = bool(curvature.iteration.sums.A)
+        looks = health.at_once or has_new
+        if looks:
+            curvature.estimates.mend()  # inverses that were made since the host last looked
         sums = curvature.iteration.sums.first_bad() if looks and not curvature.estimates.looks_at_once else None
         wants_inverses = self._schedule.wants_inverses
         place = self._place(step, gathered, sums, looks) if wants_inverses else None
-        renew = bool(curvature.iteration.sums.A)
         averages, last = curvature.estimates.averaged(curvature.iteration.sums)
         has_factors = averages.updates > 0 and bool(curvature.layout.layers)
         new = self._schedule.damping(averages) if wants_inverses and has_factors else None
@@ -106,7 +108,7 @@ class Update:
             return curvature.source(first) if first < step.none_bad else None
         if capturing:
             health.capture((step, averages.in_coarse))
-        limits = self.change_limit.prepared(curvature.layout, self._options.max_change, averages.seen, renew)
+        limits = self.change_limit.prepared(curvature.layout, self._options.max_change, averages.seen, has_new)
         while True:
             inverses = last if new is None else curvature.estimates.inverted(averages, last, new, place)
             assert inverses is not None

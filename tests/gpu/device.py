@@ -1,11 +1,13 @@
-"""Where the GPU tests run, and why they may not."""
+"""Where the tests of this folder run: on a CUDA device; where there is none, on the CPU, so that the tests are known to
+be right before they meet one. KFAC2_TEST_DEVICE=cuda asks for the device: without one all are skipped then.
+"""
+
+import os
 
 import pytest
 import torch
 
 import kfac2
-
-DEVICE = torch.device("cuda")
 
 
 def _why_not() -> str | None:
@@ -16,4 +18,8 @@ def _why_not() -> str | None:
     return None
 
 
-needs_device = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+DEVICE = torch.device(os.environ.get("KFAC2_TEST_DEVICE") or ("cpu" if _why_not() else "cuda"))
+IS_CUDA = DEVICE.type == "cuda"
+
+anywhere = pytest.mark.skipif(IS_CUDA and _why_not() is not None, reason=str(_why_not()))
+needs_cuda = pytest.mark.skipif(not IS_CUDA or _why_not() is not None, reason=_why_not() or "asked to run on the CPU")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from compare import assert_equal
-from device import DEVICE, needs_device
+from device import DEVICE, anywhere, needs_cuda
 
 from kfac2 import ops
 from kfac2.ops.eigendecompose import floored_eigh
 
-pytestmark = needs_device
+pytestmark = anywhere
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
@@ -28,6 +28,7 @@ def assert_decomposed(stack, values, vectors, tolerance):
     assert_equal(vectors.mT @ vectors, torch.eye(stack.shape[-1]).expand_as(stack), tolerance)
 
 
+@needs_cuda
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("largest", [5, 16, 33, 64, 100, 128, 150, 256])  # in shared memory, in the workspace
 def test_mixed_sizes(largest, dtype):
@@ -79,6 +80,7 @@ def test_the_front_takes_large_sizes_too():
     assert not torch.cat(parts.status).any()
 
 
+@needs_cuda
 def test_no_synchronisation():
     A = [symmetric(1, d)[0].float().to(DEVICE) for d in (3, 16, 64, 128)]
     coarse = symmetric(1, 66).to(DEVICE)
@@ -92,6 +94,7 @@ def test_no_synchronisation():
     assert_decomposed(A[0].cpu(), parts.A_values[0], parts.A_vectors[0], 1e-5)
 
 
+@needs_cuda
 def test_results_are_the_same_each_time():
     stacks = [symmetric(20, d, torch.float32).to(DEVICE) for d in (7, 31, 64, 120)]
     first = torch.ops.kfac2.eigendecompose(stacks)
@@ -101,6 +104,7 @@ def test_results_are_the_same_each_time():
             assert all(torch.equal(a, b) for a, b in zip(first[i], again[i], strict=True))
 
 
+@needs_cuda
 def test_what_the_kernel_cannot_do_is_refused():
     eye = torch.eye(2, device=DEVICE)
     for matrices, message in (
@@ -116,6 +120,7 @@ def test_what_the_kernel_cannot_do_is_refused():
             torch.ops.kfac2.eigendecompose(matrices)
 
 
+@needs_cuda
 def test_the_lower_triangle_is_read_whatever_the_strides():
     stack = symmetric(2, 3).to(DEVICE)
     noisy = (stack + torch.full_like(stack, 9.0).triu(1)).mT.contiguous().mT
@@ -125,6 +130,7 @@ def test_the_lower_triangle_is_read_whatever_the_strides():
         assert torch.equal(ours[0], theirs[0])
 
 
+@needs_cuda
 def test_opcheck():
     stacks = [symmetric(2, 5, torch.float32).to(DEVICE), symmetric(1, 3, torch.float32).to(DEVICE)]
     torch.library.opcheck(torch.ops.kfac2.eigendecompose.default, (stacks,))

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from compare import assert_equal
-from device import DEVICE, needs_device
+from device import DEVICE, anywhere, needs_cuda
 
 from kfac2 import ops
 from kfac2.ops.gather_gradients import gather_gradients
 from kfac2.ops.shift_and_scale import shift_and_scale
 from kfac2.ops.write_gradients import write_gradients
 
-pytestmark = needs_device
+pytestmark = anywhere
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
@@ -116,6 +116,7 @@ def test_what_is_not_finite_zeroes_all_gradients():
     assert not any(gradient.any() for gradient in gradients)
 
 
+@needs_cuda
 def test_no_call_waits_for_the_device():
     """Torch reports its own waits; a launch that waits would be seen by the clock."""
     A, G = there(factors([70, 300, 10], torch.float32)), there(factors([5, 60, 10], torch.float32))

@@ -10,12 +10,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
-from device import DEVICE, needs_device
+from device import DEVICE, anywhere, needs_cuda
 from inside import fields, set_factor
 from paper import KFAC
 from torch.distributions import Categorical
 
-pytestmark = needs_device
+pytestmark = anywhere
 
 
 def train(model, x, target, steps, **options):
@@ -49,6 +49,7 @@ DEFAULTS = {
 )
 def test_training_follows_the_cpu(name, options):
     task = models.task(name)
+    options = {"cases": "rows", **options} if name == "sequence" else options  # its loss is a mean over tokens
     there = copy.deepcopy(task.model).to(DEVICE)
     opt = train(task.model, task.x, task.target, 7, **options)
     other = train(there, task.x.to(DEVICE), task.target.to(DEVICE), 7, **options)
@@ -61,6 +62,7 @@ def test_training_follows_the_cpu(name, options):
         assert_equal(other.coarse_fisher().cpu(), opt.coarse_fisher(), 1e-8)
 
 
+@needs_cuda
 def test_products_of_a_step_in_tf32():
     """Rounded to 11 bits where that is asked for, whatever torch's own setting is, which stays as it was."""
     setting, steps = torch.backends.cuda.matmul, {}
@@ -104,6 +106,7 @@ def _saved(state):
     return file
 
 
+@needs_cuda
 def test_memory_does_not_grow_over_200_steps():
     task = models.task("conv2d")
     model, x, target = task.model.to(DEVICE), task.x.to(DEVICE), task.target.to(DEVICE)
@@ -136,6 +139,7 @@ def iterate(model, opt, x, target, poison=lambda: None):
     opt.step()
 
 
+@needs_cuda
 @pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, {"levels": 1, "kl_clip": None}, DEFAULTS])
 def test_an_ordinary_step_never_waits_for_the_device(options):
     model, x, target = net(), torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
@@ -157,6 +161,7 @@ def test_an_ordinary_step_never_waits_for_the_device(options):
         torch.cuda.synchronize()
 
 
+@needs_cuda
 @pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, {"levels": 1, "kl_clip": None}, DEFAULTS])
 def test_a_step_of_statistics_waits_twice(options):
     """For the first rows, and at its end; with new inverses, too. Eigendecompositions that are torch's wait as well."""
@@ -216,6 +221,7 @@ def capture(model, opt, x, target):
     return graph
 
 
+@needs_cuda
 @pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, DEFAULTS])
 def test_a_cuda_graph_replayed_1000_times_follows_eager_steps(options):
     torch.manual_seed(0)
@@ -238,6 +244,7 @@ def test_a_cuda_graph_replayed_1000_times_follows_eager_steps(options):
         assert_equal(q, p, 1e-4)
 
 
+@needs_cuda
 def test_only_ordinary_steps_are_captured():
     model, x, target = net(), torch.randn(32, 6, device=DEVICE), torch.randint(0, 3, (32,), device=DEVICE)
     opt = KFAC(model, cov_every=100, inv_every=6)
