@@ -10,7 +10,7 @@ FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/native/*.cpp t
 	tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help test native kernels bench demo deep-linear resnet grid coarse study quality memory figures cuda-build-check device-tests gpu-check roofline lint format clean
+.PHONY: help test native emulated kernels bench demo deep-linear resnet grid coarse study quality memory figures cuda-build-check device-tests gpu-check roofline lint format clean
 
 help:  ## show what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -35,6 +35,9 @@ native: $(VENV)/installed  ## test the C++ kernels and the emulated CUDA kernels
 	@$(BIN)/ninja -C build/native --quiet
 	@$(BIN)/ctest --test-dir build/native --output-on-failure > build/native.log || (cat build/native.log; false)
 	@tail -n 3 build/native.log
+
+emulated: $(VENV)/installed  ## run the tests for a device through Python and the bindings, on emulated CUDA kernels: ARGS="-k solves"
+	@$(BIN)/python tests/emulation/run_tests.py $(ARGS)
 
 kernels: $(BIN)/python  ## compile the CUDA kernels with nvcc for three architectures; print registers and spills
 	@$(BIN)/python tests/native/compile_with_nvcc.py

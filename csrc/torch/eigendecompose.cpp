@@ -52,7 +52,7 @@ Result eigendecompose(const std::vector<Tensor>& matrices) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kfac2, CUDA, m) { m.impl("eigendecompose", TORCH_BOX(&eigendecompose)); }
+KFAC2_BIND_CUDA(eigendecompose)
 
 }  // namespace kfac2
 #endif

@@ -1,5 +1,6 @@
 """Where the tests of this folder run: on a CUDA device; where there is none, on the CPU, so that the tests are known to
-be right before they meet one. KFAC2_TEST_DEVICE=cuda asks for the device: without one all are skipped then.
+be right before they meet one, or on emulated kernels (tests/emulation/run_tests.py). KFAC2_TEST_DEVICE=cuda asks for
+the device: without one all are skipped then.
 """
 
 import os
@@ -20,6 +21,9 @@ def _why_not() -> str | None:
 
 DEVICE = torch.device(os.environ.get("KFAC2_TEST_DEVICE") or ("cpu" if _why_not() else "cuda"))
 IS_CUDA = DEVICE.type == "cuda"
+# An op that there is for a device alone is there on the CPU where that is emulated.
+IS_EMULATED = torch._C._dispatch_has_kernel_for_dispatch_key("kfac2::eigendecompose", "CPU")
 
 anywhere = pytest.mark.skipif(IS_CUDA and _why_not() is not None, reason=str(_why_not()))
 needs_cuda = pytest.mark.skipif(not IS_CUDA or _why_not() is not None, reason=_why_not() or "asked to run on the CPU")
+needs_kernels = pytest.mark.skipif(not (IS_CUDA and _why_not() is None or IS_EMULATED), reason=str(_why_not()))

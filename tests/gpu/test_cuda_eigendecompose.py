@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_equal
-from device import DEVICE, anywhere, needs_cuda
+from device import DEVICE, anywhere, needs_cuda, needs_kernels
 
 from kfac2 import ops
 from kfac2.ops.eigendecompose import floored_eigh
@@ -28,7 +28,7 @@ def assert_decomposed(stack, values, vectors, tolerance):
     assert_equal(vectors.mT @ vectors, torch.eye(stack.shape[-1]).expand_as(stack), tolerance)
 
 
-@needs_cuda
+@needs_kernels
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("largest", [5, 16, 33, 64, 100, 128, 150, 256])  # in shared memory, in the workspace
 def test_mixed_sizes(largest, dtype):
@@ -94,7 +94,7 @@ def test_no_synchronisation():
     assert_decomposed(A[0].cpu(), parts.A_values[0], parts.A_vectors[0], 1e-5)
 
 
-@needs_cuda
+@needs_kernels
 def test_results_are_the_same_each_time():
     stacks = [symmetric(20, d, torch.float32).to(DEVICE) for d in (7, 31, 64, 120)]
     first = torch.ops.kfac2.eigendecompose(stacks)
@@ -120,7 +120,7 @@ def test_what_the_kernel_cannot_do_is_refused():
             torch.ops.kfac2.eigendecompose(matrices)
 
 
-@needs_cuda
+@needs_kernels
 def test_the_lower_triangle_is_read_whatever_the_strides():
     stack = symmetric(2, 3).to(DEVICE)
     noisy = (stack + torch.full_like(stack, 9.0).triu(1)).mT.contiguous().mT
@@ -130,7 +130,7 @@ def test_the_lower_triangle_is_read_whatever_the_strides():
         assert torch.equal(ours[0], theirs[0])
 
 
-@needs_cuda
+@needs_kernels
 def test_opcheck():
     stacks = [symmetric(2, 5, torch.float32).to(DEVICE), symmetric(1, 3, torch.float32).to(DEVICE)]
     torch.library.opcheck(torch.ops.kfac2.eigendecompose.default, (stacks,))
