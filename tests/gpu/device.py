@@ -21,9 +21,11 @@ def _why_not() -> str | None:
 
 DEVICE = torch.device(os.environ.get("KFAC2_TEST_DEVICE") or ("cpu" if _why_not() else "cuda"))
 IS_CUDA = DEVICE.type == "cuda"
+HAS_DEVICE = IS_CUDA and _why_not() is None
 # An op that there is for a device alone is there on the CPU where that is emulated.
 IS_EMULATED = torch._C._dispatch_has_kernel_for_dispatch_key("kfac2::eigendecompose", "CPU")
 
-anywhere = pytest.mark.skipif(IS_CUDA and _why_not() is not None, reason=str(_why_not()))
-needs_cuda = pytest.mark.skipif(not IS_CUDA or _why_not() is not None, reason=_why_not() or "asked to run on the CPU")
-needs_kernels = pytest.mark.skipif(not (IS_CUDA and _why_not() is None or IS_EMULATED), reason=str(_why_not()))
+_reason = _why_not() or "asked to run on the CPU"
+anywhere = pytest.mark.skipif(IS_CUDA and not HAS_DEVICE, reason=_reason)
+needs_cuda = pytest.mark.skipif(not HAS_DEVICE, reason=_reason)
+needs_kernels = pytest.mark.skipif(not (HAS_DEVICE or IS_EMULATED), reason=_reason)
