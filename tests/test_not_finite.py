@@ -342,3 +342,22 @@ def test_a_skipped_step_leaves_every_layer_in_the_coarse_space():
     model.extra = 1
     iterate(model, opt, x)
     assert not opt.state_dict()["kfac"]["layers"]["odd"]["in_coarse"]  # a step that counts does take it out
+
+
+def test_parameters_that_join_later_are_watched():
+    """A bias outside the model: a NaN in its gradient is seen once the preconditioner is told of it."""
+    torch.manual_seed(0)
+    model, extra = nn.Linear(3, 2), nn.Parameter(torch.zeros(2))
+    preconditioner = Preconditioner(model, kl_clip=None)
+    for joins, is_done in ((False, True), (True, False)):
+        if joins:
+            preconditioner.watch([extra])
+        out = model(torch.randn(8, 3)) + extra
+        preconditioner.accumulate_fisher(Categorical(logits=out))
+        F.cross_entropy(out, torch.arange(8) % 2).backward()
+        extra.grad.fill_(float("nan"))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert preconditioner.step() is is_done
+        assert any("a parameter outside the model" in str(one.message) for one in told) is joins
+        model.zero_grad()
