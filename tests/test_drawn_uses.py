@@ -380,7 +380,9 @@ def test_factors_and_coarse_sums(plan):
     own = opt.coarse_sums()
     order = torch.tensor([list(model).index(name) for name in opt.layers])
     for mine, right, what in zip(own, coarse, ("inputs", "gradients"), strict=True):
-        assert error(mine, right[order[:, None], order]) < 1e-9, f"the coarse sums of {what}"
+        right = right[order[:, None], order]
+        is_rounding = (mine - right).norm() < 1e-24  # of the sum over a softmax, which is 0
+        assert is_rounding or error(mine, right) < 1e-9, f"the coarse sums of {what}"
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=DERANDOMIZED)
