@@ -216,7 +216,10 @@ def _chunk_inverted(
     had: Sequence[Tensor],
 ) -> tuple[Fields, Tensor]:
     """Return the new fields of a chunk, and of which blocks they hold no meaning."""
-    fields, status = fine.invert(*_whole(layout, averages, chunk, dtype), damping)
+    A = _whole(averages.A, [batch.d_in for batch in layout.batches], chunk, dtype)
+    G = _whole(averages.G, [batch.d_out for batch in layout.batches], chunk, dtype)
+    fields, status = fine.invert(A, G, damping)
+    del A, G  # as large as what they have become
     fields = all_rounded(fields, layout, chunk)
     if standing is not None:
         fields = all_rounded(fine.carry_over(fields, standing, had), layout, chunk)
@@ -256,13 +259,10 @@ def chunks(layout: Layout, fine: FineSolver, dtype: torch.dtype | None) -> Itera
         yield chunk
 
 
-def _whole(
-    layout: Layout, averages: Averages, chunk: Sequence[Chunk], dtype: torch.dtype | None
-) -> tuple[Stacks, Stacks]:
-    """Return the whole factors of a chunk, in memory of their own."""
-    A = [(part, layout.batches[c.batch].d_in) for part, c in zip(_parts(averages.A, chunk), chunk, strict=True)]
-    G = [(part, layout.batches[c.batch].d_out) for part, c in zip(_parts(averages.G, chunk), chunk, strict=True)]
-    return tuple([unpacked(part.to(dtype or part.dtype), d) for part, d in side] for side in (A, G))  # type: ignore[return-value]
+def _whole(triangles: Stacks, sizes: Sequence[int], chunk: Sequence[Chunk], dtype: torch.dtype | None) -> Stacks:
+    """Return whole factors of a chunk, in memory of their own, given their triangles, and their sizes by batch."""
+    parts = zip(_parts(triangles, chunk), chunk, strict=True)
+    return [unpacked(part.to(dtype or part.dtype), sizes[c.batch]) for part, c in parts]
 
 
 def _parts(stacks: Stacks, chunk: Sequence[Chunk]) -> Stacks:

@@ -151,7 +151,8 @@ def budget(layout: Layout, held: Layout, fine: FineSolver) -> int:
         held: of those whose inverses it has.
         fine: the solver.
     """
-    return max((_factor_bytes(layout.layers) + _factor_bytes(held.layers)) // SHARE, LEAST_BYTES)
+    triangles = _factor_bytes(layout.layers) // 2
+    return max((triangles + _factor_bytes(held.layers)) // SHARE, LEAST_BYTES)
 
 
 def pieces(owned: dict[int, Layout], fine: FineSolver, dtype: torch.dtype | None, most: int) -> list[dict[int, Layout]]:
