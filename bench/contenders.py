@@ -40,13 +40,15 @@ class Contender:
     optimizers: list[Optimizer]  # stepped one after the other
     at: Mapping[str, Callable[[], object]]  # for each kind what makes the next step one of that kind
     accumulate: Callable[[Tensor], None] = lambda _: None  # called with the output before the backward pass
+    autocast: torch.dtype | None = None  # what the forward pass is cast to
 
     def step(self, x: Tensor, y: Tensor, mark: Mark) -> None:
         """Take one whole step; `mark` is called at the start and after forward, statistics, backward and step."""
         mark()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        out = self.model(x)
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            out = self.model(x)
         mark()
         self.accumulate(out)
         mark()
@@ -76,10 +78,21 @@ def _sgd(params: Iterable[nn.Parameter]) -> Optimizer:
     return SGD(params, lr=RATE, momentum=0.9, weight_decay=1e-3, foreach=True)
 
 
-def _kfac2(network: Network, model: nn.Module, levels: int) -> Contender:
+def _muon(network: Network, model: nn.Module) -> Contender:
+    """Muon on the weights of Linear layers that it is meant for, AdamW on the rest."""
+    if not hasattr(torch.optim, "Muon"):
+        raise NotInstalledError(f"torch {torch.__version__} has no torch.optim.Muon")
+    words = [id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)]
+    own = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in words]
+    rest = [p for p in model.parameters() if not any(p is other for other in own)]
+    main = torch.optim.Muon(own, lr=RATE)
+    return Contender(model, network.prediction.loss, [main, AdamW(rest, lr=RATE, fused=True)], {"c": nothing})
+
+
+def _kfac2(network: Network, model: nn.Module, levels: int, precision: str | None = None) -> Contender:
     optimizer = kfac2.KFAC(
         model, lr=RATE, momentum=0.9, weight_decay=1e-3, damping=1e-2, kl_clip=1e-2, levels=levels,
-        cov_every=COV_EVERY, inv_every=INV_EVERY, **PLAIN,
+        cov_every=COV_EVERY, inv_every=INV_EVERY, step_precision=precision, **PLAIN,
     )  # fmt: skip
 
     def accumulate(out: Tensor) -> None:
@@ -136,14 +149,20 @@ def _shampoo(network: Network, model: nn.Module) -> Contender:
 BUILDERS: dict[str, Callable[[Network, nn.Module], Contender]] = {
     "sgd": lambda network, model: _plain(network, model, _sgd(model.parameters())),
     "adamw": lambda network, model: _plain(network, model, AdamW(model.parameters(), lr=RATE, foreach=True)),
+    "adamw-fused": lambda network, model: _plain(network, model, AdamW(model.parameters(), lr=RATE, fused=True)),
+    "muon": _muon,
     "kfac2-1": lambda network, model: _kfac2(network, model, levels=1),
+    "kfac2-1-tf32": lambda network, model: _kfac2(network, model, levels=1, precision="tf32"),
     "kfac2-2": lambda network, model: _kfac2(network, model, levels=2),
     "singd-dense": lambda network, model: _singd(network, model, "dense"),
     "singd-diagonal": lambda network, model: _singd(network, model, "diagonal"),
     "soap": _soap,
     "shampoo": _shampoo,
 }
+ON_DEVICES = ("adamw-fused", "muon", "kfac2-1-tf32")
+ALL = [name for name in BUILDERS if name not in ON_DEVICES]
 OWN = ["sgd", "adamw", "kfac2-1", "kfac2-2"]
+LARGE = ["adamw-fused", "muon", "soap", "kfac2-1", "kfac2-1-tf32", "kfac2-2"]  # of large networks, on a device
 
 
 def shares(kinds: Any, cov_every: int, inv_every: int) -> dict[str, float]:
@@ -164,6 +183,7 @@ def prepared(name: str, network: Network, batch: int, device: str) -> tuple[Cont
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peers say about torch's deprecations
         contender = BUILDERS[name](network, network.make().to(device))
+        contender.autocast = network.autocast
     x, y = network.sample(batch, device)
     for _ in range(2):
         for prepare in contender.at.values():

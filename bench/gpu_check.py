@@ -11,12 +11,14 @@ The stages, each a process (or more) of its own, in this order:
 | racecheck, initcheck, synccheck: the device tests again | 30, 20, 20 |
 | memcheck: some of tests/gpu, without torch's caching of memory | 40 |
 | all of the above at most | 440 |
-| each measurement: whole steps of each network, the kernels of each op, growth | 40 to 25 |
+| each measurement: whole steps of each network, large layers, the kernels of each op, growth | 40 to 25 |
+| ncu: the two hottest kernels | 40 |
 | everything together | 480 |
 
 The time for everything is a bound: a stage gets its own limit or what is left, and is skipped where nothing is left.
-Usually most stages need less than half of theirs, which leaves the measurements what they need. They are meant for a
-machine of 16 cores: elsewhere --times multiplies them.
+Usually most stages need less than half of theirs, which leaves the measurements what they need; those that were left
+out, or are wanted again, `--only "measure: steps" ncu` runs, on a build that is there. They are meant for a machine of
+16 cores: elsewhere --times multiplies them.
 
 Nothing depends on a stage but what a build makes. No network is used. In the folder given by --out, written after
 each stage: <device>.md to read, <device>.jsonl with a line for each stage, <device>.log with all output. The exit
@@ -37,7 +39,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from output import slug
-from stages import FAILED, NO_DEVICE, NONE, PASSED, Record, Stage, by_status, run_all
+from stages import FAILED, NO_DEVICE, NONE, PASSED, SKIPPED, Record, Stage, by_status, run_all
 
 ROOT = Path(__file__).parent.parent
 INSTALLED, LOGS, FOUND = (ROOT / "build" / name for name in ("gpu-check", "gpu-check-logs", "gpu-check-found"))
@@ -54,6 +56,8 @@ SANITIZED = (
 # What is measured, the most telling first: arguments of report.py, and seconds.
 MEASUREMENTS = {
     "steps, resnet-110": (("--parts", "steps", "--nets", "resnet-110"), 40),
+    "large layers": (("--parts", "large"), 40),
+    "steps, gpt2-small": (("--parts", "steps", "--nets", "gpt2-small"), 40),
     **{
         f"kernels, {op}": (("--parts", "kernels", "--ops", op), 25)
         for op in (
@@ -61,6 +65,7 @@ MEASUREMENTS = {
             "precondition", "average_coarse_sums", "eigendecompose", "input_covariance", "channel_sums",
         )
     },
+    "steps, resnet-50": (("--parts", "steps", "--nets", "resnet-50"), 40),
     "steps, deep-linear": (("--parts", "steps", "--nets", "deep-linear"), 40),
     "growth": (("--parts", "growth"), 25),
 }  # fmt: skip
@@ -104,6 +109,20 @@ def sanitizer() -> str:
     places = [home / "bin", home / "compute-sanitizer"] if home else []
     found = (shutil.which("compute-sanitizer", path=path) for path in (os.environ.get("PATH"), *map(str, places)))
     return next(filter(None, found), "compute-sanitizer")
+
+
+def profiler() -> str:
+    """Find ncu: on PATH, in the toolkit, or where its own package puts it."""
+    home = toolkit()
+    places = [*home.glob("bin"), *home.glob("nsight-compute*")] if home else []
+    places += sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)
+    found = (shutil.which("ncu", path=path) for path in (os.environ.get("PATH"), *map(str, places)))
+    return next(filter(None, found), "ncu")
+
+
+def by_profiler(status: int, output: str) -> str:
+    """Judge a run of ncu: on some machines nobody may read the counters."""
+    return SKIPPED if "ERR_NVGPUCTRPERM" in output else by_status(status, output)
 
 
 def by_pytest(status: int, output: str) -> str:
@@ -195,6 +214,23 @@ def measurements(device: str) -> list[Stage]:
     return stages
 
 
+def profile() -> Stage:
+    """Profile the kernels behind a ResNet's statistics: covariances of 3x3 patches, and sums over pairs of layers."""
+    code = (
+        "import torch; from kfac2 import ops; x = torch.randn(128, 16, 32, 32, device='cuda'); "
+        "ops.input_covariance(x, 3, padding=1); ops.cross_layer_sums([x[:, i] for i in range(16)] * 14)"
+    )
+    names = "regex:products_kernel|cross_layer_sums_kernel"
+    command = (profiler(), "--set", "full", "--kernel-name", names, sys.executable, "-c", code)
+    return Stage("ncu: covariances and cross_layer_sums", command, 40, in_sight(), needs=[BUILD_PACKAGE], probe=LOOK,
+                 cwd=ROOT / "tests", judge=by_profiler)  # fmt: skip
+
+
+def chosen(stages: Sequence[Stage], texts: Sequence[str] | None) -> list[Stage]:
+    """Return the stages whose names have one of these texts; None: all."""
+    return [stage for stage in stages if texts is None or any(text in stage.name for text in texts)]
+
+
 def ending(statuses: Sequence[str]) -> int:
     """Return the exit status of everything from those of the stages."""
     if all(status == PASSED for status in statuses):
@@ -208,6 +244,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the record")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to see that the measurements run")
     parser.add_argument("--times", type=float, default=1, help="multiplies all limits, for a slow machine (default: 1)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="stages whose names have one of these, and the builds"
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     about = describe()
@@ -223,7 +262,8 @@ def main() -> None:
     if arguments.small:
         groups = [[stage] for stage in measurements("cpu")]
     else:
-        groups = [builds(about["built for"]), *([stage] for stage in (*proofs(), *measurements("cuda")))]
+        stages = chosen([*proofs(), *measurements("cuda"), profile()], arguments.only)
+        groups = [builds(about["built for"]), *([stage] for stage in stages)]
     groups = [[replace(stage, limit=arguments.times * stage.limit) for stage in group] for group in groups]
     run_all(groups, record, LOGS, arguments.times * SECONDS)
     print(record.path("md").read_text())

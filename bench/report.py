@@ -21,6 +21,7 @@ import cases
 import contenders
 import growth
 import kernels
+import large
 import steps
 from arguments import add_some, add_where
 from networks import NETWORKS
@@ -29,7 +30,7 @@ from timing import machine
 
 import kfac2
 
-PARTS = ("kernels", "steps", "growth")
+PARTS = ("kernels", "large", "steps", "growth")
 Found = dict[str, Any]
 
 
@@ -42,16 +43,25 @@ class Plan:
     sets: Sequence[str] = ("deep-linear", "resnet-20", "resnet-110", "transformer")  # layer sets of the kernels
     batch: int = 128  # samples of the layer sets
     largest: int = 112  # layers of the series of growth
+    groups: Sequence[str] = ()  # of comparisons of large layers, which are for a device
 
 
-OWN, ALL = contenders.OWN, list(contenders.BUILDERS)
+OWN, ALL, LARGE = contenders.OWN, contenders.ALL, contenders.LARGE
+NETS: dict[str, tuple[int, int, Sequence[str]]] = {
+    "deep-linear": (512, 25, ALL),
+    "resnet-110": (128, 15, OWN),
+    "gpt2-small": (8, 9, LARGE),
+    "resnet-50": (256, 7, LARGE),
+}
 PLANS = {
     "quick": Plan(3.0, {"deep-linear": (512, 75, ALL), "resnet-20": (128, 25, ALL), "resnet-56": (32, 25, OWN)}),
     "full": Plan(
         10.0, {"deep-linear": (512, 101, ALL), "resnet-20": (128, 41, ALL), "resnet-56": (32, 41, ALL)}, kernels.SETS
     ),
-    "cuda": Plan(1.0, {"deep-linear": (512, 25, ALL), "resnet-110": (128, 15, OWN)}),
-    "tiny": Plan(0.01, {"deep-linear": (4, 1, OWN), "resnet-8": (2, 1, OWN)}, ("deep-linear", "resnet-8"), 2, 32),
+    "cuda": Plan(1.0, NETS, groups=tuple(large.GROUPS)),
+    "tiny": Plan(
+        0.01, {"deep-linear": (4, 1, OWN), "resnet-8": (2, 1, OWN)}, ("deep-linear", "resnet-8"), 2, 32, [*large.GROUPS]
+    ),
 }
 
 
@@ -61,6 +71,9 @@ def jobs(plan: Plan, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[
     if "kernels" in args.parts:
         for build in kernels.all_cases(args.ops, plan.sets, plan.batch, args.device):
             yield "kernels", partial(kernels.compare, build, 25, plan.seconds, *where)
+    if "large" in args.parts:
+        for group in plan.groups:
+            yield "large", partial(large.measure, group, args.tiny, plan.seconds, *where)
     if "steps" in args.parts:
         for net, (batch, rounds, names) in plan.steps.items():
             if net in (args.nets or plan.steps):
@@ -79,6 +92,8 @@ def markdown(found: Found, how: str) -> str:
     ]  # fmt: skip
     if found["kernels"]:
         lines += ["", "## Kernels", "", kernels.report(found["kernels"])]
+    for result in found["large"]:
+        lines += ["", f"## Large layers: {result['group']}", "", large.report(result)]
     for result in found["steps"]:
         lines += ["", f"## Steps: {NETWORKS[result['net']].title}", "", steps.report(result, about["clock"])]
     for result in found["growth"]:

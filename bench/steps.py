@@ -79,7 +79,7 @@ def measure(net: str, batch: int, rounds: int, optimizers: Sequence[str], device
         else:
             works |= {(name, kind): partial(_step, contender, kind, x, y) for kind in contender.at}
     result = summary(take_turns(works, Clock(device, threads), rounds))
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and not NETWORKS[net].is_large:
         result["graph"] = in_graphs(net, batch, rounds, device)
     return {"net": net, "batch": batch, "rounds": rounds, **result, "missing": missing}
 

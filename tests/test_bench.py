@@ -81,7 +81,7 @@ def test_steps_without_any_peer(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", missing)
     result = steps.measure("deep-linear", 4, 1, list(contenders.BUILDERS), "cpu", 1)
-    assert set(result["optimizers"]) == {"sgd", "adamw", "kfac2-1", "kfac2-2"}
+    assert set(result["optimizers"]) == {"sgd", "adamw", "kfac2-1", "kfac2-2", *contenders.ON_DEVICES}
     assert set(result["missing"]) == {"singd-dense", "singd-diagonal", "soap", "shampoo"}
     assert set(result["levels"]) == set("abc")
     assert "soap: pytorch_optimizer is not installed" in steps.report(result, "CPU time")

@@ -206,3 +206,18 @@ def test_every_gpu_test_and_every_op_has_its_stage():
 
     measured = [s.name for s in gpu_check.measurements("cuda")]
     assert {f"measure: kernels, {op}" for op in cases.OPS} <= set(measured)
+
+
+def test_some_stages_are_chosen_by_their_names():
+    stages = [*gpu_check.proofs(), *gpu_check.measurements("cuda"), gpu_check.profile()]
+    assert gpu_check.chosen(stages, None) == stages
+    names = [stage.name for stage in gpu_check.chosen(stages, ["measure: steps", "ncu"])]
+    nets = ("resnet-110", "gpt2-small", "resnet-50", "deep-linear")
+    assert names == [*(f"measure: steps, {net}" for net in nets), "ncu: covariances and cross_layer_sums"]
+
+
+def test_what_is_profiled_runs_and_hidden_counters_are_no_failure():
+    stage = gpu_check.profile()
+    exec(stage.command[-1].replace("device='cuda'", "device='cpu'"), {})
+    refused = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission"
+    assert [stage.judge(1, refused), stage.judge(1, "a fault"), stage.judge(0, "")] == ["skipped", "failed", "passed"]
