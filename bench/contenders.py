@@ -182,7 +182,9 @@ def prepared(name: str, network: Network, batch: int, device: str) -> tuple[Cont
     torch.manual_seed(0)  # the same weights for each
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peers say about torch's deprecations
-        contender = BUILDERS[name](network, network.make().to(device))
+        with torch.device(device):  # where large networks are drawn sooner
+            model = network.make()
+        contender = BUILDERS[name](network, model)
         contender.autocast = network.autocast
     x, y = network.sample(batch, device)
     for _ in range(2):

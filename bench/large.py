@@ -186,9 +186,9 @@ def products_of_a_step(device: str, is_tiny: bool) -> Iterator[Comparison]:
 
 
 GROUPS: dict[str, Callable[[str, bool], Iterator[Comparison]]] = {
+    "products of a step": products_of_a_step,
     "covariances of Linear rows": linear_covariances,
     "covariances of 3x3 patches": convolution_covariances,
-    "products of a step": products_of_a_step,
     "inverses": inverses,
     "eigendecompositions": eigendecompositions,
 }
