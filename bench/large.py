@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from kfac2 import ops
 from kfac2.ops import Window
 from kfac2.ops.covariances import _native as kernel
+from kfac2.step import products_in
 
 Function = Callable[[], object]
 ROUNDS = 9
@@ -44,17 +44,6 @@ class Comparison:
     torch: Mapping[str, Function]
     others: Mapping[str, Function]
     flop: float | None = None
-
-
-@contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """Multiply float32 in `ieee` or `tf32`."""
-    setting = torch.backends.cuda.matmul
-    before, setting.fp32_precision = setting.fp32_precision, precision
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def at(precision: str, function: Function) -> Function:

@@ -24,7 +24,7 @@ _GATHERED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @contextmanager
-def _products_in(precision: str | None) -> Iterator[None]:
+def products_in(precision: str | None) -> Iterator[None]:
     """Set torch's precision of float32 products on CUDA devices while products are launched; None: leave it."""
     if precision is None:
         yield
@@ -217,7 +217,7 @@ class Step:
         """
         assert self._matrices is not None
         fields, directions = {**inverses.fields, **inverses.derived}, self._new_matrices()
-        with _products_in(precision):
+        with products_in(precision):
             if not solvers.division.holds_all:
                 solvers.division.apply_held(self._layout, solvers.fine, fields, self._matrices, directions)
             else:
