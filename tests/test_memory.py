@@ -194,6 +194,23 @@ def test_a_statistics_step_needs_little_more_than_sgd():
         assert peak(lambda: step(opt)) < 1.15 * least
 
 
+def test_sums_are_let_go_as_averages_take_their_place(monkeypatch, none_waits):
+    """Eight layers of other shapes: sums, averages so far and new ones were there at once."""
+    monkeypatch.setitem(outer_products.WHOLE_BYTES, "cpu", 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(60 + i, 61 + i) for i in range(8)))
+    opt = KFAC(model, cov_every=1)
+    x, y = torch.randn(16, 60), torch.arange(16)
+    iterate(model, opt, x, y)
+    curvature = curvature_of(opt)
+    held = sum(stack.nbytes for stack in (*curvature.averages.A, *curvature.averages.G))
+
+    def averages():
+        curvature.accumulate(Categorical(logits=model(x)))
+
+    assert peak(averages) < 1.6 * held  # sums as large as these, rows of 16 samples, and the average of one layer
+
+
 # -- inverses -------------------------------------------------------------------------------------------------
 
 
