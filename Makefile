@@ -26,7 +26,7 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 	@mkdir -p build
 	@touch $@
 
-test: native $(VENV)/installed  ## run all tests (about 5 minutes on 2 cores)
+test: native $(VENV)/installed  ## run all tests (about 10 minutes on 2 cores)
 	@$(BIN)/pytest -n 2 --dist worksteal -p no:benchmark
 
 native: $(VENV)/installed  ## test the C++ kernels and the emulated CUDA kernels, under sanitizers
