@@ -20,22 +20,8 @@ from kfac2.statistics import Averages, FirstBad
 from kfac2.step import Gathered, Step
 
 
-class _Attempt(NamedTuple):
-    """Gradients that were written.
-
-    Attributes:
-        inverses: that they were made with, committed if the step is taken.
-        result: of the step.
-        place: of the inverses.
-    """
-
-    inverses: Inverses
-    result: ShiftAndScale
-    place: InPlace | None
-
-
 class _Found(NamedTuple):
-    """What the host has read of an attempt.
+    """What the host has read of gradients that were written.
 
     Attributes:
         bad: what is not finite, or None.
@@ -112,9 +98,9 @@ class Update:
         while True:
             inverses = last if new is None else curvature.estimates.inverted(averages, last, new, place)
             assert inverses is not None
-            attempt = self._attempt(step, gathered, rates, averages, inverses, limits, place)
-            self.scale, health.found = attempt.result.scale, None if looks else attempt.result.found
-            found = self._read(gathered, attempt, sums) if looks else _Found()
+            result = self._write(step, gathered, rates, averages, inverses, limits)
+            self.scale, health.found = result.scale, None if looks else result.found
+            found = self._read(gathered, result, inverses, place, sums) if looks else _Found()
             if found.bad is not None:
                 curvature.estimates.mend()
                 return found.bad
@@ -124,7 +110,7 @@ class Update:
         if inverses.failed is not None and not found.has_failed:
             inverses = replace(inverses, failed=None)
         curvature.estimates.commit(averages, inverses)
-        self.change_limit.commit(limits, attempt.result.norms)
+        self.change_limit.commit(limits, result.norms)
         if looks and found.has_failed:
             curvature.estimates.mend()
         return None
@@ -158,7 +144,7 @@ class Update:
             return None if bool(place.blocked) else place._replace(blocked=None)
         return place if sums is None else place._replace(blocked=place.blocked | sums.is_bad)
 
-    def _attempt(
+    def _write(
         self,
         step: Step,
         gathered: Gathered,
@@ -166,11 +152,10 @@ class Update:
         averages: Averages,
         inverses: Inverses,
         limits: Limits | None,
-        place: InPlace | None,
-    ) -> _Attempt:
+    ) -> ShiftAndScale:
         """Write the gradients; commit nothing."""
         curvature, options = self._curvature, self._options
-        result = step.write(
+        return step.write(
             gathered,
             inverses,
             curvature.solvers,
@@ -182,18 +167,24 @@ class Update:
             None if limits is None else limits.values,
             options.step_precision,
         )
-        return _Attempt(inverses, result, place)
 
-    def _read(self, gathered: Gathered, attempt: _Attempt, sums: FirstBad | None) -> _Found:
+    def _read(
+        self,
+        gathered: Gathered,
+        result: ShiftAndScale,
+        inverses: Inverses,
+        place: InPlace | None,
+        sums: FirstBad | None,
+    ) -> _Found:
         """Wait for the device, once; tell of the steps that were skipped before."""
-        curvature, health, failed = self._curvature, self._curvature.health, attempt.inverses.failed
+        curvature, health = self._curvature, self._curvature.health
         told = read_together(
             skipped=health.skipped,
-            found=attempt.result.found,
+            found=result.found,
             number=gathered.first_bad,
             sums=None if sums is None else sums.number,
-            blocked=None if attempt.place is None else attempt.place.blocked,
-            failed=failed,
+            blocked=None if place is None else place.blocked,
+            failed=inverses.failed,
         )
         (count, first), is_bad = told["skipped"], bool(told["found"][0])
         if count:
