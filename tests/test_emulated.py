@@ -1,5 +1,6 @@
 """The tests for a device, on emulated CUDA kernels: from Python through the bindings to what a device would compute."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,15 @@ SLOW = (
     "same_each_time", "sizes3", "sizes4", "sizes5", "accuracy", "many_layers", "large_maps", "large_sizes",
     "seed1", "seed2", "128-", "150-", "256-",
 )  # fmt: skip
+
+
+def test_tests_are_named_from_any_folder(monkeypatch):
+    run_tests = runpy.run_path(str(HERE / "emulation/run_tests.py"))
+    monkeypatch.chdir(HERE.parent)
+    of_gpu = str(HERE / "gpu")
+    assert run_tests["for_pytest"](["-k", "solves"]) == ["-k", "solves", of_gpu]
+    assert run_tests["for_pytest"]([]) == [of_gpu] == run_tests["for_pytest"](["tests/gpu"])
+    assert run_tests["for_pytest"](["-x", "tests/test_step.py::one"]) == ["-x", f"{HERE}/test_step.py::one"]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,11 +43,21 @@ def put_together(library: Path) -> Path:
     return package
 
 
+def for_pytest(arguments: Sequence[str]) -> list[str]:
+    """Return arguments as they read in any folder; where they name no tests, those of tests/gpu are added."""
+    given, names_tests = [], False
+    for text in arguments:
+        path, *rest = text.split("::")
+        if Path(path).exists():
+            text, names_tests = "::".join([str(Path(path).resolve()), *rest]), True
+        given.append(text)
+    return given if names_tests else [*given, str(ROOT / "tests/gpu")]
+
+
 def main(arguments: list[str]) -> int:
     """Build, and run pytest from a folder where Python does not see the checkout in place of the package."""
     package = put_together(build())
-    given = arguments or [str(ROOT / "tests/gpu")]
-    command = (sys.executable, "-m", "pytest", "-p", "no:benchmark", "--rootdir", str(ROOT), *given)
+    command = (sys.executable, "-m", "pytest", "-p", "no:benchmark", "--rootdir", str(ROOT), *for_pytest(arguments))
     return subprocess.run(command, cwd=ROOT / "tests", env={**os.environ, "PYTHONPATH": str(package)}).returncode
 
 
