@@ -2,7 +2,7 @@
 
 Kinds of steps: `a` updates statistics, `b` statistics and inverses, `c` is an ordinary step. All optimizers take turns
 in one process, in a new order each round; ratios are of one round, to SGD's whole step; medians and quartiles. On a
-CUDA device ordinary steps are also captured in a graph, and their launches counted.
+CUDA device ordinary steps are also captured in a graph, and each kernel of a step is timed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import launches
 import torch
 from arguments import add_some, add_where, positive
 from contenders import BUILDERS, Contender, NotInstalledError, nothing, prepared, shares
@@ -79,22 +80,27 @@ def measure(net: str, batch: int, rounds: int, optimizers: Sequence[str], device
         else:
             works |= {(name, kind): partial(_step, contender, kind, x, y) for kind in contender.at}
     result = summary(take_turns(works, Clock(device, threads), rounds))
-    if torch.device(device).type == "cuda" and not NETWORKS[net].is_large:
-        result["graph"] = in_graphs(net, batch, rounds, device)
+    if torch.device(device).type == "cuda":
+        shown = [("sgd", "c"), *(("kfac2-1", kind) for kind in KINDS)]
+        result["kernels"] = {
+            " ".join(key): launches.kernels_of(partial(works[key], nothing)) for key in shown if key in works
+        }
+        if not NETWORKS[net].is_large:
+            result["graph"] = in_graphs(net, batch, rounds, device)
     return {"net": net, "batch": batch, "rounds": rounds, **result, "missing": missing}
 
 
 def in_graphs(net: str, batch: int, rounds: int, device: str) -> dict[str, Any]:
     """Replay an ordinary step from a CUDA graph, beside SGD's, and count the launches of the optimizer's part."""
-    replays, launches = {}, {}
+    replays, counts = {}, {}
     for name in ("sgd", "kfac2-2"):
         contender, x, y = prepared(name, NETWORKS[net], batch, device)
         contender.at["c"]()
         replays[name] = captured(partial(contender.step, x, y, nothing))
-        launches[name] = launches_of(contender.optimizers[0].step)
+        counts[name] = launches.launches(launches.kernels_of(contender.optimizers[0].step))
     times = interleaved(replays, Clock(device, 1), rounds)
     sgd, over = Spread.of([1e3 * seconds for seconds in times["sgd"]]), Spread.of(times["kfac2-2"], times["sgd"])
-    return {"sgd_milliseconds": sgd, "over_sgd": over, "launches": launches}
+    return {"sgd_milliseconds": sgd, "over_sgd": over, "launches": counts}
 
 
 def captured(step: Callable[[], object]) -> Callable[[], None]:
@@ -109,16 +115,6 @@ def captured(step: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         step()
     return graph.replay
-
-
-def launches_of(run: Callable[[], object]) -> int:
-    """Count the kernels, copies and fills that a function starts on the device."""
-    run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.device_type != torch.autograd.DeviceType.CPU)
 
 
 def report(result: dict[str, Any], clock: str) -> str:
@@ -138,6 +134,10 @@ def report(result: dict[str, Any], clock: str) -> str:
     if result["levels"]:
         words = [f"{kind} {spread}" for kind, spread in result["levels"].items()]
         lines += ["", "Two levels over one level: " + ", ".join(words)]
+    if "kernels" in result:
+        plain, *others = result["kernels"].values()
+        names = list(result["kernels"])[1:]
+        lines += ["", launches.report(plain, dict(zip(names, others, strict=True)))]
     if "graph" in result:
         graph = result["graph"]
         lines += [

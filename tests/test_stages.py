@@ -9,6 +9,7 @@ import sys
 import time
 
 import gpu_check
+import launches
 import pytest
 from stages import Record, Stage, run_all
 
@@ -189,7 +190,7 @@ def test_the_exit_status_of_everything():
 
 def test_the_limits_are_those_of_the_table():
     table = dict(re.findall(r"^\| (.*?) \| ([\d, to]+) \|$", gpu_check.__doc__, re.MULTILINE))
-    proofs = [max(s.limit for s in gpu_check.builds("9.0")), *(s.limit for s in gpu_check.proofs())]
+    proofs = [max(s.limit for s in group) for group in (gpu_check.builds("9.0"), *gpu_check.proofs())]
     assert sum(proofs) == int(table["all of the above at most"]) < gpu_check.SECONDS
     assert gpu_check.SECONDS == int(table["everything together"]) <= 8 * 60
     longest = max(s.limit for s in gpu_check.measurements("cuda"))
@@ -197,23 +198,24 @@ def test_the_limits_are_those_of_the_table():
 
 
 def test_every_gpu_test_and_every_op_has_its_stage():
-    names = [s.name for s in gpu_check.proofs()]
+    names = [stage.name for group in gpu_check.proofs() for stage in group]
     assert {path.name for path in (gpu_check.ROOT / "tests/gpu").glob("test_*.py")} == {
         name.removeprefix("tests/gpu/") for name in names if name.startswith("tests/gpu/")
     }
-    assert set(gpu_check.FILE_LIMITS) == {path.stem for path in (gpu_check.ROOT / "tests/gpu").glob("test_*.py")}
     import cases
 
     measured = [s.name for s in gpu_check.measurements("cuda")]
     assert {f"measure: kernels, {op}" for op in cases.OPS} <= set(measured)
 
 
-def test_some_stages_are_chosen_by_their_names():
-    stages = [*gpu_check.proofs(), *gpu_check.measurements("cuda"), gpu_check.profile()]
-    assert gpu_check.chosen(stages, None) == stages
-    names = [stage.name for stage in gpu_check.chosen(stages, ["measure: steps", "ncu"])]
+def test_some_stages_are_chosen_by_how_their_names_begin():
+    groups = gpu_check.everything()
+    assert gpu_check.chosen(groups, None) == groups
+    chosen = gpu_check.chosen(groups, ["device tests", "measure: steps", "ncu"])
     nets = ("resnet-110", "gpt2-small", "resnet-50", "deep-linear")
-    assert names == [*(f"measure: steps, {net}" for net in nets), "ncu: covariances and cross_layer_sums"]
+    steps = [f"measure: steps, {net}" for net in nets]
+    names = [stage.name for group in chosen for stage in group]
+    assert names == ["device tests", *steps, "ncu: covariances and cross_layer_sums"]
 
 
 def test_what_is_profiled_runs_and_hidden_counters_are_no_failure():
@@ -221,3 +223,11 @@ def test_what_is_profiled_runs_and_hidden_counters_are_no_failure():
     exec(stage.command[-1].replace("device='cuda'", "device='cpu'"), {})
     refused = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission"
     assert [stage.judge(1, refused), stage.judge(1, "a fault"), stage.judge(0, "")] == ["skipped", "failed", "passed"]
+
+
+def test_kernels_are_listed_by_what_they_add_to_the_plain_step():
+    plain = {"void at::native::add_kernel<int>(int)": (3, 1.0), "gemm": (2, 8.0)}
+    kinds = {"c": {"gemm": (2, 8.0), "own(float*)": (1, 0.5)}, "a": {"gemm": (4, 20.0)}}
+    lines = launches.report(plain, kinds).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["all", "gemm", "own", "add_kernel<int>"]
+    assert [cell.strip() for cell in lines[2].split("|")[2:5]] == ["9.00 (5)", "8.50 (3)", "20.0 (4)"]
