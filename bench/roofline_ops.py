@@ -21,10 +21,11 @@ FLOAT, DOUBLE = 4, 8
 ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2}  # bytes of an activation, by the precision of the library's products
 TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables.cu
 # sizeof of the tables' entries, csrc/kernels
-MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 312, 128, 528
+MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 344, 128, 528
 MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 160, 80, 80, 144, 48
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
 COVARIANCE_ISSUE = {16: 270, 32: 580}  # instructions of a warp for 32 positions, by the tile: from the compiled code
+COVARIANCE_BLOCK = 600  # of a warp before and behind these: the table, the sum over slices (an estimate)
 CROSS_ISSUE = 660  # instructions of a warp for 64 places of 32 x 32 maps: likewise
 LOAD = 270  # cycles from a load to its number, from the L2 cache (an estimate; about 600 from memory)
 SWEEPS = 8  # of Jacobi's method: 6 to 10 are usual (csrc/include/eigendecompose.h)
@@ -91,8 +92,8 @@ def layer_maps(sources: Sequence[Source]) -> Count:
     return Count([table, Stage("layer_maps", 1, read + written, flop)], held, read + written, flop)
 
 
-def axis_pieces(window: Window, axis: int, extent: int) -> Iterator[tuple[int, int]]:
-    """Yield difference and positions of the pieces along one axis: csrc/include/covariance_pieces.h."""
+def axis_pieces(window: Window, axis: int, extent: int) -> Iterator[tuple[int, int, int]]:
+    """Yield difference, positions and pairs of offsets of the pieces along one axis: csrc/include/covariance_pieces.h."""
     kernel, step, dilation = window.kernel_size[axis], window.stride[axis], window.dilation[axis]
     low = window.padding[axis][0]
     grid = window.grid((1,) * axis + (extent,) + (1,) * (len(window.kernel_size) - axis - 1))[axis]
@@ -108,57 +109,75 @@ def axis_pieces(window: Window, axis: int, extent: int) -> Iterator[tuple[int, i
                     held[offset] = range(both[0], both[-1] + 1, step)
             cuts = sorted({end for taken in held.values() for end in (taken[0], taken[-1] + step)})
             for begin, end in pairwise(cuts):
-                if any(begin in taken for taken in held.values()):
-                    yield difference, (end - begin) // step
+                pairs = sum(begin in taken for taken in held.values())
+                if pairs > 0:
+                    yield difference, (end - begin) // step, pairs
 
 
-def pieces(rows: Source) -> list[tuple[bool, int]]:
-    """Return for each piece whether it is symmetric, and its positions in one sample."""
-    found: list[tuple[tuple[int, ...], int]] = [((), 1)]
+class Piece(NamedTuple):
+    """Whether a piece is symmetric, its positions in one sample, and the pairs of kernel offsets that hold it."""
+
+    symmetric: bool
+    positions: int
+    pairs: int
+
+
+def pieces(rows: Source) -> list[Piece]:
+    """Return the pieces of rows: opposite differences are one."""
+    found: list[tuple[tuple[int, ...], int, int]] = [((), 1, 1)]
     for axis, extent in enumerate(rows.extent):
         along = list(axis_pieces(rows.window, axis, extent))
-        found = [((*before, difference), count * more) for before, count in found for difference, more in along]
-    leading = [(next((d for d in differences if d), 0), count) for differences, count in found]
-    return [(lead == 0, count) for lead, count in leading if lead >= 0]
+        found = [((*d, more), n * positions, p * pairs) for d, n, p in found for more, positions, pairs in along]
+    leading = [(next((d for d in differences if d), 0), n, p) for differences, n, p in found]
+    return [Piece(lead == 0, n, p) for lead, n, p in leading if lead >= 0]
+
+
+def tiles_of(rows: Source) -> tuple[int, int]:
+    """Return the channels of a tile, and the tiles along one side."""
+    tile = 16 if rows.channels <= 16 else 32
+    return tile, math.ceil(rows.channels / tile)
 
 
 def covariances(sources: Sequence[Source]) -> Count:
-    """Multiply pieces by tiles of channels, then gather: csrc/kernels/covariances.cu."""
-    flop, longest, cycles, moved = (dict.fromkeys((16, 32), 0.0) for _ in range(4))
-    scratch, entries, gathered = 0, 0, 0
-    cut: dict[tuple[object, ...], list[tuple[bool, int]]] = {}
+    """Multiply pieces by tiles of channels, add up their shares, gather: csrc/kernels/covariances.cu."""
+    cut = {tuple(rows): pieces(rows) for rows in sources}
+    work = dict.fromkeys((16, 32), 0)  # positions, counted for each tile
     for rows in sources:
-        key = tuple(rows)
-        tile = 16 if rows.channels <= 16 else 32
-        tiles = math.ceil(rows.channels / tile)
+        tile, tiles = tiles_of(rows)
+        work[tile] += tiles**2 * rows.batch * sum(piece.positions for piece in cut[tuple(rows)])
+    length = {tile: max(256, up(math.ceil(n / 4096), 32)) for tile, n in work.items()}  # of a share
+    flop, longest, cycles, moved = (dict.fromkeys(work, 0.0) for _ in range(4))
+    scratch, summed, gathered = 0, 0, 0
+    for rows in sources:
+        tile, tiles = tiles_of(rows)
         side, bias = tile * tiles, int(rows.window.bias != 0)
         # While 32 positions are multiplied the next ones are loaded: a block takes the longer of the two.
         chunk = max(COVARIANCE_ISSUE[tile], LOAD + 100)
-        if key not in cut:
-            cut[key] = pieces(rows)
-            entries += len(cut[key])
-        numbers = 0
-        for symmetric, count in cut[key]:
+        numbers, layer = 0, cut[tuple(rows)]
+        for symmetric, count, _ in layer:
             positions = rows.batch * count
-            shares = max(1, min(positions // 2048, 16, math.ceil(4096 / tiles**2)))
+            shares = max(1, math.ceil(positions / length[tile]))
             numbers += shares * side * (side + bias)
+            summed += (shares + 1) * side * (side + bias) * FLOAT if shares > 1 else 0
             pairs = tiles * (tiles + 1) // 2 if symmetric else tiles**2
             flop[tile] += 2.0 * positions * pairs * tile**2
-            chunks = math.ceil(positions / shares / 32)
-            longest[tile] = max(longest[tile], chunks * chunk)
-            cycles[tile] += chunks * COVARIANCE_ISSUE[tile] * shares * pairs
+            longest[tile] = max(longest[tile], math.ceil(min(positions, length[tile]) / 32) * chunk)
+            cycles[tile] += (math.ceil(positions / 32) * COVARIANCE_ISSUE[tile] + shares * COVARIANCE_BLOCK) * pairs
         moved[tile] += rows.numbers * FLOAT + numbers * FLOAT
         scratch += up(numbers * FLOAT, 16)
-        gathered += numbers * FLOAT + rows.length**2 * FLOAT
-    table, held = tables(COVARIANCE_ENTRY * len(sources), PIECE_ENTRY * entries)
+        gathered += len(layer) * side * (side + bias) * FLOAT + rows.length**2 * FLOAT
+    lists = sum(math.prod(s.window.kernel_size) ** 2 + 1 for s in map(Source._make, cut))
+    lists += sum(piece.pairs for layer in cut.values() for piece in layer)
+    table, held = tables(COVARIANCE_ENTRY * len(sources), PIECE_ENTRY * sum(map(len, cut.values())), 4 * lists)
     # One launch for each size of tiles. Of a block each scheduler of a multiprocessor has one warp.
-    products = [
+    stages = [
         Stage("covariances", 1, moved[size], flop[size], max(longest[size], cycles[size] / PROCESSORS))
         for size in flop if flop[size]
     ]  # fmt: skip
+    stages += [Stage("covariances, shares", 1, summed)] if summed else []
     least = sum(s.numbers + s.length**2 for s in sources) * FLOAT
-    least_flop = sum(2.0 * s.batch * count * s.channels**2 for s in sources for _, count in cut[tuple(s)])
-    return Count([table, *products, Stage("covariances, gather", 1, gathered)], held + scratch, least, least_flop)
+    least_flop = sum(2.0 * s.batch * piece.positions * s.channels**2 for s in sources for piece in cut[tuple(s)])
+    return Count([table, *stages, Stage("covariances, gather", 1, gathered)], held + scratch, least, least_flop)
 
 
 def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source]) -> Count:

@@ -124,7 +124,7 @@ def distinct_products(rows):
 def test_pieces_hold_each_product_once(seed):
     rows = drawn_source(random.Random(seed))
     count = ops.covariances([rows])
-    assert sum(positions for _, positions in ops.pieces(rows)) == distinct_products(rows)
+    assert sum(piece.positions for piece in ops.pieces(rows)) == distinct_products(rows)
     assert count.least_flop == 2 * rows.batch * distinct_products(rows) * rows.channels**2
     assert sum(stage.flop for stage in count.stages) >= count.least_flop * (0.5 + 0.5 / rows.channels)
     x = torch.empty(rows.batch, rows.channels, *rows.extent)

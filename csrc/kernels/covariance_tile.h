@@ -9,6 +9,7 @@
 namespace kfac2::cuda {
 
 constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = 32;  // positions held in shared memory
 constexpr int kPad = 4;     // keeps rows of shared memory 16-byte aligned and off one bank
 
@@ -38,18 +39,20 @@ struct SharedTile {
     };
     Sum slices[kSlices][kTile * kTile];
   };
-  int64_t offset[2][kChunk];
-  Sum ones[kThreads];  // sums of x: of a channel, over a part of the positions
+  int64_t offset[2 * kWarps][kChunk];  // of chunks, in turn
+  Sum ones[kThreads];                  // sums of x: of a channel, over a part of the positions
 };
 
 // A thread's part of a chunk: the numbers at position k + m * kPositionStep and channel c + m * kChannelStep, where m <
-// kNumbers. With channels last, neighbouring threads take neighbouring channels. Else a warp takes 8 neighbouring
-// positions, 32 bytes of memory, of 4 channels: shared memory, whose rows are positions, has them in different banks.
+// kNumbers. With channels last, neighbouring threads take neighbouring channels. Else a warp takes 32 neighbouring
+// positions, 128 bytes of memory, of one channel after the other, and each thread has neighbouring channels of its
+// position: shared memory, whose rows are positions, takes 16 bytes of it at once, without bank conflicts.
 template <int kTile, bool kChannelsLast>
 struct Part {
-  static constexpr int kPositionStep = kChannelsLast ? kThreads / kTile : 0, kChannelStep = kChannelsLast ? 0 : 4;
-  const int k = static_cast<int>(kChannelsLast ? threadIdx.x / kTile : threadIdx.x % 8 + threadIdx.x / 32 * 8);
-  const int c = static_cast<int>(kChannelsLast ? threadIdx.x % kTile : threadIdx.x / 8 % 4);
+  static constexpr int kNumbers = kTile * kChunk / kThreads;
+  static constexpr int kPositionStep = kChannelsLast ? kThreads / kTile : 0, kChannelStep = kChannelsLast ? 0 : 1;
+  const int k = static_cast<int>(kChannelsLast ? threadIdx.x / kTile : threadIdx.x % kChunk);
+  const int c = static_cast<int>(kChannelsLast ? threadIdx.x % kTile : threadIdx.x / kChunk * kNumbers);
 };
 
 // One side of the products: a tile of channels, read from memory to registers, all loads before the first is waited
@@ -111,18 +114,18 @@ __device__ void add_tile(const RowSource& source, const Piece& piece, const T* x
   const int row = lane / (kTile / 4) * 4, col = lane % (kTile / 4) * 4;
   const bool takes_ones = piece.symmetric && row_tile == col_tile && source.window.bias != 0;
   Side<T, kTile> left(x, int64_t{row_tile} * kTile, source), right(x + shift, int64_t{col_tile} * kTile, source);
-  // Where the positions of a chunk lie. One warp finds them, another for each chunk: each scheduler has one of the
-  // four.
+  // Where the positions of as many chunks lie as there are warps: each finds those of one, so that none waits for
+  // another's divisions.
   const auto find = [&](int64_t first, int chunk_number) {
     static_assert(kChunk == 32, "a position for each thread of a warp");
-    const int k = threadIdx.x % 32;
-    if (static_cast<int>(threadIdx.x / 32) == chunk_number % (kThreads / 32) && first + k < end)
-      shared.offset[chunk_number % 2][k] = offset_of(source, piece, first + k);
+    const int warp = static_cast<int>(threadIdx.x / 32), k = static_cast<int>(threadIdx.x % 32);
+    const int64_t index = first + warp * kChunk + k;
+    if (index < end) shared.offset[(chunk_number + warp) % (2 * kWarps)][k] = offset_of(source, piece, index);
   };
   const auto load = [&](int64_t first, int chunk_number) {
     const int positions = static_cast<int>(std::min<int64_t>(kChunk, end - first));  // 0 and less: no chunk
-    left.template load<kChannelsLast>(shared.offset[chunk_number % 2], positions, stride);
-    right.template load<kChannelsLast>(shared.offset[chunk_number % 2], positions, stride);
+    left.template load<kChannelsLast>(shared.offset[chunk_number % (2 * kWarps)], positions, stride);
+    right.template load<kChannelsLast>(shared.offset[chunk_number % (2 * kWarps)], positions, stride);
   };
   Sum sums[4][4] = {}, ones = 0;
   find(begin, 0);
@@ -133,8 +136,8 @@ __device__ void add_tile(const RowSource& source, const Piece& piece, const T* x
     const int buffer = number % 2;
     left.template store<kChannelsLast>(shared.left[buffer]);
     right.template store<kChannelsLast>(shared.right[buffer]);
-    find(chunk + kChunk, number + 1);
-    __syncthreads();  // the chunk is there, and the next one's offsets; the last chunk is done with
+    if (number % kWarps == 0) find(chunk + kWarps * kChunk, number + kWarps);
+    __syncthreads();  // the chunk is there, and offsets; the last chunk is done with
     load(chunk + kChunk, number + 1);
 #pragma unroll 2
     for (int k = slice; k < kChunk; k += Shared::kSlices) {
