@@ -24,7 +24,8 @@ TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables
 MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 344, 128, 528
 MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 160, 80, 80, 144, 48
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
-COVARIANCE_ISSUE = {16: 270, 32: 580}  # instructions of a warp for 32 positions, by the tile: from the compiled code
+# Instructions of a warp for 32 positions, by the tile: of 16 counted on an H100, of 32 from the compiled code.
+COVARIANCE_ISSUE = {16: 230, 32: 580}
 COVARIANCE_BLOCK = 600  # of a warp before and behind these: the table, the sum over slices (an estimate)
 CROSS_ISSUE = 660  # instructions of a warp for 64 places of 32 x 32 maps: likewise
 LOAD = 270  # cycles from a load to its number, from the L2 cache (an estimate; about 600 from memory)
@@ -93,7 +94,7 @@ def layer_maps(sources: Sequence[Source]) -> Count:
 
 
 def axis_pieces(window: Window, axis: int, extent: int) -> Iterator[tuple[int, int, int]]:
-    """Yield difference, positions and pairs of offsets of the pieces along one axis: csrc/include/covariance_pieces.h."""
+    """Yield difference, positions and pairs of offsets of an axis's pieces: csrc/include/covariance_pieces.h."""
     kernel, step, dilation = window.kernel_size[axis], window.stride[axis], window.dilation[axis]
     low = window.padding[axis][0]
     grid = window.grid((1,) * axis + (extent,) + (1,) * (len(window.kernel_size) - axis - 1))[axis]

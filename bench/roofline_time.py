@@ -42,7 +42,8 @@ SHARES = {
     "cholesky": (0.5, 0.25), "eigh": (0.5, 0.03),  # 16 and 2 TFLOP/s, usual figures of the solver library
     "tables": (0.5, 0.1), "small": (0.3, 0.05),
     "layer_maps": (0.55, 0.1),  # four 16-byte loads in flight for each thread
-    "covariances": (0.8, 0.6), "covariances, shares": (0.5, 0.1), "covariances, gather": (0.4, 0.1),  # the products' instructions: see `latency`
+    "covariances": (0.8, 0.6),  # its instructions: see `latency`
+    "covariances, shares": (0.5, 0.1), "covariances, gather": (0.4, 0.1),  # eight loads in flight, and up to four
     "directional_derivatives": (0.8, 0.4), "shares": (0.5, 0.1),
     "cross_layer_sums": (0.5, 0.6),  # its instructions: see `latency`
     "damp": (0.5, 0.1), "eliminate": (0.5, 0.2),

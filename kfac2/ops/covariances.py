@@ -27,7 +27,9 @@ def covariances(
 ) -> list[Tensor]:
     """Sum the outer products of each layer's rows: Σ_n Σ_t row[n, t] row[n, t]ᵀ, without forming patches.
 
-    With `previous`, a running sum or average is updated in the same call: kept · previous + scale · Σ.
+    With `previous`, a running sum or average is updated in the same call: kept · previous + scale · Σ. On a CUDA device
+    the order of the sum depends on the shapes of all layers of a call: the same call gives the same bits, and a layer
+    by itself other last bits than among others.
 
     Args:
         tensors: one for each layer, (N, C, *spatial) with up to three spatial axes; float32, float64, float16

@@ -48,6 +48,18 @@ struct DrawnLayers {
     return layers;
   }
 
+  // So many positions that there are as many blocks of products as are wanted, with more than the least each.
+  static DrawnLayers of_many_positions(Random& random) {
+    DrawnLayers layers;
+    const int64_t shapes[][4] = {{1600, 1, 20, 20}, {600000, 2, 1, 1}};
+    for (const auto& s : shapes) {
+      auto layer = std::make_shared<DrawnSource<double>>(random, ElementType::kFloat64, s[0], s[1], s[2], s[3], 1);
+      layers.sources.push_back(layer->source);
+      layers.memory.push_back(layer);
+    }
+    return layers;
+  }
+
   explicit DrawnLayers(Random& random) {
     const int64_t count = draw(random, 1, 5);
     for (int64_t i = 0; i < count; ++i) {
@@ -242,6 +254,8 @@ void run_all(Cases& cases) {
       cases.run("sums in double", seed, [&] { test_sums<double>(random); });
     }
   }
+  Random random(0);
+  cases.run("many positions", 0, [&] { test_layers(DrawnLayers::of_many_positions(random)); });
   cases.run("launches", 1, test_launches_do_not_grow_with_layers);
   cases.run("refusals", 2, test_refusals);
 }
