@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kfac2 import ops
 from kfac2.kinds import Rows
-from kfac2.triangles import all_packed
+from kfac2.ops import gram_matrices
+from kfac2.triangles import all_packed, packed
 
 # Whole matrices that are there together, so that small ones share a native call: 4 MB, and 64 MB where a call is a
 # launch that few layers do not fill. A larger one is there alone.
@@ -22,11 +23,20 @@ def outer_products(rows: Sequence[Rows], scale: float = 1.0) -> list[Tensor]:
         rows: at least one of each.
         scale: what all sums are multiplied by.
     """
-    result: list[Tensor] = []
-    for part in _parts(rows):
+    by_library = [gram_matrices.is_faster(r.tensor, r.window) for r in rows]
+    native = [r for r, other in zip(rows, by_library, strict=True) if not other]
+    triangles: list[Tensor] = []
+    for part in _parts(native):
         tensors, windows = [r.tensor for r in part], [r.window for r in part]
-        result += all_packed(ops.covariances(tensors, windows, scales=[scale] * len(part)))
-    return result
+        triangles += all_packed(ops.covariances(tensors, windows, scales=[scale] * len(part)))
+    rest = iter(triangles)
+    return [_by_library(r, scale) if other else next(rest) for r, other in zip(rows, by_library, strict=True)]
+
+
+def _by_library(rows: Rows, scale: float) -> Tensor:
+    """Fold a library's product as it comes: a whole matrix, the same on both sides, would cost as much again."""
+    triangle = packed(*gram_matrices.row_products(rows.tensor.detach(), rows.window))
+    return triangle if scale == 1 else triangle.mul_(scale)
 
 
 def _parts(rows: Sequence[Rows]) -> Iterator[list[Rows]]:

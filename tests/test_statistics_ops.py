@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfac2 import ops, reference
+from kfac2.kinds import Rows
 from kfac2.ops import applied_directions, gram_matrices
+from kfac2.outer_products import outer_products
 from kfac2.window import Window
 
 covariances_module = sys.modules["kfac2.ops.covariances"]
@@ -64,10 +66,23 @@ def test_wide_rows_among_others(monkeypatch, chosen):
         assert_equal(a, b, 1e-5)
 
 
+@given(st.lists(cases(ranks=(0, 1, 2)), min_size=1, max_size=3), st.data())
+def test_the_librarys_product_gives_the_same_triangles(some, data):
+    """As statistics take it: folded as it comes, and scaled."""
+    rows = [Rows(case.x, Window.of(case.x.dim() - 2, *case.geometry[:4], bias=int(case.bias))) for case in some]
+    native = outer_products(rows, 0.5)
+    wide = {id(r.tensor) for r in rows if data.draw(st.booleans())}
+    with mock.patch.object(gram_matrices, "is_faster", lambda x, window: id(x) in wide):
+        got = outer_products(rows, 0.5)
+    for ours, theirs, case in zip(got, native, some, strict=True):
+        assert_equal(ours, theirs, TOLERANCE[case.x.dtype])
+
+
 PRECISION = """
 import torch
 from types import SimpleNamespace
 from kfac2.ops.gram_matrices import is_faster
+from kfac2.outer_products import outer_products
 from kfac2.window import Window
 
 def goes(channels, kernel, dtype=torch.float32):

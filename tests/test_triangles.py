@@ -21,6 +21,12 @@ def test_half_as_many_numbers_say_the_same(d, blocks):
     assert torch.equal(unpacked(half, d), M)
 
 
+@given(st.integers(2, 9), st.integers(1, 3))
+def test_the_last_row_may_come_apart(d, blocks):
+    M = symmetric(blocks, d)
+    assert torch.equal(packed(M[:, :-1, :-1], M[:, -1]), packed(M))
+
+
 @given(st.integers(1, 9), st.integers(1, 3))
 def test_diagonals_and_norms(d, blocks):
     M = symmetric(blocks, d)
