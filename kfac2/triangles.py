@@ -6,8 +6,6 @@ the lower right triangle fits, and where d is even, one column to the side of it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -42,20 +40,6 @@ def packed(stack: Tensor, last: Tensor | None = None) -> Tensor:
     return result
 
 
-def all_packed(stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Do what `packed` does to each of several stacks, those of one shape together."""
-    classes: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    for number, stack in enumerate(stacks):
-        classes.setdefault((stack.shape, stack.dtype), []).append(number)
-    result = list(stacks)
-    for numbers in classes.values():
-        own = [stacks[number] for number in numbers]
-        halves = packed(torch.cat(own) if len(own) > 1 else own[0]).split(len(own[0]))
-        for number, half in zip(numbers, halves, strict=True):
-            result[number] = half
-    return result
-
-
 def unpacked(rectangles: Tensor, d: int) -> Tensor:
     """Return the symmetric matrices that `packed` was given.
 
@@ -68,8 +52,8 @@ def unpacked(rectangles: Tensor, d: int) -> Tensor:
     result = torch.empty(len(rectangles), d, d, dtype=rectangles.dtype, device=rectangles.device)
     is_upper = torch.ones(h, h, dtype=torch.bool, device=rectangles.device).triu_()
     upper, lower = rectangles[..., shift : shift + h], rectangles[:, h - rest :, :rest]
-    torch.where(is_upper, upper, upper.mT, out=result[:, :h, :h])
-    torch.where(is_upper[:rest, :rest], lower.mT, lower, out=result[:, h:, h:])
+    result[:, :h, :h] = torch.where(is_upper, upper, upper.mT)
+    result[:, h:, h:] = torch.where(is_upper[:rest, :rest], lower.mT, lower)
     result[:, :h, h:] = rectangles[..., shift + h :]
     result[:, h:, :h] = result[:, :h, h:].mT
     return result

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfac2 import ops, reference
-from kfac2.kinds import Rows
 from kfac2.ops import applied_directions, gram_matrices
-from kfac2.outer_products import outer_products
+from kfac2.triangles import packed, unpacked
 from kfac2.window import Window
 
 covariances_module = sys.modules["kfac2.ops.covariances"]
@@ -46,7 +45,7 @@ def test_the_librarys_product_gives_the_same_covariances(case, chunk):
     """The route of wide rows on a CUDA device, taken on the CPU; few samples at a time as well."""
     window = Window.of(case.x.dim() - 2, *case.geometry[:4], bias=int(case.bias))
     with mock.patch.object(gram_matrices, "CHUNK", chunk):
-        got = gram_matrices.gram_matrix(case.x, window)
+        got = unpacked(packed(*gram_matrices.row_products(case.x, window)), window.row_length(case.x.shape[1]))
     (native,) = ops.covariances([case.x], [window])
     assert got.dtype == native.dtype and got.shape == native.shape
     assert_equal(got[0], reference.input_covariance(case.x.double(), *case.geometry), TOLERANCE[case.x.dtype])
@@ -66,23 +65,18 @@ def test_wide_rows_among_others(monkeypatch, chosen):
         assert_equal(a, b, 1e-5)
 
 
-@given(st.lists(cases(ranks=(0, 1, 2)), min_size=1, max_size=3), st.data())
-def test_the_librarys_product_gives_the_same_triangles(some, data):
-    """As statistics take it: folded as it comes, and scaled."""
-    rows = [Rows(case.x, Window.of(case.x.dim() - 2, *case.geometry[:4], bias=int(case.bias))) for case in some]
-    native = outer_products(rows, 0.5)
-    wide = {id(r.tensor) for r in rows if data.draw(st.booleans())}
-    with mock.patch.object(gram_matrices, "is_faster", lambda x, window: id(x) in wide):
-        got = outer_products(rows, 0.5)
-    for ours, theirs, case in zip(got, native, some, strict=True):
-        assert_equal(ours, theirs, TOLERANCE[case.x.dtype])
+@given(cases())
+def test_folded_covariances_are_triangles_of_the_whole_ones(case):
+    window = Window.of(case.x.dim() - 2, *case.geometry[:4], bias=int(case.bias))
+    (whole,), (folded,) = (op([case.x], [window]) for op in (ops.covariances, ops.folded_covariances))
+    assert torch.equal(folded, packed(whole))
 
 
 PRECISION = """
 import torch
 from types import SimpleNamespace
 from kfac2.ops.gram_matrices import is_faster
-from kfac2.outer_products import outer_products
+from kfac2.triangles import packed, unpacked
 from kfac2.window import Window
 
 def goes(channels, kernel, dtype=torch.float32):
@@ -112,7 +106,7 @@ def test_a_gram_matrix_of_rows_rounded_to_tf32_is_semi_definite():
     rows = torch.randn(20, 64)
     bits = rows.view(torch.int32)
     rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-    (gram,) = gram_matrices.gram_matrix(rounded.double(), Window.places(0))
+    (gram,), _ = gram_matrices.row_products(rounded.double(), Window.places(0))
     assert (rounded - rows).abs().max() > 1e-4
     assert torch.linalg.eigvalsh(gram).min() > -1e-12 * gram.diagonal().max()
 

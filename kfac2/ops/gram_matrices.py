@@ -41,33 +41,8 @@ def is_faster(x: Tensor, window: Window) -> bool:
     return x.shape[1] >= (CROSSOVER_FLOAT32 if is_strict else CROSSOVER) and not (is_strict and is_patch)
 
 
-def gram_matrix(x: Tensor, window: Window) -> Tensor:
-    """Sum the outer products of rows, as `covariances` does for one tensor whose window has one group.
-
-    Args:
-        x: (N, C, *spatial).
-        window: how rows are taken from it.
-
-    Returns:
-        (1, d, d), symmetric to the last bit; float64 for a float64 tensor, else float32.
-    """
-    products, ones = row_products(x, window)
-    width = products.shape[-1]
-    diagonal = products.diagonal(dim1=1, dim2=2).clone()
-    lower = products.tril_()  # which the two triangles of a product need not agree on
-    if ones is None:
-        out = lower + lower.mT
-    else:
-        out = x.new_empty(1, width + 1, width + 1, dtype=products.dtype)
-        torch.add(lower, lower.mT, out=out[:, :width, :width])
-        out[:, width] = ones
-        out[:, :, width] = ones
-    out.diagonal(dim1=1, dim2=2)[:, :width] = diagonal
-    return out
-
-
 def row_products(x: Tensor, window: Window) -> tuple[Tensor, Tensor | None]:
-    """Sum the outer products of rows without their bias, and the rows themselves: what `gram_matrix` is made of.
+    """Sum the outer products of rows, as `covariances` does for one tensor whose window has one group.
 
     Float32 is multiplied at the user's `torch.set_float32_matmul_precision`: with TF32 both operands are rounded alike,
     so that the result is the Gram matrix of rounded rows, and positive semi-definite. Half types are added up in
@@ -78,9 +53,9 @@ def row_products(x: Tensor, window: Window) -> tuple[Tensor, Tensor | None]:
         window: how rows are taken from it; one group.
 
     Returns:
-        Products (1, width, width), whose triangles may differ by rounding; for a window with a bias the row of the
-        covariance that belongs to it, (1, width + 1), its own element last, else None. float64 for a float64 tensor,
-        else float32.
+        Products of rows without their bias (1, width, width), whose triangles may differ by rounding; for a window with
+        a bias the row that it adds, (1, width + 1), its own element last, else None. float64 for a float64 tensor, else
+        float32.
     """
     width, dtype = window.row_length(x.shape[1]) - bool(window.bias), sum_dtype(x.dtype)
     products: Tensor | None = None
