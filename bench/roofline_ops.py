@@ -166,7 +166,7 @@ def covariances(sources: Sequence[Source]) -> Count:
             cycles[tile] += (math.ceil(positions / 32) * COVARIANCE_ISSUE[tile] + shares * COVARIANCE_BLOCK) * pairs
         moved[tile] += rows.numbers * FLOAT + numbers * FLOAT
         scratch += up(numbers * FLOAT, 16)
-        gathered += len(layer) * side * (side + bias) * FLOAT + rows.length**2 * FLOAT
+        gathered += len(layer) * side * (side + bias) * FLOAT + rows.numbers_of_triangle * FLOAT
     lists = sum(math.prod(s.window.kernel_size) ** 2 + 1 for s in map(Source._make, cut))
     lists += sum(piece.pairs for layer in cut.values() for piece in layer)
     table, held = tables(COVARIANCE_ENTRY * len(sources), PIECE_ENTRY * sum(map(len, cut.values())), 4 * lists)
@@ -176,7 +176,7 @@ def covariances(sources: Sequence[Source]) -> Count:
         for size in flop if flop[size]
     ]  # fmt: skip
     stages += [Stage("covariances, shares", 1, summed)] if summed else []
-    least = sum(s.numbers + s.length**2 for s in sources) * FLOAT
+    least = sum(s.numbers + s.numbers_of_triangle for s in sources) * FLOAT
     least_flop = sum(2.0 * s.batch * piece.positions * s.channels**2 for s in sources for piece in cut[tuple(s)])
     return Count([table, *stages, Stage("covariances, gather", 1, gathered)], held + scratch, least, least_flop)
 

@@ -1,10 +1,9 @@
 // From the sums of all shares of all pieces to covariances: shares are added up, then each element takes its pieces.
 #pragma once
 
-#include <algorithm>
-
 #include "covariance_tables.h"
 #include "device.h"
+#include "triangle.h"
 
 namespace kfac2::cuda {
 
@@ -79,12 +78,12 @@ __device__ void gather_element(const LayerEntry& layer, const int* held, int64_t
     static_cast<Sum*>(layer.covariances)[item] = sum;
   };
   const int last = static_cast<int>(source.row_length()) - 1, offsets = static_cast<int>(source.window.offsets());
-  const bool with_ones = source.window.bias != 0 && (r == last || c == last);
+  const bool with_ones = source.window.bias != 0 && c == last;
   if (with_ones && r == c) {
     write(static_cast<Sum>(source.batch * source.grid_places()));
     return;
   }
-  if (with_ones) r = c = std::min(r, c);  // sums of x, which symmetric pieces hold
+  if (with_ones) c = r;  // sums of x, which symmetric pieces hold
   int row = r / offsets, row_offset = r % offsets, column = c / offsets, column_offset = c % offsets;
   if (row_offset > column_offset || (row_offset == column_offset && row > column)) {
     const int other = row, other_offset = row_offset;
@@ -108,18 +107,22 @@ __device__ void gather_element(const LayerEntry& layer, const int* held, int64_t
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const LayerEntry* layers, int count, const int* held, double kept, const unsigned char* workspace) {
   const LayerEntry& layer = layers[entry_of(count, blockIdx.x, [layers](int i) { return layers[i].first_output; })];
-  const int64_t d = layer.source.row_length(), first = (blockIdx.x - layer.first_output) * kThreads;
-  // Only the block's first element needs 64 bits for its row.
-  const int64_t first_row = first / d, behind = first % d + threadIdx.x;
-  const int d_short = static_cast<int>(d), behind_short = static_cast<int>(behind);
-  const int row = static_cast<int>(first_row) + behind_short / d_short, c = behind_short % d_short;  // of all groups
-  const int group = row / d_short, r = row % d_short;
+  const Triangle triangle{layer.source.row_length()};
+  const int64_t first = (blockIdx.x - layer.first_output) * kThreads, width = triangle.width();
+  // Only the line of the block's first element needs 64 bits. Lines are counted over all groups.
+  const int width_short = static_cast<int>(width), behind = static_cast<int>(first % width + threadIdx.x);
+  const int line = static_cast<int>(first / width) + behind / width_short, height = static_cast<int>(triangle.height());
+  const int group = line / height;
   if (group >= layer.source.window.groups) return;
+  int64_t r, c;  // r <= c
+  triangle.element(line % height, behind % width_short, &r, &c);
   const int64_t item = first + threadIdx.x;
   if (layer.source.element_type == ElementType::kFloat64) {
-    gather_element<double>(layer, held + layer.cut.held, item, group, r, c, kept, workspace);
+    gather_element<double>(layer, held + layer.cut.held, item, group, static_cast<int>(r), static_cast<int>(c), kept,
+                           workspace);
   } else {
-    gather_element<float>(layer, held + layer.cut.held, item, group, r, c, kept, workspace);
+    gather_element<float>(layer, held + layer.cut.held, item, group, static_cast<int>(r), static_cast<int>(c), kept,
+                          workspace);
   }
 }
 

@@ -48,7 +48,7 @@ struct LayerEntry {
   int64_t first_sum;     // block of the summing launch
   int64_t first_output;  // block of the gathering launch
   RowSource source;
-  void* covariances;     // [groups, d, d]
+  void* covariances;     // [groups, triangle of d]
   const void* previous;  // likewise, or null
   double scale;
   int64_t partial;  // where its sums begin in the workspace, in bytes

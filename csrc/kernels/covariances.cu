@@ -94,10 +94,10 @@ class Covariances : public TableLaunch {
     layer.first_sum = sums_;
     layer.first_output = outputs_;
     layer.partial = scratch_bytes_;
-    const int64_t groups = layer.source.window.groups, d = layer.source.row_length();
+    const int64_t groups = layer.source.window.groups;
     its.items += groups * layer.cut.group_items;
     sums_ += groups * layer.cut.group_sums;
-    outputs_ += ceil_div(groups * d * d, kThreads);
+    outputs_ += ceil_div(groups * Triangle{layer.source.row_length()}.numbers(), kThreads);
     scratch_bytes_ += ceil_div(groups * layer.cut.group_shares * layer.numbers() * layer.source.sum_bytes(), 16) * 16;
   }
 

@@ -37,7 +37,7 @@ inline LayerMapsParams moved(DeviceCopies& copies, LayerMapsParams params) {
 inline CovariancesParams moved(DeviceCopies& copies, CovariancesParams params) {
   const RowSource* sources = params.sources;
   const auto bytes = [sources](int64_t i) {
-    return sources[i].window.groups * sources[i].row_length() * sources[i].row_length() * sources[i].sum_bytes();
+    return sources[i].window.groups * Triangle{sources[i].row_length()}.numbers() * sources[i].sum_bytes();
   };
   params.covariances = copies.table(params.covariances, params.layers,
                                     [&](void*& matrices, int64_t i) { matrices = copies.out(matrices, bytes(i)); });
