@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(2 * kBlock<T>) eliminate_kernel(const Matrix* 
     }
     positive &= eliminate_panel(column, own - first, shared.pivot_rows);
 #pragma unroll
-    for (int i = 0; i < kPanel; ++i) {
-      shared.rows[first + i][own] = column[i];
-      if (own >= kRows) Z[(first + i) * step] = column[i];
-    }
+    for (int i = 0; i < kPanel; ++i) shared.rows[first + i][own] = column[i];
+    if (own < kRows) continue;
+#pragma unroll
+    for (int i = 0; i < kPanel; ++i) Z[(first + i) * step] = column[i];
   }
   if (!positive && own == 0) *matrix.status = 1;
 }
