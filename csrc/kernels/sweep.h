@@ -56,15 +56,18 @@ __device__ void load_rows(const Matrix& matrix, int k, int64_t columns, Eliminat
   const int c = threadIdx.x % kRows;
   const bool transposed = columns < k, inside = first + c < size;
   const bool takes_other = transposed ? inside : columns > k && other + c < size;
+  const int begin = threadIdx.x / kRows;  // every second row
   const T* data = static_cast<const T*>(matrix.inverse);
-  const T *diagonal = data + first * size + first + c, *beside = data + (transposed ? other : first) * size + c;
-  beside += transposed ? first : other;
-  T* to = transposed ? &shared.rows[c][kRows] : &shared.rows[0][kRows + c];
+  const T* diagonal = data + (first + begin) * size + first + c;
+  const T* beside = data + (transposed ? (other + begin) * size + first : (first + begin) * size + other) + c;
   const int step = transposed ? 1 : 2 * kRows + kPad<T>;
+  T* to = (transposed ? &shared.rows[c][kRows] : &shared.rows[0][kRows + c]) + begin * step;
+  const int rows = inside ? c + 1 : 0, ones = columns == k ? c : -1;
 #pragma unroll 8
-  for (int r = threadIdx.x / kRows; r < kRows; r += 2) {
-    shared.rows[r][c] = inside && r <= c ? diagonal[r * size] : T(r == c);
-    to[r * step] = takes_other ? beside[r * size] : T(columns == k && r == c);
+  for (int m = 0; m < kRows / 2; ++m, diagonal += 2 * size, beside += 2 * size, to += 2 * step) {
+    const int r = begin + 2 * m;
+    shared.rows[r][c] = r < rows ? *diagonal : T(r == c);
+    *to = takes_other ? *beside : T(r == ones);
   }
 }
 
@@ -124,12 +127,15 @@ __device__ void tile_place(int64_t tile, int64_t* row, int64_t* column) {
 // Two blocks of columns of Z, the left one times a sign.
 template <typename T>
 __device__ void load_Z(const T* left, const T* right, int64_t step, T sign, Tiles<T>& tiles) {
-  constexpr int kLanes = Vector<T>::kLanes, kInRow = kBlock<T> / kLanes;
+  constexpr int kLanes = Vector<T>::kLanes, kInRow = kBlock<T> / kLanes, kRowsAtOnce = kSide * kSide / kInRow;
+  const int begin = threadIdx.x / kInRow, c = threadIdx.x % kInRow * kLanes;
+  left += begin * step + c;
+  right += begin * step + c;
 #pragma unroll 8
-  for (int at = threadIdx.x; at < kBlock<T> * kInRow; at += kSide * kSide) {
-    const int s = at / kInRow, c = at % kInRow * kLanes;
-    Vector<T> of_left = *reinterpret_cast<const Vector<T>*>(left + s * step + c);
-    *reinterpret_cast<Vector<T>*>(&tiles.right[s][c]) = *reinterpret_cast<const Vector<T>*>(right + s * step + c);
+  for (int m = 0; m < kBlock<T> / kRowsAtOnce; ++m, left += kRowsAtOnce * step, right += kRowsAtOnce * step) {
+    const int s = begin + m * kRowsAtOnce;
+    Vector<T> of_left = *reinterpret_cast<const Vector<T>*>(left);
+    *reinterpret_cast<Vector<T>*>(&tiles.right[s][c]) = *reinterpret_cast<const Vector<T>*>(right);
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) of_left.lane[l] *= sign;
     *reinterpret_cast<Vector<T>*>(&tiles.left[s][c]) = of_left;
@@ -207,13 +213,13 @@ __device__ void write_swept(const Matrix& matrix, int64_t i, int64_t j, bool add
 // Writes the mirror image of a tile, row by row.
 template <typename T>
 __device__ void write_mirrored(const Matrix& matrix, int64_t i, int64_t j, const Tiles<T>& tiles) {
-  constexpr int kRows = kBlock<T>;
-  const int r = threadIdx.x % kRows, first = i == j ? r + 1 : 0;
+  constexpr int kRows = kBlock<T>, kStep = kSide * kSide / kRows;
+  const int r = threadIdx.x % kRows, begin = threadIdx.x / kRows, first = i == j ? r + 1 : 0;
   const int64_t size = matrix.size;
   T* data = static_cast<T*>(matrix.inverse) + j * kRows * size + i * kRows + r;
 #pragma unroll 8
-  for (int c = threadIdx.x / kRows; c < kRows; c += kSide * kSide / kRows)
-    if (c >= first && j * kRows + c < size) data[c * size] = tiles.swept[r][c];
+  for (int c = 0; c < kRows; c += kStep)
+    if (begin + c >= first && j * kRows + begin + c < size) data[(begin + c) * size] = tiles.swept[r][begin + c];
 }
 
 }  // namespace kfac2::cuda
