@@ -230,7 +230,7 @@ def factored_tikhonov_inverse(pairs: Sequence[tuple[int, int]]) -> Count:
         z, half = items * 64 * 64 * FLOAT, sum(half for half, _ in taken)
         flop = items * 128 * 64 * 63.0  # 128 columns of a block, of which half a triangle each
         # A chain of 32 steps with a barrier and two pivots, the search for the matrix and the loads before it; of a
-        # block, four warps issue some 3,500 instructions and keep the shared memory for as long again.
+        # block, four warps issue some 5,000 instructions each, one on each scheduler.
         cycles = eliminated.latency + max(13000.0, items * 5000 / PROCESSORS)
         eliminated = Stage("eliminate", k + 1, eliminated.bytes + 2 * z, eliminated.flop + flop, cycles)
         updated = Stage("update", k + 1, updated.bytes + z + 2 * half, updated.flop + tiles * 2.0 * 64**3)
