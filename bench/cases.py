@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kfac2 import ops
 from kfac2.ops import Window
+from kfac2.triangles import packed
 
 DAMPING = 1e-2
 SAMPLED_LAYERS, SAMPLED_PAIRS = 14, 12
@@ -170,7 +171,7 @@ def covariance_by_torch(x: Tensor, window: Window) -> Tensor:
 
 
 def covariances(layers: LayerSet) -> Case:
-    """Both factors of all layers."""
+    """Both factors of all layers, kfac2's as triangles."""
     tensors, windows = layers.tensors, layers.windows
     work = [s.rows * s.d_in**2 for s in layers.shapes] + [s.rows * s.d_out**2 for s in layers.shapes]
     some = sample(["paper", "torch"], "tensors", range(len(tensors)), 2 * SAMPLED_LAYERS, lambda i: work[i])
@@ -178,7 +179,8 @@ def covariances(layers: LayerSet) -> Case:
         f"covariances, {layers.title}",
         lambda: [covariance_by_paper(tensors[i], windows[i]) for i in some.taken],
         lambda: [covariance_by_torch(tensors[i], windows[i]) for i in some.taken],
-        lambda: ops.covariances(tensors, windows),
+        lambda: ops.folded_covariances(tensors, windows),
+        shown=lambda results: [packed(one[None]) if one.dim() == 2 else one for one in results],
         sample=some,
     )
 

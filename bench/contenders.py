@@ -96,7 +96,8 @@ def _kfac2(network: Network, model: nn.Module, levels: int, precision: str | Non
     )  # fmt: skip
 
     def accumulate(out: Tensor) -> None:
-        optimizer.accumulate_fisher(network.prediction.distribution(out))
+        if optimizer.needs_fisher:  # else even a distribution that nobody asks takes its time
+            optimizer.accumulate_fisher(network.prediction.distribution(out))
 
     iterations = {"b": INV_EVERY, "a": COV_EVERY, "c": 1}
     kinds = {k: partial(setattr, optimizer.preconditioner, "iteration", number) for k, number in iterations.items()}

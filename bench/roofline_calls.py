@@ -183,7 +183,6 @@ def ops_of(net: Net) -> list[Op]:
     return [
         *every_step(net),
         Op("covariances", "statistics", covariances_of(both)),
-        Op("triangles of factors (torch)", "statistics", Call(library.folds(shapes))),
         Op("averages of factors (torch)", "statistics", Call(library.averages(shapes))),
         Op("spread of factors (torch)", "statistics", Call(library.spread(shapes)), paper=False),
         Op("directional_derivatives", "statistics", derivatives_of(shapes, batch),

@@ -73,7 +73,8 @@ def gram_matrices(sources: Sequence[Source], element: int) -> list[Stage]:
             stages.append(Stage("reduce", 2 * parts, float(element * numbers)))
         moved = element * numbers + FLOAT * parts * s.length**2
         stages.append(Stage("mm", parts, moved, product(s.length, s.length, s.rows, element).flop))
-        stages.append(Stage("copy", parts + 4, (3.0 * parts + 8) * FLOAT * s.length**2))  # added up; made symmetric
+        added_up, folded = 3.0 * (parts - 1), 3.5  # half of it copied, corners cut and added
+        stages.append(Stage("copy", parts + 5, (added_up + folded) * FLOAT * s.length**2))
     return stages
 
 
@@ -190,11 +191,6 @@ def averages(shapes: Sequence[LayerShape]) -> Count:
 def spread(shapes: Sequence[LayerShape]) -> Count:
     """With `damping="auto"`: differences of triangles (3 of half the numbers) and their norms (1)."""
     return by_stacks(shapes, 2, 8)
-
-
-def folds(shapes: Sequence[LayerShape]) -> Count:
-    """New sums into triangles: joined (2), half of the rows copied (1.5), corners cut and added (2)."""
-    return by_stacks(shapes, 5.5, 7)
 
 
 def unfolds(shapes: Sequence[LayerShape]) -> Count:

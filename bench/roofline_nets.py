@@ -45,6 +45,11 @@ class Source(NamedTuple):
         """Numbers of a row."""
         return self.window.row_length(self.channels)
 
+    @property
+    def numbers_of_triangle(self) -> int:
+        """Numbers of the covariance, a symmetric matrix."""
+        return self.length * (self.length + 1) // 2
+
 
 def source(shape: Sequence[int], window: Window, features_last: bool) -> Source:
     """Describe the rows of a tensor."""

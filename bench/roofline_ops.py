@@ -149,14 +149,14 @@ def covariances(sources: Sequence[Source]) -> Count:
             cycles[tile] += chunks * COVARIANCE_ISSUE[tile] * shares * pairs
         moved[tile] += rows.numbers * FLOAT + numbers * FLOAT
         scratch += up(numbers * FLOAT, 16)
-        gathered += numbers * FLOAT + rows.length**2 * FLOAT
+        gathered += numbers * FLOAT + rows.numbers_of_triangle * FLOAT
     table, held = tables(COVARIANCE_ENTRY * len(sources), PIECE_ENTRY * entries)
     # One launch for each size of tiles. Of a block each scheduler of a multiprocessor has one warp.
     products = [
         Stage("covariances", 1, moved[size], flop[size], max(longest[size], cycles[size] / PROCESSORS))
         for size in flop if flop[size]
     ]  # fmt: skip
-    least = sum(s.numbers + s.length**2 for s in sources) * FLOAT
+    least = sum(s.numbers + s.numbers_of_triangle for s in sources) * FLOAT
     least_flop = sum(2.0 * s.batch * count * s.channels**2 for s in sources for _, count in cut[tuple(s)])
     return Count([table, *products, Stage("covariances, gather", 1, gathered)], held + scratch, least, least_flop)
 

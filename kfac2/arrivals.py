@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from kfac2.capture import Capture
 from kfac2.divergence import Keeps, first_rows
-from kfac2.kinds import Layer
+from kfac2.kinds import Layer, Rows
 from kfac2.ops.layer_maps import sum_dtype
 from kfac2.outer_products import outer_products
 from kfac2.reached import Reach, share_reached
@@ -124,11 +124,11 @@ class Taking:
                     squares = wanted.squares_of(self._expected, own)
                     if squares is not None:
                         self._squares[layer] = squares
-        keeps = wanted.keeps
-        for use, G, own_maps in zip(uses, sums, maps, strict=True):
-            first = None
-            if keeps is not None:
-                first = first_rows(self._expected, use, keeps.count(self._expected.samples), keeps.rounds)
+        kept: Sequence[Rows | None] = [None] * len(uses)
+        if wanted.keeps is not None:
+            count = wanted.keeps.count(self._expected.samples)
+            kept = first_rows(self._expected, uses, count, wanted.keeps.rounds)
+        for use, G, own_maps, first in zip(uses, sums, maps, kept, strict=True):
             taken = Taken(G, own_maps, first)
             self._uses.append(use.without_gradients(taken) if self._lets_go else replace(use, taken=taken))
 

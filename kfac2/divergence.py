@@ -77,8 +77,10 @@ def kept_of(passed: Pass, count: int, rounds: bool = False) -> KeptPass:
         rounds: see `Keeps`.
     """
     count, uses = min(passed.samples, count), []
+    there = [use for use in passed.uses if use.taken is None]
+    rows = iter(first_rows(passed, there, count, rounds))
     for use in passed.uses:
-        grads = first_rows(passed, use, count, rounds) if use.taken is None else use.taken.first
+        grads = next(rows) if use.taken is None else use.taken.first
         assert grads is not None
         samples = len(grads.tensor)
         inputs = Rows(use.inputs.tensor[:samples], use.inputs.window)
@@ -100,29 +102,38 @@ def first_of(kept: KeptPass, count: int) -> KeptPass:
 
 def rounded(kept: KeptPass) -> KeptPass:
     """Return what is kept with the rows g in bfloat16 where they are float32, see `Keeps`."""
-    uses = [use._replace(grads=Rows(_in_16_bits(use.grads.tensor), use.grads.window)) for use in kept.uses]
+    grads = _in_16_bits([use.grads.tensor for use in kept.uses])
+    uses = [use._replace(grads=Rows(g, use.grads.window)) for use, g in zip(kept.uses, grads, strict=True)]
     return kept._replace(uses=uses)
 
 
-def _in_16_bits(g: Tensor) -> Tensor:
-    return g.to(torch.bfloat16) if g.dtype == torch.float32 else g
-
-
-def first_rows(passed: Pass, use: Use, count: int, rounds: bool = False) -> Rows:
-    """Return the rows g of so many samples of a use, times the scale of the pass.
+def first_rows(passed: Pass, uses: Sequence[Use], count: int, rounds: bool = False) -> list[Rows]:
+    """Return the rows g of so many samples of each use, times the scale of the pass; few launches for all of them.
 
     Args:
         passed: the pass, whose sizes count.
-        use: of it.
+        uses: of it.
         count: how many samples.
         rounds: see `Keeps`.
     """
-    samples = _leading(use.samples, count, passed.samples)
-    g = use.grads.tensor[:samples]
-    new = g * passed.scale if passed.scale != 1 else g
+    views = [use.grads.tensor[: _leading(use.samples, count, passed.samples)] for use in uses]
+    new = list(torch._foreach_mul(views, passed.scale)) if passed.scale != 1 and views else views
     new = _in_16_bits(new) if rounds else new
-    is_view = new is g and samples < use.samples
-    return Rows(new.clone() if is_view else new, use.grads.window)  # of a view all of g would stay
+    result = []
+    for use, view, g in zip(uses, views, new, strict=True):
+        stays = g is view and len(view) < use.samples  # of a view all of the gradient would
+        result.append(Rows(g.clone() if stays else g, use.grads.window))
+    return result
+
+
+def _in_16_bits(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return float32 in bfloat16, and the others as they are."""
+    full = [t for t in tensors if t.dtype == torch.float32]
+    halves = [torch.empty_like(t, dtype=torch.bfloat16) for t in full]
+    if full:
+        torch._foreach_copy_(halves, full)
+    rest = iter(halves)
+    return [next(rest) if t.dtype == torch.float32 else t for t in tensors]
 
 
 def _leading(size: int, count: int, whole: int) -> int:

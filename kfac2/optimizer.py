@@ -88,7 +88,8 @@ class KFAC(Readings, Optimizer):
             d_i of all layers (see above), experimental; by default what `levels` says.
         inverse: `'cholesky'` for factored Tikhonov damping (eq. 8, 9), `'eigh'` for the exact damped inverse
             of A ⊗ G + λI, `'ekfac'` for EKFAC (George et al. 2018): the same eigenbasis, with the diagonal that the
-            Fisher has in it, estimated anew at each statistics update.
+            Fisher has in it, estimated anew at each statistics update. Where eigenvalues are equal (0, of more columns
+            than rows) that diagonal is of whatever basis was found: runs on other devices then part ways.
         fisher: `'mc'` for the true Fisher, labels drawn from the model (call `accumulate_fisher`); `'exact'` for all
             directions of a Categorical, Bernoulli or Normal, a backward pass for each number that a sample predicts;
             `'empirical'` for the gradients of the ordinary backward passes (no call needed), whose losses must

@@ -1,4 +1,4 @@
-"""Σ row rowᵀ of uses of weights, kept as triangles: of whole matrices there are few at a time."""
+"""Σ row rowᵀ of uses of weights, as triangles."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from torch import Tensor
 
 from kfac2 import ops
 from kfac2.kinds import Rows
-from kfac2.triangles import all_packed
 
-# Whole matrices that are there together, so that small ones share a native call: 4 MB, and 64 MB where a call is a
-# launch that few layers do not fill. A larger one is there alone.
-WHOLE_BYTES = {"cpu": 2**22, "cuda": 2**26}
+CALL_BYTES = 2**26  # of the triangles of one native call, which on a device needs about as much to work in
 
 
 def outer_products(rows: Sequence[Rows], scale: float = 1.0) -> list[Tensor]:
@@ -25,18 +22,17 @@ def outer_products(rows: Sequence[Rows], scale: float = 1.0) -> list[Tensor]:
     result: list[Tensor] = []
     for part in _parts(rows):
         tensors, windows = [r.tensor for r in part], [r.window for r in part]
-        result += all_packed(ops.covariances(tensors, windows, scales=[scale] * len(part)))
+        result += ops.folded_covariances(tensors, windows, scales=[scale] * len(part))
     return result
 
 
 def _parts(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
     part: list[Rows] = []
     used = 0
-    most = WHOLE_BYTES.get(rows[0].tensor.device.type, WHOLE_BYTES["cpu"]) if rows else 0
     for one in rows:
         d = one.window.row_length(one.tensor.shape[1])
-        needed = one.window.groups * d**2 * max(one.tensor.element_size(), 4)
-        if part and used + needed > most:
+        needed = one.window.groups * d * (d + 1) // 2 * max(one.tensor.element_size(), 4)
+        if part and used + needed > CALL_BYTES:
             yield part
             part, used = [], 0
         part.append(one)

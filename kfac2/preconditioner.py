@@ -132,7 +132,8 @@ class Preconditioner(Readings):
         Draws labels with `.sample()` and differentiates -log_prob with respect to the layers' outputs only:
         no weight gradient is computed, `.grad` stays as it is, and the graph is kept for the loss. Call it
         after the forward pass and before or after `backward()` (then with `retain_graph=True`). Several calls
-        in one iteration add up, as micro-batches of one mean loss.
+        in one iteration add up, as micro-batches of one mean loss. Where a distribution is large (a language model's
+        words), make it only `if opt.needs_fisher`: torch normalises it as it is made.
 
         In iterations of statistics what torch.compile has compiled runs as it was written.
 

@@ -6,39 +6,37 @@ the lower right triangle fits, and where d is even, one column to the side of it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
-def packed(stack: Tensor) -> Tensor:
+def packed(stack: Tensor, last: Tensor | None = None) -> Tensor:
     """Fold symmetric matrices (blocks, d, d) into rectangles of d (d + 1) / 2 numbers each.
+
+    Of each matrix the upper triangle is read in the first half of the rows, the lower one in the second.
+
+    Args:
+        stack: the matrices, or with `last` all of them but their last rows and columns.
+        last: the last rows, (blocks, d).
 
     Returns:
         (blocks, h, w), h = ⌈d/2⌉ and w = d + 1 for an even d, else d.
     """
-    d = stack.shape[-1]
+    given = stack.shape[-1]
+    d = given + (last is not None)
     h, shift = _half(d)
-    result = torch.zeros(len(stack), h, d + shift, dtype=stack.dtype, device=stack.device)
-    result[..., shift:] = stack[:, :h]
+    rest = d - h
+    result = torch.empty(len(stack), h, d + shift, dtype=stack.dtype, device=stack.device)
+    result[..., :shift] = 0
+    result[..., shift : shift + given] = stack[:, :h]
+    below = result[:, h - rest :, :rest]  # where d is odd, one row lower
+    if last is not None:
+        result[..., -1] = last[:, :h]
     result[..., shift : shift + h].triu_()
-    below = stack[:, h:, h:].tril()  # (d - h, d - h): where d is odd, one row lower
-    result[:, h - below.shape[-1] :, : below.shape[-1]] += below
-    return result
-
-
-def all_packed(stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Do what `packed` does to each of several stacks, those of one shape together."""
-    classes: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    for number, stack in enumerate(stacks):
-        classes.setdefault((stack.shape, stack.dtype), []).append(number)
-    result = list(stacks)
-    for numbers in classes.values():
-        own = [stacks[number] for number in numbers]
-        halves = packed(torch.cat(own) if len(own) > 1 else own[0]).split(len(own[0]))
-        for number, half in zip(numbers, halves, strict=True):
-            result[number] = half
+    corner = given - h
+    below[:, :corner, :corner] += stack[:, h:, h:].tril()
+    if last is not None:
+        below[:, -1:] += last[:, None, h:]
     return result
 
 
@@ -54,8 +52,8 @@ def unpacked(rectangles: Tensor, d: int) -> Tensor:
     result = torch.empty(len(rectangles), d, d, dtype=rectangles.dtype, device=rectangles.device)
     is_upper = torch.ones(h, h, dtype=torch.bool, device=rectangles.device).triu_()
     upper, lower = rectangles[..., shift : shift + h], rectangles[:, h - rest :, :rest]
-    torch.where(is_upper, upper, upper.mT, out=result[:, :h, :h])
-    torch.where(is_upper[:rest, :rest], lower.mT, lower, out=result[:, h:, h:])
+    result[:, :h, :h] = torch.where(is_upper, upper, upper.mT)
+    result[:, h:, h:] = torch.where(is_upper[:rest, :rest], lower.mT, lower)
     result[:, :h, h:] = rectangles[..., shift + h :]
     result[:, h:, :h] = result[:, :h, h:].mT
     return result

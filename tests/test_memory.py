@@ -113,18 +113,18 @@ def test_a_step_holds_no_buffer_when_it_is_over(at_once):
 
 def test_small_gradients_share_a_native_call(monkeypatch):
     calls = []
-    covariances = ops.covariances
+    covariances = ops.folded_covariances
 
     def counting(tensors, *rest, **options):
         calls.append(len(tensors))
         return covariances(tensors, *rest, **options)
 
-    monkeypatch.setattr(ops, "covariances", counting)
+    monkeypatch.setattr(ops, "folded_covariances", counting)
     model = Chain(5)
     iterate(model, KFAC(model), *batch())
     assert calls == [5, 5]  # the gradients of all layers, then their inputs
     calls.clear()
-    monkeypatch.setitem(outer_products.WHOLE_BYTES, "cpu", 2 * 4 * (WIDTH + 1) ** 2)  # of two inputs, with a bias each
+    monkeypatch.setattr(outer_products, "CALL_BYTES", 4 * (WIDTH + 1) * (WIDTH + 2))  # of two inputs, with a bias each
     iterate(model, KFAC(model), *batch())
     assert calls == [2, 2, 1, 2, 2, 1]
 
@@ -196,7 +196,6 @@ def test_a_statistics_step_needs_little_more_than_sgd():
 
 def test_sums_are_let_go_as_averages_take_their_place(monkeypatch, none_waits):
     """Eight layers of other shapes: sums, averages so far and new ones were there at once."""
-    monkeypatch.setitem(outer_products.WHOLE_BYTES, "cpu", 0)
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(60 + i, 61 + i) for i in range(8)))
     opt = KFAC(model, cov_every=1)

@@ -32,7 +32,7 @@ def samples(dtype):
     none_bad, skipped = torch.tensor([2], dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     return {
         "layer_maps": (tensors, NUMBERS),
-        "covariances": (tensors, NUMBERS, [sums.new_ones(1, 19, 19), sums[:0]], 0.9, [0.1, 2.0]),
+        "covariances": (tensors, NUMBERS, [sums.new_ones(1, 10, 19), sums[:0]], 0.9, [0.1, 2.0]),
         "directional_derivatives": (
             tensors,
             NUMBERS,
@@ -71,6 +71,7 @@ def public_calls():
     return {
         "layer_maps": (ops.layer_maps, [x, g], [Window.of(2, 3), Window.places(1)]),
         "covariances": (ops.covariances, [x, g], [Window.of(2, 3), Window.places(1)]),
+        "folded_covariances": (ops.folded_covariances, [x, g], [Window.of(2, 3), Window.places(1)]),
         "directional_derivatives": (
             ops.directional_derivatives,
             [x],
@@ -120,7 +121,7 @@ def test_every_public_op_is_called_documented_and_has_a_reference():
     for name in functions:
         doc = getattr(ops, name).__doc__
         assert "Args:" in doc and "Returns:" in doc and "Raises:" in doc, name
-        if name not in ("layer_maps", "covariances"):  # list ops, whose fronts have them
+        if name not in ("layer_maps", "covariances", "folded_covariances"):  # list ops, whose fronts have them
             assert hasattr(reference, name), name
 
 

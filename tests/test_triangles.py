@@ -5,7 +5,7 @@ from compare import assert_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac2.triangles import all_packed, diagonals, frobenius_norms, packed, packed_shape, unpacked
+from kfac2.triangles import diagonals, frobenius_norms, packed, packed_shape, unpacked
 
 
 def symmetric(blocks, d, seed=0):
@@ -21,17 +21,15 @@ def test_half_as_many_numbers_say_the_same(d, blocks):
     assert torch.equal(unpacked(half, d), M)
 
 
+@given(st.integers(2, 9), st.integers(1, 3))
+def test_the_last_row_may_come_apart(d, blocks):
+    M = symmetric(blocks, d)
+    assert torch.equal(packed(M[:, :-1, :-1], M[:, -1]), packed(M))
+
+
 @given(st.integers(1, 9), st.integers(1, 3))
 def test_diagonals_and_norms(d, blocks):
     M = symmetric(blocks, d)
     assert torch.equal(diagonals(packed(M)), M.diagonal(dim1=1, dim2=2))
     assert_equal(frobenius_norms(packed(M)), torch.linalg.matrix_norm(M), 1e-14)
     assert frobenius_norms(packed(torch.zeros_like(M))).tolist() == [0.0] * blocks
-
-
-@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5)), max_size=7))
-def test_many_are_packed_as_each_would_be(shapes):
-    stacks = [symmetric(blocks, d, seed) for seed, (blocks, d) in enumerate(shapes)]
-    stacks += [stack.float() for stack in stacks[:2]]
-    for half, stack in zip(all_packed(stacks), stacks, strict=True):
-        assert half.dtype == stack.dtype and torch.equal(half, packed(stack))

@@ -53,7 +53,8 @@ struct Plan {
     return places * source.batch * source.channels_per_group() * source.channels_per_group();
   }
 
-  int64_t numbers() const { return source.row_length() * source.row_length(); }  // of one covariance
+  Triangle triangle() const { return {source.row_length()}; }
+  int64_t numbers() const { return triangle().numbers(); }  // of one covariance
 
   // From the sums of a group to its result.
   template <typename Sum>
@@ -116,9 +117,8 @@ class Accumulator {
     }
   }
 
-  // Adds what was summed to a [d, d] matrix; channel slowest, kernel offsets faster, bias last.
+  // Adds what was summed to a triangle of d; channel slowest, kernel offsets faster, bias last.
   void scatter(int64_t samples, Sum* covariance) const {
-    const int64_t d = source_.row_length();
     for (size_t index = 0; index < plan_.pieces.size(); ++index) {
       const AxisPiece(&axes)[kSpatialRank] = plan_.pieces[index].axes;
       for (int z = axes[0].offset_first; z <= axes[0].offset_last; z += axes[0].offset_step)
@@ -126,7 +126,9 @@ class Accumulator {
           for (int x = axes[2].offset_first; x <= axes[2].offset_last; x += axes[2].offset_step)
             scatter(index, covariance, flat(z, y, x));
     }
-    if (with_ones_) covariance[d * d - 1] += static_cast<Sum>(samples * source_.grid_places());
+    if (!with_ones_) return;
+    const int64_t last = source_.row_length() - 1;
+    covariance[plan_.triangle().index(last, last)] += static_cast<Sum>(samples * source_.grid_places());
   }
 
  private:
@@ -165,27 +167,22 @@ class Accumulator {
   void scatter(size_t index, Sum* covariance, int64_t o1) const {
     const Piece& piece = plan_.pieces[index];
     const Sum* products = products_.data() + index * padded_ * padded_;
-    const int64_t offsets = source_.window.offsets(), d = source_.row_length();
+    const Triangle triangle = plan_.triangle();
+    const int64_t offsets = source_.window.offsets(), last = source_.row_length() - 1;
     const int64_t o2 = o1 + flat(piece.axes[0].difference, piece.axes[1].difference, piece.axes[2].difference);
-    // In tiles, since one of the two elements written for each product lies a row of the result further.
+    // In tiles: an element whose row comes after its column is written as its mirror image, a row of the result further.
     for (int64_t first1 = 0; first1 < channels_; first1 += kScatterTile) {
       for (int64_t first2 = piece.symmetric ? first1 : 0; first2 < channels_; first2 += kScatterTile) {
         for (int64_t c1 = first1; c1 < std::min(channels_, first1 + kScatterTile); ++c1) {
           const int64_t begin = piece.symmetric ? std::max(c1, first2) : first2;
           for (int64_t c2 = begin; c2 < std::min(channels_, first2 + kScatterTile); ++c2) {
-            const Sum sum = products[c1 * padded_ + c2];
-            const int64_t row = c1 * offsets + o1, column = c2 * offsets + o2;
-            covariance[row * d + column] += sum;
-            if (row != column) covariance[column * d + row] += sum;
+            covariance[triangle.index(c1 * offsets + o1, c2 * offsets + o2)] += products[c1 * padded_ + c2];
           }
         }
       }
     }
-    for (int64_t c = 0; piece.symmetric && with_ones_ && c < channels_; ++c) {
-      const Sum sum = ones_[index * padded_ + c];
-      covariance[(c * offsets + o1) * d + d - 1] += sum;
-      covariance[(d - 1) * d + c * offsets + o1] += sum;
-    }
+    for (int64_t c = 0; piece.symmetric && with_ones_ && c < channels_; ++c)
+      covariance[triangle.index(c * offsets + o1, last)] += ones_[index * padded_ + c];
   }
 
   void add_positions(const Positions& at) {
@@ -237,7 +234,7 @@ struct Task {
   const Plan* plan;
   int64_t group, split;
   int64_t products;
-  std::vector<char> sums;  // [d, d] of a split layer; an unsplit one writes its result at once
+  std::vector<char> sums;  // the triangle of a split layer; an unsplit one writes its result at once
 };
 
 class Covariances : public Work {

@@ -1,14 +1,16 @@
-// covariances: kept * previous + scale * (sum over samples and places of row row^T), for every layer and group.
+// covariances: kept * previous + scale * (sum over samples and places of row row^T), for every layer and group, each
+// symmetric matrix as a triangle.
 #pragma once
 
 #include "op.h"
+#include "triangle.h"
 #include "window.h"
 
 namespace kfac2 {
 
 struct CovariancesParams {
   const RowSource* sources;  // [layers]
-  void* const* covariances;  // [layers] -> [groups, d, d], float64 for float64 sources, else float32
+  void* const* covariances;  // [layers] -> [groups, triangle of d], float64 for float64 sources, else float32
   int64_t layers;
   const void* const* previous = nullptr;  // [layers] -> like the covariances, or null; null: of no layer
   double kept = 1;

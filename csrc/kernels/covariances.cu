@@ -33,7 +33,7 @@ struct LayerEntry {
   int64_t first_item;    // block of the products' launch of its kind
   int64_t first_output;  // block of the gathering launch
   RowSource source;
-  void* covariances;     // [groups, d, d]
+  void* covariances;     // [groups, triangle of d]
   const void* previous;  // likewise, or null
   double scale;
   int64_t partial;          // where its sums begin in the workspace, in bytes
@@ -151,20 +151,22 @@ __device__ void gather_element(const LayerEntry& layer, const PieceEntry* pieces
                                const unsigned char* workspace) {
   const RowSource& source = layer.source;
   const Window& window = source.window;
-  const int64_t d = source.row_length(), group = item / (d * d);
+  const Triangle triangle{source.row_length()};
+  const int64_t last = triangle.size - 1, group = item / triangle.numbers();
   if (group >= window.groups) return;
-  const int64_t r = item / d % d, c = item % d;
+  int64_t r, c;
+  triangle.element(item % triangle.numbers(), &r, &c);
   const auto write = [&](Sum sum) {
     sum *= static_cast<Sum>(layer.scale);
     if (layer.previous != nullptr) sum += static_cast<Sum>(kept) * static_cast<const Sum*>(layer.previous)[item];
     static_cast<Sum*>(layer.covariances)[item] = sum;
   };
-  const bool with_ones = window.bias != 0 && (r == d - 1 || c == d - 1);
+  const bool with_ones = window.bias != 0 && c == last;
   if (with_ones && r == c) {
     write(static_cast<Sum>(source.batch * source.grid_places()));
     return;
   }
-  RowIndex row = row_index(window, with_ones && r > c ? c : r), column = with_ones ? row : row_index(window, c);
+  RowIndex row = row_index(window, r), column = with_ones ? row : row_index(window, c);
   if (is_transposed(row, column)) {
     const RowIndex other = row;
     row = column;
@@ -232,10 +234,10 @@ class Covariances : public TableLaunch {
     layer.first_item = its.items;
     layer.first_output = outputs_;
     layer.partial = scratch_bytes_;
-    const int64_t groups = layer.source.window.groups, d = layer.source.row_length();
+    const int64_t groups = layer.source.window.groups;
     its.count += 1;
     its.items += groups * layer.group_items;
-    outputs_ += ceil_div(groups * d * d, kThreads);
+    outputs_ += ceil_div(groups * Triangle{layer.source.row_length()}.numbers(), kThreads);
     scratch_bytes_ += ceil_div(groups * layer.group_numbers * layer.source.sum_bytes(), 16) * 16;
   }
 

@@ -22,7 +22,7 @@ const void* pointer_to_previous(const Tensor& tensor, size_t layer, const Tensor
   return contiguous.back().const_data_ptr();
 }
 
-// [groups, d, d] for each layer; previous and scales: of each layer, or none at all
+// [groups, height, width] of a triangle of d for each layer; previous and scales: of each layer, or none at all
 std::vector<Tensor> covariances(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows,
                                 const std::vector<Tensor>& previous, double kept, const std::vector<double>& scales) {
   const std::vector<RowSource> sources = row_sources(kOp, tensors, windows);
@@ -37,8 +37,9 @@ std::vector<Tensor> covariances(const std::vector<Tensor>& tensors, const std::v
   for (size_t i = 0; i < tensors.size(); ++i) {
     check(sources[i].window.bias <= 1, kOp, "expected a bias of 0 or 1 in window ", i, ", got ",
           sources[i].window.bias);
-    const int64_t d = sources[i].row_length();
-    results.push_back(allocate(tensors[i], {sources[i].window.groups, d, d}, sum_type(sources[i])));
+    const Triangle triangle{sources[i].row_length()};
+    const std::vector<int64_t> shape = {sources[i].window.groups, triangle.height(), triangle.width()};
+    results.push_back(allocate(tensors[i], shape, sum_type(sources[i])));
     pointers.push_back(results.back().mutable_data_ptr());
     before.push_back(previous.empty() ? nullptr : pointer_to_previous(previous[i], i, results.back(), contiguous));
   }

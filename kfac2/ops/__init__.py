@@ -7,6 +7,7 @@
 | `average_coarse_sums` | running averages of these, and the L×L Fisher of the second level | csrc |
 | `coarse_fisher` | the latter alone | torch; csrc where a layer has several blocks |
 | `covariances`, with `input_covariance` and `grad_covariance` | Kronecker factors, all layers | csrc; torch (CUDA) |
+| `folded_covariances` | the same as triangles | csrc; torch (CUDA) |
 | `directional_derivatives` | gᵀ D ā of each sample: Fisher norms of steps, all layers | csrc |
 | `factored_tikhonov_inverse` | damped inverses of both factors, all layers | csrc; torch for large ones on a CPU |
 | `eigendecompose` | both factors of every layer, for the exact damped inverse | torch; csrc for small sizes on CUDA |
@@ -17,7 +18,7 @@ The three native calls of every step are for the optimizer alone, and documented
 """
 
 from kfac2.ops.coarse_fisher import CoarseFisher, average_coarse_sums, coarse_fisher
-from kfac2.ops.covariances import covariances, grad_covariance, input_covariance
+from kfac2.ops.covariances import covariances, folded_covariances, grad_covariance, input_covariance
 from kfac2.ops.cross_layer_sums import cross_layer_sums
 from kfac2.ops.directional_derivatives import directional_derivatives
 from kfac2.ops.eigendecompose import Eigendecomposition, eigendecompose
@@ -39,6 +40,7 @@ __all__ = [
     "directional_derivatives",
     "eigendecompose",
     "factored_tikhonov_inverse",
+    "folded_covariances",
     "grad_covariance",
     "input_covariance",
     "layer_maps",

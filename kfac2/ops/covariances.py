@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kfac2.ops._checks import check_same_length, check_tensors, detached
-from kfac2.ops.gram_matrices import gram_matrix, is_faster
+from kfac2.ops.gram_matrices import is_faster, row_products
 from kfac2.ops.layer_maps import decode_windows, spatial_rank, sum_dtype
+from kfac2.triangles import packed, packed_shape, unpacked
 from kfac2.window import IntOrInts, Padding, Window
 
 
@@ -47,6 +48,37 @@ def covariances(
         ValueError: if a list is empty, lengths differ, or tensors are on several devices.
         RuntimeError: if a tensor does not fit its window, or an entry of `previous` its result.
     """
+    before = None if previous is None else _folded(tensors, windows, previous)
+    triangles = folded_covariances(tensors, windows, previous=before, kept=kept, scales=scales)
+    d_of = [window.row_length(x.shape[1]) for x, window in zip(tensors, windows, strict=True)]
+    return [unpacked(triangle, d) for triangle, d in zip(triangles, d_of, strict=True)]
+
+
+def folded_covariances(
+    tensors: Sequence[Tensor],
+    windows: Sequence[Window],
+    *,
+    previous: Sequence[Tensor | None] | None = None,
+    kept: float = 1.0,
+    scales: Sequence[float] | None = None,
+) -> list[Tensor]:
+    """Do what `covariances` does, each symmetric matrix as half as many numbers, as `triangles.packed` folds it.
+
+    Args:
+        tensors: see `covariances`.
+        windows: one for each tensor.
+        previous: triangles so far, shaped as the results and in their dtype; None: see `covariances`.
+        kept: what `previous` is multiplied by; default 1.
+        scales: what each layer's new sums are multiplied by; default 1.
+
+    Returns:
+        For each layer (groups, h, w), h · w = d (d + 1) / 2; float64 for float64 tensors, else float32.
+
+    Raises:
+        TypeError: if `tensors` is not a list of tensors.
+        ValueError: if a list is empty, lengths differ, or tensors are on several devices.
+        RuntimeError: if a tensor does not fit its window, or an entry of `previous` its result.
+    """
     check_tensors("tensors", tensors)
     before = [None] * len(tensors) if previous is None else [None if p is None else p.detach() for p in previous]
     factors = [1.0] * len(tensors) if scales is None else [float(scale) for scale in scales]
@@ -57,6 +89,20 @@ def covariances(
     native = [layer for layer, other in zip(layers, by_library, strict=True) if not other]
     rest = iter(_native(native, kept) if native else [])
     return [_by_library(*layer, kept) if other else next(rest) for layer, other in zip(layers, by_library, strict=True)]
+
+
+def _folded(
+    tensors: Sequence[Tensor], windows: Sequence[Window], previous: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    check_tensors("tensors", tensors)
+    for name, entries in (("windows", windows), ("previous", previous)):
+        check_same_length(name, entries, "tensors", tensors)
+    for i, (x, window, p) in enumerate(zip(tensors, windows, previous, strict=True)):
+        d = window.row_length(x.shape[1]) if x.dim() > 1 else 0  # without channels the native call says what is wrong
+        if p is not None and d and p.shape != (window.groups, d, d):
+            wanted = (window.groups, d, d)
+            raise RuntimeError(f"previous[{i}] must have shape {wanted}, got {tuple(p.shape)}")
+    return [None if p is None else packed(p.detach()) for p in previous]
 
 
 _Layer = tuple[Tensor, Window, Tensor | None, float]
@@ -71,7 +117,8 @@ def _native(layers: Sequence[_Layer], kept: float) -> list[Tensor]:
 
 
 def _by_library(x: Tensor, window: Window, previous: Tensor | None, scale: float, kept: float) -> Tensor:
-    sums = gram_matrix(x, window)
+    """Fold a library's product as it comes: a whole matrix, the same on both sides, would cost as much again."""
+    sums = packed(*row_products(x, window))
     if scale != 1:
         sums *= scale
     return sums if previous is None else sums.add_(previous, alpha=kept)
@@ -129,5 +176,5 @@ def _(tensors: Sequence[Tensor], windows: Sequence[int], *others: Any) -> list[T
     results = []
     for tensor, window in zip(tensors, decode_windows(tensors, windows), strict=True):
         d = window.row_length(tensor.shape[1])
-        results.append(tensor.new_empty((window.groups, d, d), dtype=sum_dtype(tensor.dtype)))
+        results.append(tensor.new_empty((window.groups, *packed_shape(d)), dtype=sum_dtype(tensor.dtype)))
     return results

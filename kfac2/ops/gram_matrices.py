@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac2.ops.layer_maps import sum_dtype
 from kfac2.window import Window
 
 CROSSOVER, CROSSOVER_FLOAT32 = 128, 256  # channels from which on the library is faster; in strict float32
@@ -40,7 +41,7 @@ def is_faster(x: Tensor, window: Window) -> bool:
     return x.shape[1] >= (CROSSOVER_FLOAT32 if is_strict else CROSSOVER) and not (is_strict and is_patch)
 
 
-def gram_matrix(x: Tensor, window: Window) -> Tensor:
+def row_products(x: Tensor, window: Window) -> tuple[Tensor, Tensor | None]:
     """Sum the outer products of rows, as `covariances` does for one tensor whose window has one group.
 
     Float32 is multiplied at the user's `torch.set_float32_matmul_precision`: with TF32 both operands are rounded alike,
@@ -49,25 +50,27 @@ def gram_matrix(x: Tensor, window: Window) -> Tensor:
 
     Args:
         x: (N, C, *spatial).
-        window: how rows are taken from it.
+        window: how rows are taken from it; one group.
 
     Returns:
-        (1, d, d), symmetric to the last bit; float64 for a float64 tensor, else float32.
+        Products of rows without their bias (1, width, width), whose triangles may differ by rounding; for a window with
+        a bias the row that it adds, (1, width + 1), its own element last, else None. float64 for a float64 tensor, else
+        float32.
     """
-    d = window.row_length(x.shape[1])
-    out = x.new_zeros(1, d, d, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    width = d - bool(window.bias)
-    sums, ones = out[0, :width, :width], 0
+    width, dtype = window.row_length(x.shape[1]) - bool(window.bias), sum_dtype(x.dtype)
+    products: Tensor | None = None
+    ones, count = x.new_zeros(1, width + 1, dtype=dtype), 0
     for rows in _rows(x, window):
-        sums += _product(rows)
+        product = _product(rows)
+        products = product if products is None else products.add_(product)
         if window.bias:
-            out[0, width, :width] += rows.sum(0, dtype=out.dtype)
-        ones += len(rows)
-    if window.bias:
-        out[0, width, width] = ones * window.bias**2
-        out[0, width, :width] *= window.bias
-    lower = out.tril()  # which the two triangles of a product need not agree on
-    return lower + lower.tril(-1).mT
+            ones[0, :width] += rows.sum(0, dtype=dtype)
+        count += len(rows)
+    assert products is not None  # there is at least one part, without rows where there are no samples
+    if not window.bias:
+        return products[None], None
+    ones[0, width] = count * window.bias
+    return products[None], ones.mul_(window.bias) if window.bias != 1 else ones
 
 
 def _product(rows: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ void test_layers(const DrawnLayers& layers) {
   run(*cpu::layer_maps({groups.data(), expected_maps.pointers.data(), group_count}));
   expect_same("layer_maps", groups, maps, expected_maps, map_size);
 
-  const auto size = [](const RowSource& s) { return s.window.groups * s.row_length() * s.row_length(); };
+  const auto size = [](const RowSource& s) { return s.window.groups * Triangle{s.row_length()}.numbers(); };
   Outputs covariances(sources, size), expected(sources, size);
   run_on_device("covariances", cuda::covariances, {sources.data(), covariances.pointers.data(), count});
   run(*cpu::covariances({sources.data(), expected.pointers.data(), count}));
@@ -181,7 +181,7 @@ std::vector<int64_t> launches_for(int64_t count) {
     maps.push_back({layers.back()->data.data(), {1, {4}}});
   }
   const auto map_size = [](const RowSource& s) { return s.batch * s.grid_places(); };
-  const auto size = [](const RowSource& s) { return s.window.groups * s.row_length() * s.row_length(); };
+  const auto size = [](const RowSource& s) { return s.window.groups * Triangle{s.row_length()}.numbers(); };
   Outputs map_outputs(sources, map_size), covariances(sources, size);
   std::vector<float> sums(count * count);
   std::vector<int64_t> layer_of_block(count, 0);

@@ -243,5 +243,5 @@ def test_opcheck_of_coarse_fisher():
 def test_opcheck(name):
     tensors = [torch.randn(3, 2, 5, 4, device=DEVICE), torch.randn(2, 6, 7, device=DEVICE)]
     numbers = Window.of(2, 3, padding=1, bias=1).encode() + Window.places(1, groups=2).encode()
-    more = ([tensors[0].new_ones(1, 19, 19), tensors[0][:0]], 0.9, [0.1, 2.0]) if name == "covariances" else ()
+    more = ([tensors[0].new_ones(1, 10, 19), tensors[0][:0]], 0.9, [0.1, 2.0]) if name == "covariances" else ()
     torch.library.opcheck(getattr(torch.ops.kfac2, name).default, (tensors, numbers, *more))

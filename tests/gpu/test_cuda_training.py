@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import warnings
 
 import models
@@ -40,6 +41,15 @@ DEFAULTS = {
 }
 
 
+eigendecompose = importlib.import_module("kfac2.ops.eigendecompose")
+
+
+def decomposed_on_the_cpu(stacks, limit):
+    """Give both devices the same bases: where eigenvalues are equal (0, of few rows) EKFAC depends on the choice."""
+    found = eigendecompose._by_torch([stack.cpu() for stack in stacks])
+    return tuple([tensor.to(stack.device) for tensor, stack in zip(part, stacks, strict=True)] for part in found)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"inverse": "eigh"}, {"levels": 1}, {"downsample": "area", "kl_clip": 1e-4}, DEFAULTS, {"inverse": "ekfac"}],
@@ -47,7 +57,9 @@ DEFAULTS = {
 @pytest.mark.parametrize(
     "name", ["linear", "conv1d", "conv2d", "conv3d", "grouped", "same_even", "transposed2d", "tokens", "sequence"]
 )
-def test_training_follows_the_cpu(name, options):
+def test_training_follows_the_cpu(name, options, monkeypatch):
+    if options.get("inverse") == "ekfac":
+        monkeypatch.setattr(eigendecompose, "_decompose", decomposed_on_the_cpu)
     task = models.task(name)
     options = {"cases": "rows", **options} if name == "sequence" else options  # its loss is a mean over tokens
     there = copy.deepcopy(task.model).to(DEVICE)
@@ -286,11 +298,12 @@ def test_a_failed_inverse_keeps_the_last_one_until_statistics_come():
 
 def test_a_rate_on_the_device():
     results = []
-    for lr in (0.3, torch.tensor(0.3, device=DEVICE)):
-        model, x, target = net(), torch.ones(8, 6, device=DEVICE), torch.zeros(8, dtype=torch.long, device=DEVICE)
+    for lr in (0.25, torch.tensor(0.25, device=DEVICE)):
+        model, target = net().double(), torch.zeros(8, dtype=torch.long, device=DEVICE)
+        x = torch.ones(8, 6, device=DEVICE, dtype=torch.float64)
         opt = KFAC(model, lr=lr, kl_clip=1e-4, fisher="empirical")
         for _ in range(4):
             iterate(model, opt, x + torch.arange(8, device=DEVICE)[:, None], target)
         results.append([p.detach() for p in model.parameters()])
     for p, q in zip(*results, strict=True):
-        assert_equal(p, q, 1e-5)
+        assert_equal(p, q)

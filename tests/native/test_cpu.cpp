@@ -23,7 +23,8 @@ void test_layer(Random& random, ElementType type) {
   const DrawnSource<T> layer(random, type, draw(random, 1, 5));
   const RowSource& source = layer.source;
   const int64_t groups = source.window.groups, d = source.row_length(), places = source.grid_places();
-  std::vector<SumType<T>> maps(groups * source.batch * places), covariances(groups * d * d);
+  const Triangle triangle{d};
+  std::vector<SumType<T>> maps(groups * source.batch * places), covariances(groups * triangle.numbers());
   std::vector<double> expected_maps(maps.size()), expected(covariances.size());
   for (int64_t q = 0; q < groups; ++q) {
     for (int64_t n = 0; n < source.batch; ++n) {
@@ -31,7 +32,8 @@ void test_layer(Random& random, ElementType type) {
         for (int64_t i = 0; i < d; ++i) {
           const double a = row_element<T>(source, n, q, t, i);
           expected_maps[(q * source.batch + n) * places + t] += a;
-          for (int64_t j = 0; j < d; ++j) expected[(q * d + i) * d + j] += a * row_element<T>(source, n, q, t, j);
+          for (int64_t j = i; j < d; ++j)
+            expected[q * triangle.numbers() + triangle.index(i, j)] += a * row_element<T>(source, n, q, t, j);
         }
       }
     }
@@ -46,7 +48,7 @@ void test_layer(Random& random, ElementType type) {
   run(*cpu::covariances({&source, &covariance_pointer, 1}));
   expect_equal("covariances", covariances.data(), expected.data(), covariances.size(), kTolerance<T>);
 
-  const std::vector<SumType<T>> previous = drawn_numbers<SumType<T>>(random, groups * d * d);
+  const std::vector<SumType<T>> previous = drawn_numbers<SumType<T>>(random, groups * triangle.numbers());
   const void* previous_pointer = draw(random, 0, 1) == 0 ? previous.data() : nullptr;
   const double kept = 0.7, scale = 0.3;
   run(*cpu::covariances({&source, &covariance_pointer, 1, &previous_pointer, kept, &scale}));
