@@ -47,7 +47,7 @@ SHARES = {
     "directional_derivatives": (0.8, 0.4), "shares": (0.5, 0.1),
     "cross_layer_sums": (0.5, 0.6),  # its instructions: see `latency`
     "damp": (0.5, 0.1), "eliminate": (0.5, 0.2),
-    "update": (0.5, 0.5),  # the mirrored half is written word by word
+    "update": (0.6, 0.5),  # a tile waits for L2 as long as it multiplies: 64 KB for 64³ multiply-adds
     "eigendecompose": (0.5, 0.2),
     "gather": (0.65, 0.1), "write": (0.65, 0.1), "sums": (0.6, 0.1),  # four loads in flight for each thread
 }  # fmt: skip

@@ -1,38 +1,37 @@
-// Floor: n^3 operations for an n x n inverse; 2 n^2 numbers moved for each block of rows.
+// Floor: n^3 operations for an n x n inverse; 1.5 n^2 numbers moved for each block of rows: half a matrix read and
+// written, and Z.
 //
 // The sweeps of csrc/cpu/factored_tikhonov_inverse.cpp, all matrices side by side: a launch that eliminates the
 // rows of block k (Z = L^-1 [rows]) and a launch that updates every tile, for each k up to the largest matrix. So
-// the number of launches grows with the largest size only; a matrix of one block needs the first two alone.
+// the number of launches grows with the largest size only; a matrix of one block needs the first two alone. Only the
+// upper triangle is kept: the last sweep writes the lower one.
 #include <algorithm>
 #include <vector>
 
-#include "device.h"
 #include "factored_tikhonov_inverse.h"
+#include "sweep.h"
 #include "tables.h"
 
 namespace kfac2::cuda {
 namespace {
 
 constexpr int kDampThreads = 256;
-constexpr int kSide = 16;  // threads along either side of a tile
 
-// Rows of a block: as many columns a thread of eliminate_kernel keeps in registers.
-template <typename T>
-constexpr int kBlock = sizeof(T) == sizeof(float) ? 64 : 32;
-
-// A factor on its way to its inverse. The inverse's own memory holds the matrix meanwhile. Z = L^-1 [rows of block k],
-// [block, blocks * block], with L^-1 where the block on the diagonal was, lies behind that of the matrices before it.
-struct Matrix {
-  const void* factor;  // [size, size]
-  const void* other;   // of the same pair, for pi
-  void* inverse;       // [size, size]
-  int32_t* status;     // of the pair
-  int64_t size, other_size;
-  int64_t blocks;      // of rows, the last perhaps incomplete
-  int64_t first_item;  // of eliminate_kernel: one for each block; Z begins there, too
-  int64_t first_tile;  // of update_kernel: one for each pair of blocks
-  bool is_A;
-};
+// The last matrix whose first item or tile, which grows, is not above `item`: 32 are looked at at once, where one after
+// the other would be a chain of loads in front of all else.
+template <typename First>
+__device__ int matrix_of(int count, int64_t item, const First& first) {
+  const int lane = threadIdx.x % warpSize;
+  int low = 0;
+  while (count > 1) {
+    const int step = (count + warpSize - 1) / warpSize;
+    const int at = lane * step;
+    const int found = __popc(__ballot_sync(0xffffffffu, at < count && first(low + at) <= item)) - 1;
+    low += found * step;
+    count = std::min(step, count - found * step);
+  }
+  return low;
+}
 
 __device__ double sum_of_threads(double* shared, double value) {
   shared[threadIdx.x] = value;
@@ -49,143 +48,96 @@ __device__ double sum_of_threads(double* shared, double value) {
 template <typename T>
 __device__ double mean_diagonal(double* shared, const void* factor, int64_t size) {
   double sum = 0;
+#pragma unroll 4
   for (int64_t i = threadIdx.x; i < size; i += kDampThreads) sum += static_cast<const T*>(factor)[i * size + i];
   return sum_of_threads(shared, sum) / static_cast<double>(size);
 }
 
-// inverse <- damped factor, kBlock rows in each thread block; status <- 0.
+// The upper triangle of inverse <- damped factor, kBlock rows in each thread block; status <- 0.
 template <typename T>
 __global__ void __launch_bounds__(kDampThreads) damp_kernel(const Matrix* matrices, int count, double damping) {
   KFAC2_SHARED(double, shared);
-  const Matrix& matrix = matrices[entry_of(matrices, count, blockIdx.x)];
-  const int64_t first = (blockIdx.x - matrix.first_item) * kBlock<T>;
-  const double own = mean_diagonal<T>(&shared, matrix.factor, matrix.size);
+  const Matrix& matrix = matrices[matrix_of(count, blockIdx.x, [=](int m) { return matrices[m].first_item; })];
+  const int64_t size = matrix.size, first = (blockIdx.x - matrix.first_item) * kBlock<T>;
+  const double own = mean_diagonal<T>(&shared, matrix.factor, size);
   const double other = mean_diagonal<T>(&shared, matrix.other, matrix.other_size);
   const T shift =
       static_cast<T>(matrix.is_A ? tikhonov_shifts(own, other, damping).A : tikhonov_shifts(other, own, damping).G);
-  const int64_t begin = first * matrix.size;
-  const int64_t end = (first + kBlock<T> < matrix.size ? first + kBlock<T> : matrix.size) * matrix.size;
-  const T* from = static_cast<const T*>(matrix.factor);
-  T* to = static_cast<T*>(matrix.inverse);
-  for (int64_t i = begin + threadIdx.x; i < end; i += kDampThreads)
-    to[i] = from[i] + (i / matrix.size == i % matrix.size ? shift : T(0));
+  const int warp = threadIdx.x / warpSize, lane = threadIdx.x % warpSize;
+  const int64_t end = first + kBlock<T> < size ? first + kBlock<T> : size;
+  for (int64_t row = first + warp; row < end; row += kDampThreads / warpSize) {
+    const T* from = static_cast<const T*>(matrix.factor) + row * size;
+    T* to = static_cast<T*>(matrix.inverse) + row * size;
+    for (int64_t begin = row + lane; begin < size; begin += kInFlight * warpSize) {
+      T numbers[kInFlight];
+#pragma unroll
+      for (int m = 0; m < kInFlight; ++m) numbers[m] = begin + m * warpSize < size ? from[begin + m * warpSize] : T(0);
+      if (begin == row) numbers[0] += shift;
+#pragma unroll
+      for (int m = 0; m < kInFlight; ++m)
+        if (begin + m * warpSize < size) to[begin + m * warpSize] = numbers[m];
+    }
+  }
   if (first == 0 && matrix.is_A && threadIdx.x == 0) *matrix.status = 0;
 }
 
-// A row of the block on the diagonal, twice: the next is written while the last is still read.
-template <typename T>
-struct PivotRows {
-  T row[2][kBlock<T>];
-};
-
-// Element (row, column) of the matrix; outside of it that of the identity.
-template <typename T>
-__device__ T element_or_identity(const T* matrix, int64_t size, int64_t row, int64_t column) {
-  return row < size && column < size ? matrix[row * size + column] : T(row == column);
-}
-
 // Z = L^-1 [rows of block k], one block of columns in each thread block, which eliminates the block on the diagonal
-// (L D L^T) anew. A thread keeps a column: the first kBlock of them of the block on the diagonal, the others of Z.
+// (L L^T) anew. A thread has a column: the first kBlock of them of the block on the diagonal, the others of Z. What a
+// panel loses to the rows above is a product, in a loop: straight-line code of all steps is run once and takes longer
+// to be fetched than to be run.
 template <typename T>
 __global__ void __launch_bounds__(2 * kBlock<T>) eliminate_kernel(const Matrix* matrices, int count, int k, T* all_Z) {
   constexpr int kRows = kBlock<T>;
-  KFAC2_SHARED(PivotRows<T>, pivots);
-  const Matrix& matrix = matrices[entry_of(matrices, count, blockIdx.x)];
-  const T* data = static_cast<const T*>(matrix.inverse);
-  const int64_t columns = blockIdx.x - matrix.first_item;  // which block of columns
-  const int64_t row = static_cast<int64_t>(k) * kRows;
-  const int lane = threadIdx.x % kRows;
-  const bool is_diagonal = threadIdx.x < kRows, takes_identity = columns == k;
-  T column[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    column[i] = is_diagonal      ? element_or_identity(data, matrix.size, row + i, row + lane)
-                : takes_identity ? T(i == lane)
-                                 : element_or_identity(data, matrix.size, row + i, columns * kRows + lane);
-  }
+  KFAC2_SHARED(Elimination<T>, shared);
+  const Matrix& matrix = matrices[matrix_of(count, blockIdx.x, [=](int m) { return matrices[m].first_item; })];
+  const int64_t columns = blockIdx.x - matrix.first_item, step = matrix.blocks * kRows;
+  const int own = threadIdx.x;
+  T* Z = all_Z + matrix.first_item * kRows * kRows + columns * kRows + own % kRows;
+  load_rows(matrix, k, columns, shared);
   bool positive = true;
+#pragma unroll 1
+  for (int first = 0; first < kRows; first += kPanel) {
+    __syncthreads();  // the rows above the panel are there
+    T column[kPanel];
 #pragma unroll
-  for (int j = 0; j < kRows; ++j) {
-    T* pivot_row = pivots.row[j % 2];
-    if (is_diagonal) pivot_row[lane] = column[j];
-    __syncthreads();
-    const T pivot = pivot_row[j];
-    positive &= pivot > 0 && std::isfinite(pivot);
-    const T multiple = column[j] / pivot;
+    for (int i = 0; i < kPanel; ++i) column[i] = shared.rows[first + i][own];
+    const int above = own < first ? 0 : first;  // a column of the block on the diagonal ends there
+#pragma unroll 4
+    for (int s = 0; s < above; ++s) {
+      const T multiple = shared.rows[s][own];
 #pragma unroll
-    for (int i = j + 1; i < kRows; ++i) column[i] -= pivot_row[i] * multiple;
-    column[j] /= std::sqrt(pivot);
+      for (int i = 0; i < kPanel; ++i) column[i] -= shared.rows[s][first + i] * multiple;
+    }
+    positive &= eliminate_panel(column, own - first, shared.pivot_rows);
+#pragma unroll
+    for (int i = 0; i < kPanel; ++i) shared.rows[first + i][own] = column[i];
+    if (own < kRows) continue;
+#pragma unroll
+    for (int i = 0; i < kPanel; ++i) Z[(first + i) * step] = column[i];
   }
-  if (!positive && threadIdx.x == 0) *matrix.status = 1;
-  if (is_diagonal) return;  // no barrier follows
-  T* Z = all_Z + matrix.first_item * kRows * kRows + columns * kRows + lane;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) Z[i * matrix.blocks * kRows] = column[i];
-}
-
-// Two blocks of columns of Z.
-template <typename T>
-struct alignas(16) ZTiles {
-  T left[kBlock<T>][kBlock<T>], right[kBlock<T>][kBlock<T>];
-};
-
-// Row and column of the upper triangle that a tile is, tiles going down the columns.
-__device__ void tile_place(int64_t tile, int64_t* row, int64_t* column) {
-  int64_t j = static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(tile) + 1) - 1) / 2);
-  while (j * (j + 1) / 2 > tile) --j;
-  while ((j + 1) * (j + 2) / 2 <= tile) ++j;
-  *column = j;
-  *row = tile - j * (j + 1) / 2;
-}
-
-// Writes a swept element and its mirror image; the last sweep leaves minus the inverse, which is turned here.
-template <typename T>
-__device__ void write_swept(const Matrix& matrix, int k, int64_t i, int64_t j, T product) {
-  if (i >= matrix.size || j >= matrix.size) return;
-  T* data = static_cast<T*>(matrix.inverse);
-  const bool row_swept = i / kBlock<T> == k, column_swept = j / kBlock<T> == k;
-  T value = row_swept != column_swept ? product : -product;
-  if (!row_swept && !column_swept) value += data[i * matrix.size + j];
-  if (k == matrix.blocks - 1) {
-    value = -value;
-    if (!std::isfinite(value)) *matrix.status = 1;
-  }
-  data[i * matrix.size + j] = value;
-  data[j * matrix.size + i] = value;
+  if (!positive && own == 0) *matrix.status = 1;
 }
 
 // Sweeps one tile of the upper triangle: M_ij <- M_ij - Z_i^T Z_j, and the other cases of the CPU's formula.
 template <typename T>
-__global__ void __launch_bounds__(kSide* kSide)
+__global__ void __launch_bounds__(kSide* kSide, kTilesAtOnce)
     update_kernel(const Matrix* matrices, int count, int k, const T* all_Z) {
-  constexpr int kRows = kBlock<T>, kEach = kRows / kSide;
-  KFAC2_SHARED(ZTiles<T>, tiles);
-  const Matrix& matrix = matrices[entry_of(count, blockIdx.x, [matrices](int m) { return matrices[m].first_tile; })];
+  constexpr int kRows = kBlock<T>;
+  KFAC2_SHARED(Tiles<T>, tiles);
+  const Matrix& matrix = matrices[matrix_of(count, blockIdx.x, [=](int m) { return matrices[m].first_tile; })];
   int64_t i, j;
   tile_place(blockIdx.x - matrix.first_tile, &i, &j);
   const T* Z = all_Z + matrix.first_item * kRows * kRows;
-  for (int at = threadIdx.x; at < kRows * kRows; at += kSide * kSide) {
-    const int s = at / kRows, c = at % kRows;
-    tiles.left[s][c] = Z[s * matrix.blocks * kRows + i * kRows + c];
-    tiles.right[s][c] = Z[s * matrix.blocks * kRows + j * kRows + c];
-  }
+  const T sign = (i == k) != (j == k) ? T(1) : T(-1);
+  load_Z(Z + i * kRows, Z + j * kRows, matrix.blocks * kRows, sign, tiles);
   __syncthreads();
-  const int row = threadIdx.x / kSide * kEach, column = threadIdx.x % kSide * kEach;
-  T products[kEach][kEach] = {};
-#pragma unroll 8
-  for (int s = 0; s < kRows; ++s) {
-#pragma unroll
-    for (int r = 0; r < kEach; ++r)
-#pragma unroll
-      for (int c = 0; c < kEach; ++c) products[r][c] += tiles.left[s][row + r] * tiles.right[s][column + c];
-  }
-#pragma unroll
-  for (int r = 0; r < kEach; ++r)
-#pragma unroll
-    for (int c = 0; c < kEach; ++c) {
-      const int64_t a = i * kRows + row + r, b = j * kRows + column + c;
-      if (a <= b) write_swept(matrix, k, a, b, products[r][c]);
-    }
+  multiply(tiles);
+  __syncthreads();
+  const bool is_last = k == matrix.blocks - 1;
+  write_swept(matrix, i, j, i != k && j != k, is_last, tiles);
+  if (!is_last) return;  // the same for all threads
+  __syncthreads();
+  write_mirrored(matrix, i, j, tiles);
 }
 
 template <typename T>
@@ -228,10 +180,10 @@ class FactoredTikhonovInverse : public TableLaunch {
       const Matrix& last = matrices_[count - 1];
       const dim3 blocks(static_cast<unsigned>(last.first_item + last.blocks));
       const dim3 tiles(static_cast<unsigned>(last.first_tile + last.blocks * (last.blocks + 1) / 2));
-      status =
-          launch(eliminate_kernel<T>, blocks, dim3(2 * kBlock<T>), sizeof(PivotRows<T>), stream, matrices, count, k, Z);
+      status = launch(eliminate_kernel<T>, blocks, dim3(2 * kBlock<T>), sizeof(Elimination<T>), stream, matrices, count,
+                      k, Z);
       if (status != cudaSuccess) break;
-      status = launch(update_kernel<T>, tiles, dim3(kSide * kSide), sizeof(ZTiles<T>), stream, matrices, count, k,
+      status = launch(update_kernel<T>, tiles, dim3(kSide * kSide), sizeof(Tiles<T>), stream, matrices, count, k,
                       static_cast<const T*>(Z));
     }
     return status;

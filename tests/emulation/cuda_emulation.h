@@ -4,6 +4,7 @@
 // memory before its first write, values from lanes outside the mask). AddressSanitizer sees every access.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -248,6 +249,13 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, c
 template <typename T>
 T __ldg(const T* address) {
   return *address;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+template <typename T>
+T rsqrt(T value) {
+  return 1 / std::sqrt(value);
 }
 
 // Plain code is atomic here: threads change only where they wait.
