@@ -19,7 +19,7 @@ from kfac2.coarse.ones import MAP_NUMBERS
 from kfac2.divergence import quarter
 from kfac2.ops import Window
 from kfac2.ops.applied_directions import CROSSOVER as WIDE_LAYER
-from kfac2.ops.gram_matrices import CROSSOVER, CROSSOVER_FLOAT32
+from kfac2.ops.gram_matrices import CROSSOVER, CROSSOVER_FLOAT32, CROSSOVER_PATCHES
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -88,9 +88,10 @@ def maps_of(sources: Sequence[Source]) -> Call:
 
 def is_wide(rows: Source, precision: str) -> bool:
     """Tell whether kfac2 gives the rows to the library's product: kfac2/ops/gram_matrices.py."""
+    is_patch = math.prod(rows.window.kernel_size) > 1
     if precision == "fp32":
-        return rows.channels >= CROSSOVER_FLOAT32 and math.prod(rows.window.kernel_size) == 1
-    return rows.channels >= CROSSOVER
+        return rows.channels >= CROSSOVER_FLOAT32 and not is_patch
+    return rows.channels >= (CROSSOVER_PATCHES if is_patch and precision == "tf32" else CROSSOVER)
 
 
 def is_wide_layer(rows: Source, grads: Source) -> bool:

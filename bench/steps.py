@@ -81,7 +81,7 @@ def measure(net: str, batch: int, rounds: int, optimizers: Sequence[str], device
             works |= {(name, kind): partial(_step, contender, kind, x, y) for kind in contender.at}
     result = summary(take_turns(works, Clock(device, threads), rounds))
     if torch.device(device).type == "cuda":
-        shown = [("sgd", "c"), *(("kfac2-1", kind) for kind in KINDS)]
+        shown = [("sgd", "c"), *(("kfac2-1", kind) for kind in KINDS), ("kfac2-2", "a")]
         result["kernels"] = {
             " ".join(key): launches.kernels_of(partial(works[key], nothing)) for key in shown if key in works
         }

@@ -97,7 +97,7 @@ def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision):
         assert_equal(average, (0.9 + scale) * sums, 1e-5)
     assert torch.equal(got, got.mT)
     values = torch.linalg.eigvalsh(got[0].cpu().double())
-    assert values.min() > -1e-5 * values.max()  # sums in float32
+    assert values.min() > (-1e-4 if is_rounded else -1e-5) * values.max()  # sums in float32; tensor cores drop bits
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -221,16 +221,6 @@ def test_on_a_second_device():
     got = ops.input_covariance(x.to("cuda:1"), 3)
     assert got.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
     assert_equal(got.cpu(), reference.input_covariance(x, 3))
-
-
-@needs_cuda
-def test_tensors_on_two_devices_are_refused():
-    here, there = torch.randn(3, 2), torch.randn(3, 2, device=DEVICE)
-    with pytest.raises(ValueError, match=r"tensors\[1\] must be on the device of tensors\[0\]"):
-        ops.covariances([there, here], [Window.places(0)] * 2)
-    numbers = Window.places(0).encode() * 2
-    with pytest.raises(RuntimeError, match="expected tensor 1 on the device of tensor 0"):
-        torch.ops.kfac2.covariances([there, here], numbers, [], 1.0, [])
 
 
 def test_opcheck_of_coarse_fisher():
