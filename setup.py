@@ -10,6 +10,7 @@ KFAC2_CUDA=0 leaves them out, KFAC2_CUDA=1 insists on them; TORCH_CUDA_ARCH_LIST
 
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -98,6 +99,19 @@ def sources(folder: str, ending: str = "cpp") -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*.{ending}"))
 
 
+def shared_cpp_library() -> list[str]:
+    """Name torch's own C++ library to the linker, where it has one.
+
+    Some toolchains link in another one statically: where the two meet, as an error is thrown and worded, they crash.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    try:
+        asked = subprocess.run([*compiler, "-print-file-name=libstdc++.so.6"], capture_output=True, text=True)
+    except OSError:
+        return []
+    return ["-l:libstdc++.so.6"] if Path(asked.stdout.strip()).is_absolute() else []
+
+
 def extensions(cuda: bool) -> list[Extension]:
     """The op library (LibTorch's stable ABI) and, apart from it, the pybind11 module of build information."""
     import pybind11
@@ -115,6 +129,7 @@ def extensions(cuda: bool) -> list[Extension]:
         + (sources("kernels", "cu") if cuda else []),
         include_dirs=[str(ROOT / "csrc" / folder) for folder in ("include", "cpu", "kernels")],
         extra_compile_args={"cxx": flags + defined, "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]},
+        extra_link_args=shared_cpp_library(),
         py_limited_api=True,
         # all of csrc: a source distribution made beside a CPU build of torch carries the CUDA kernels, too
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.*"))],
@@ -126,6 +141,7 @@ def extensions(cuda: bool) -> list[Extension]:
         [build_info],
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc/include")],
         extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", *known],
+        extra_link_args=shared_cpp_library(),
         language="c++",
     )
     return [ops, info]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import kfac2
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -119,6 +121,20 @@ def test_the_toolkit_behind_a_wrapper_script_is_found(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import setup; print(setup.find_toolkit())"
     path = os.pathsep.join((str(script.parent), os.environ["PATH"]))
     assert run(sys.executable, "-c", code, cwd=ROOT, PATH=path, CUDA_HOME="", CUDA_PATH="") == (0, "/opt/some-cuda\n")
+
+
+def test_the_cpp_library_is_the_one_that_torch_has(tmp_path):
+    """With another one, linked in statically, words of an error crashed on a machine with an H100."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import setup; print(setup.shared_cpp_library())"
+    for answer, expected in (("/usr/lib/libstdc++.so.6", ["-l:libstdc++.so.6"]), ("libstdc++.so.6", [])):
+        compiler = tmp_path / "compiler"
+        compiler.write_text(f'#!/bin/sh\n[ "$1$2" = "-m64-print-file-name=libstdc++.so.6" ] && echo {answer}\n')
+        compiler.chmod(0o755)
+        assert run(sys.executable, "-c", code, cwd=ROOT, CXX=f"{compiler} -m64") == (0, f"{expected}\n")
+    assert run(sys.executable, "-c", code, cwd=ROOT, CXX=str(tmp_path / "no-compiler")) == (0, "[]\n")
+    if sys.platform == "linux":
+        (library,) = Path(kfac2.__file__).parent.glob("_ops*.so")
+        assert b"libstdc++.so.6" in library.read_bytes()
 
 
 def test_each_line_of_contributing_uses_only_those_below_it():

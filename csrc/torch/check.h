@@ -4,24 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <ostream>
-#include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "scalar.h"
 
 namespace kfac2 {
-
-// Raised in Python as a RuntimeError, before anything is written.
-template <typename... Parts>
-void check(bool condition, const char* op, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  message << "kfac2::" << op << ": ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
 
 // Written out only where a message needs it.
 struct ShapeOf {
@@ -30,10 +19,28 @@ struct ShapeOf {
 
 inline ShapeOf shape_of(const torch::stable::Tensor& tensor) { return {tensor}; }
 
-inline std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
-  out << '[';
-  for (int64_t axis = 0; axis < shape.tensor.dim(); ++axis) out << (axis ? ", " : "") << shape.tensor.size(axis);
-  return out << ']';
+// Not by streams: these look up a locale, and where a toolchain links the C++ library in statically, beside torch's
+// own, they find the other one's and crash (g++ 13 of a machine with an H100 did so).
+inline std::string text_of(const char* text) { return text; }
+inline std::string text_of(const std::string& text) { return text; }
+template <typename Integer>
+std::string text_of(Integer number) {
+  return std::to_string(number);
+}
+inline std::string text_of(const ShapeOf& shape) {
+  std::string text = "[";
+  for (int64_t axis = 0; axis < shape.tensor.dim(); ++axis)
+    text += (axis ? ", " : "") + std::to_string(shape.tensor.size(axis));
+  return text + "]";
+}
+
+// Raised in Python as a RuntimeError, before anything is written.
+template <typename... Parts>
+void check(bool condition, const char* op, const Parts&... parts) {
+  if (condition) return;
+  std::string message = std::string("kfac2::") + op + ": ";
+  ((message += text_of(parts)), ...);
+  throw std::runtime_error(message);
 }
 
 inline std::vector<int64_t> shape_vector(const torch::stable::Tensor& tensor) {

@@ -45,8 +45,11 @@ eigendecompose = importlib.import_module("kfac2.ops.eigendecompose")
 
 
 def decomposed_on_the_cpu(stacks, limit):
-    """Give both devices the same bases: where eigenvalues are equal (0, of few rows) EKFAC depends on the choice."""
-    found = eigendecompose._by_torch([stack.cpu() for stack in stacks])
+    """Give both devices the same bases: where eigenvalues are equal (0, of few rows) EKFAC depends on the choice.
+
+    There the last bits of a factor choose, which are rounding: they are cut off.
+    """
+    found = eigendecompose._by_torch([stack.cpu().round(decimals=6) for stack in stacks])
     return tuple([tensor.to(stack.device) for tensor, stack in zip(part, stacks, strict=True)] for part in found)
 
 
