@@ -160,14 +160,15 @@ def case_rows(record: Row, device: Device, nets: list[Net]) -> list[Row]:
 
 
 def whole_rows(record: Row, device: Device, nets: list[Net]) -> list[Row]:
-    """Put predictions of whole steps in fp32 beside those of a record."""
+    """Put predictions of whole steps beside those of a record: in fp32, or in what a network is cast to."""
     rows = []
     for result in record["steps"]:
         net = net_of(f"{NETWORKS[result['net']].title}, batch {result['batch']}", nets)
         assert net is not None
-        found, model = calls.ops_of(net), calls.forward_backward(net, 4)
-        sgd, fused = seconds([*model, *calls.sgd(net, fused=False)], device), seconds([*model, *calls.sgd(net)], device)
-        added = parts_of_step(net, found, device, "kfac2", "fp32", paper=True)
+        precision = "fp32" if NETWORKS[result["net"]].autocast is None else "bf16"
+        found, model = calls.ops_of(net), calls.forward_backward(net, ELEMENT[precision])
+        sgd, fused = (seconds([*model, *calls.sgd(net, fused=own)], device, precision) for own in (False, True))
+        added = parts_of_step(net, found, device, "kfac2", precision, paper=True)
         predicted = {("sgd", "c"): 1e3 * sgd, ("kfac2-2", "c"): 1e3 * fused + added["every"]}
         predicted["kfac2-2", "a"] = predicted["kfac2-2", "c"] + added["statistics"]
         predicted["kfac2-2", "b"] = predicted["kfac2-2", "a"] + added["inverses"]

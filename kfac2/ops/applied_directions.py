@@ -2,7 +2,7 @@
 
 Σ_t g_ntᵀ D ā_nt is the sum of g ⊙ (D ā) over all places, and D ā is what a convolution, or a matrix product, gives. The
 native kernel multiplies in plain float32 and keeps no product; the library's tensor cores, or the peak of float32, are
-far ahead of it where rows are wide. The crossover is expected, not measured: no kernel has run on a device yet.
+far ahead of it where rows are wide. The crossover is expected, not measured.
 """
 
 from __future__ import annotations
