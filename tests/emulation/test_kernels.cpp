@@ -132,6 +132,19 @@ void test_layers(const DrawnLayers& layers) {
   expect_same("averages", sources, averages, expected_averages, size);
 }
 
+// Tokens, whose maps are cut into tiles: of some places, and of single ones.
+void test_maps_of_tokens(Random& random) {
+  for (const auto& [channels, places] : {std::pair<int64_t, int64_t>{700, 101}, {40000, 3}}) {
+    DrawnSource<float> tokens(random, ElementType::kFloat32, 2, channels, 1, places, 1);
+    tokens.lay_out(true);
+    std::vector<float> maps(2 * places, -1.0f), expected(maps.size());
+    void *pointer = maps.data(), *expected_pointer = expected.data();
+    run_on_device("layer_maps", cuda::layer_maps, {&tokens.source, &pointer, 1});
+    run(*cpu::layer_maps({&tokens.source, &expected_pointer, 1}));
+    expect_equal("layer_maps", maps.data(), expected.data(), maps.size(), 1e-4);
+  }
+}
+
 template <typename T>
 void test_sums(Random& random) {
   const double tolerance = sizeof(T) == sizeof(double) ? 1e-12 : 1e-5;
@@ -255,6 +268,7 @@ void run_all(Cases& cases) {
     }
   }
   Random random(0);
+  cases.run("maps of tokens", 0, [&] { test_maps_of_tokens(random); });
   cases.run("many positions", 0, [&] { test_layers(DrawnLayers::of_many_positions(random)); });
   cases.run("launches", 1, test_launches_do_not_grow_with_layers);
   cases.run("refusals", 2, test_refusals);

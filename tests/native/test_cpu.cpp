@@ -70,7 +70,7 @@ void test_directions(Random& random, ElementType type) {
 
 // Layers whose samples are cut into bands, shared among tasks, and read where they lie; rows cut into chunks.
 void test_large_directions(Random& random) {
-  const int64_t shapes[][6] = {{2, 20, 61, 67, 3, 9}, {700, 300, 1, 1, 1, 90}, {3, 170, 5, 4, 3, 17}};
+  const int64_t shapes[][6] = {{6, 20, 61, 67, 3, 9}, {700, 300, 1, 1, 1, 90}, {3, 170, 5, 4, 3, 17}};
   std::vector<DrawnDirections> drawn;
   for (const auto& s : shapes) {
     auto inputs = std::make_shared<DrawnSource<float>>(random, ElementType::kFloat32, s[0], s[1], s[2], s[3], s[4]);
