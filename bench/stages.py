@@ -24,6 +24,7 @@ NO_DEVICE = 77  # the exit status of a program that found no CUDA device
 LEAST = 5.0  # seconds: with less left of the time for all, a stage is not started
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 NONE, SKIPPED, RUNNING = "no device", "skipped", "running"
+POLL = 0.05  # seconds between looks at what runs side by side
 LINES = 20  # of a stage's output in its record, at its end
 
 
@@ -169,8 +170,12 @@ def run_all(groups: Sequence[Sequence[Stage]], record: Record, logs: Path, secon
         try:
             for stage in group:
                 started.append(Running(stage, record.results, logs, deadline))
-            for running in started:
-                record.add(*running.finish())
+            while started:  # each as it ends, so that its seconds are its own
+                over = [running for running in started if running.is_over()]
+                for running in over:
+                    record.add(*running.finish())
+                    started.remove(running)
+                time.sleep(0 if over else POLL)
         finally:  # what ends this process must not leave others on the device
             for running in started:
                 running.end()
@@ -214,6 +219,11 @@ class Running:
         except OSError as error:
             self.why = str(error)
             return None
+
+    def is_over(self) -> bool:
+        """Tell whether there is nothing to wait for: the command has ended, or has had its time."""
+        over = self.process is None or self.process.poll() is not None
+        return over or time.monotonic() >= self.begun + self.limit
 
     def finish(self) -> tuple[Result, str]:
         """Wait for the end, or end it; return what became of it, and its output."""

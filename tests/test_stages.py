@@ -142,6 +142,12 @@ def test_those_of_a_group_run_side_by_side(check, tmp_path):
     assert record.statuses() == ["passed"] * 3
 
 
+def test_a_short_stage_beside_a_long_one_has_its_own_seconds(check):
+    record = check([stage("long", "import time; time.sleep(5)"), stage("short", "pass")])
+    short, long = record.results
+    assert (short.stage, long.stage) == ("short", "long") and short.seconds < 4 < 5 <= long.seconds
+
+
 def test_no_stage_starts_when_the_time_is_over(check):
     record = check(stage("long", "import time; time.sleep(600)"), GOOD, seconds=6)
     assert record.statuses() == ["timed out", "skipped"]
