@@ -19,10 +19,8 @@ from timing import Clock, Spread, configure, digits, interleaved
 from torch import Tensor
 
 from kfac2 import ops
-from kfac2.kinds import Rows
 from kfac2.ops import Window
 from kfac2.ops.covariances import _native as kernel
-from kfac2.outer_products import outer_products
 from kfac2.step import products_in
 
 Function = Callable[[], object]
@@ -70,7 +68,7 @@ def covariances_of(title: str, x: Tensor, window: Window, by_torch: Callable[[Te
     rows = x.shape[0] * math.prod(window.grid(x.shape[2:]))
     return Comparison(
         title,
-        in_each_precision(lambda t: outer_products([Rows(t, window)]), x),
+        in_each_precision(lambda t: ops.folded_covariances([t], [window]), x),
         in_each_precision(by_torch, x),
         {f"kernel, {name}": own[name] for name in ("fp32", "bf16")},
         2.0 * rows * window.row_length(x.shape[1]) ** 2,

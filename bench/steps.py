@@ -135,9 +135,8 @@ def report(result: dict[str, Any], clock: str) -> str:
         words = [f"{kind} {spread}" for kind, spread in result["levels"].items()]
         lines += ["", "Two levels over one level: " + ", ".join(words)]
     if "kernels" in result:
-        plain, *others = result["kernels"].values()
-        names = list(result["kernels"])[1:]
-        lines += ["", launches.report(plain, dict(zip(names, others, strict=True)))]
+        by_kind = dict(result["kernels"])
+        lines += ["", launches.report(by_kind.pop("sgd c"), by_kind)]
     if "graph" in result:
         graph = result["graph"]
         lines += [

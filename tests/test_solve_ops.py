@@ -260,6 +260,6 @@ def test_columns_of_zeros_change_no_product(monkeypatch, in_place):
     ],
 )
 def test_which_gradients_are_padded(monkeypatch, shape, dtype, precision, wants):
-    monkeypatch.setattr(precondition_module, "_multiplies_in_tf32", lambda: precision == "tf32")
+    monkeypatch.setattr(precondition_module, "multiplies_in_tf32", lambda: precision == "tf32")
     grad = SimpleNamespace(shape=shape, dtype=dtype, is_cuda=True)
     assert precondition_module._wants_padding(grad) == wants

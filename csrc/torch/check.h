@@ -22,7 +22,6 @@ inline ShapeOf shape_of(const torch::stable::Tensor& tensor) { return {tensor}; 
 // Not by streams: these look up a locale, and where a toolchain links the C++ library in statically, beside torch's
 // own, they find the other one's and crash (g++ 13 of a machine with an H100 did so).
 inline std::string text_of(const char* text) { return text; }
-inline std::string text_of(const std::string& text) { return text; }
 template <typename Integer>
 std::string text_of(Integer number) {
   return std::to_string(number);

@@ -46,6 +46,11 @@ def check_paired(first_name: str, first: Sequence[Tensor], second_name: str, sec
             raise TypeError(f"{second_name}[{i}] must have the dtype of {first_name}[{i}], {a.dtype}, got {b.dtype}")
 
 
+def multiplies_in_tf32() -> bool:
+    """Tell whether torch multiplies float32 in TF32 on CUDA devices, by whatever name a user has set it."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32, the older name, may raise
+
+
 def check_damping(damping: float) -> None:
     """Check that a damping is a finite number that is not negative."""
     if not isinstance(damping, (int, float)):

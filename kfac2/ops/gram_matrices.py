@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac2.ops._batching import multiplies_in_tf32
 from kfac2.ops.layer_maps import sum_dtype
 from kfac2.window import Window
 
@@ -35,8 +36,7 @@ def is_faster(x: Tensor, window: Window) -> bool:
     """
     if not x.is_cuda or window.groups > 1 or x.dtype == torch.float64:
         return False
-    # allow_tf32, the older name, raises where a user has set this one
-    is_strict = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    is_strict = x.dtype == torch.float32 and not multiplies_in_tf32()
     is_patch = math.prod(window.kernel_size) > 1
     # In strict float32 the native kernel, which multiplies a patch's pairs of channels once for all offsets with the
     # same distance, needs a sixth of the operations for a 3x3 kernel.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac2.ops._batching import by_shape, check_damping, checked_matrices
+from kfac2.ops._batching import by_shape, check_damping, checked_matrices, multiplies_in_tf32
 from kfac2.ops._checks import check_one_device, check_same_length, check_tensors, detached
 
 ALIGNED, WIDE = 4, 256  # numbers in 16 bytes; columns from which on a product takes its time by arithmetic
@@ -60,11 +60,7 @@ def _wants_padding(grad: Tensor) -> bool:
     """
     d_out, d_in = grad.shape[-2:]
     is_odd = d_in % ALIGNED != 0 and d_in >= WIDE and d_out >= 2 * d_in
-    return is_odd and grad.is_cuda and grad.dtype == torch.float32 and _multiplies_in_tf32()
-
-
-def _multiplies_in_tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32, the older name, may raise
+    return is_odd and grad.is_cuda and grad.dtype == torch.float32 and multiplies_in_tf32()
 
 
 def precondition_in_basis(
