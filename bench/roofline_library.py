@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from layer_sets import LayerShape
 from roofline_nets import Source
-from roofline_ops import FLOAT, Count, Part, Stage, by_size, meeting, up
+from roofline_ops import FLOAT, Count, Part, Stage, by_size, fold_products, meeting, up
 
 from kfac2.ops.applied_directions import CHUNK as CHUNK_OF_PRODUCTS
 from kfac2.ops.gram_matrices import CHUNK as CHUNK_OF_ROWS
@@ -69,12 +69,12 @@ def gram_matrices(sources: Sequence[Source], element: int) -> list[Stage]:
             stages.append(Stage("copy", 3 * parts, 2.0 * element * (s.numbers + 2 * numbers)))
         elif len(s.extent) > 1:
             stages.append(Stage("copy", parts, 2.0 * element * numbers))
-        if s.window.bias:
-            stages.append(Stage("reduce", 2 * parts, float(element * numbers)))
+        if s.window.bias:  # each part's sums, and their sum
+            stages.append(Stage("reduce", 2 * parts - 1, float(element * numbers)))
         moved = element * numbers + FLOAT * parts * s.length**2
         stages.append(Stage("mm", parts, moved, product(s.length, s.length, s.rows, element).flop))
-        added_up, folded = 3.0 * (parts - 1), 3.5  # half of it copied, corners cut and added
-        stages.append(Stage("copy", parts + 5, (added_up + folded) * FLOAT * s.length**2))
+        stages.append(Stage("copy", parts - 1, 3.0 * (parts - 1) * FLOAT * s.length**2))  # added up
+        stages += fold_products(s.length).stages
     return stages
 
 

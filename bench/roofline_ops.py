@@ -181,6 +181,12 @@ def covariances(sources: Sequence[Source]) -> Count:
     return Count([table, *stages, Stage("covariances, gather", 1, gathered)], held + scratch, least, least_flop)
 
 
+def fold_products(size: int, element: int = FLOAT) -> Count:
+    """Read one triangle of a product and write it folded: csrc/kernels/fold_products.cu."""
+    moved = float(size * (size + 1) * element)
+    return Count([Stage("fold", 1, moved)], 0, moved, 0.0)
+
+
 def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source]) -> Count:
     """Multiply rows with one direction of each layer and meet the products with g at once."""
     flop, partial, scratch, least, longest, chunks = 0.0, 0, 0, 0, 0, 0

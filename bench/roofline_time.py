@@ -44,6 +44,7 @@ SHARES = {
     "layer_maps": (0.55, 0.1),  # four 16-byte loads in flight for each thread
     "covariances": (0.8, 0.6),  # its instructions: see `latency`
     "covariances, shares": (0.5, 0.1), "covariances, gather": (0.4, 0.1),  # eight loads in flight, and up to four
+    "fold": (0.7, 0.1),  # four loads in flight for each thread, 1,536 threads on a multiprocessor
     "directional_derivatives": (0.8, 0.4), "shares": (0.5, 0.1),
     "cross_layer_sums": (0.5, 0.6),  # its instructions: see `latency`
     "damp": (0.5, 0.1), "eliminate": (0.5, 0.2),

@@ -258,6 +258,7 @@ def counts_of(net):
         texts_of("covariances", [(as_text(s),) for s in both]): ops.covariances(both),
         texts_of("directional_derivatives", layers): ops.directional_derivatives(inputs, grads),
         texts_of("cross_layer_sums", [(len(g), *g) for g in grids], net.batch): ops.cross_layer_sums(grids, net.batch),
+        f"fold_products {net.shapes[0].d_in}": ops.fold_products(net.shapes[0].d_in),
         f"average_coarse_sums {len(sizes)}": ops.average_coarse_sums(len(sizes)),
         texts_of("factored_tikhonov_inverse", pairs): ops.factored_tikhonov_inverse(pairs),
         texts_of("gather_gradients", [part[:2] for part in parts]): ops.gather_gradients(parts),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kfac2 import ops, reference
 from kfac2.ops import applied_directions, gram_matrices
+from kfac2.ops.fold_products import fold_products
 from kfac2.triangles import packed, unpacked
 from kfac2.window import Window
 
@@ -45,7 +46,8 @@ def test_the_librarys_product_gives_the_same_covariances(case, chunk):
     """The route of wide rows on a CUDA device, taken on the CPU; few samples at a time as well."""
     window = Window.of(case.x.dim() - 2, *case.geometry[:4], bias=int(case.bias))
     with mock.patch.object(gram_matrices, "CHUNK", chunk):
-        got = unpacked(packed(*gram_matrices.row_products(case.x, window)), window.row_length(case.x.shape[1]))
+        folded = fold_products(*gram_matrices.row_products(case.x, window))
+    got = unpacked(folded, window.row_length(case.x.shape[1]))
     (native,) = ops.covariances([case.x], [window])
     assert got.dtype == native.dtype and got.shape == native.shape
     assert_equal(got[0], reference.input_covariance(case.x.double(), *case.geometry), TOLERANCE[case.x.dtype])
@@ -105,7 +107,7 @@ def test_a_gram_matrix_of_rows_rounded_to_tf32_is_semi_definite():
     rows = torch.randn(20, 64)
     bits = rows.view(torch.int32)
     rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-    (gram,), _ = gram_matrices.row_products(rounded.double(), Window.places(0))
+    (gram,), _, _ = gram_matrices.row_products(rounded.double(), Window.places(0))
     assert (rounded - rows).abs().max() > 1e-4
     assert torch.linalg.eigvalsh(gram).min() > -1e-12 * gram.diagonal().max()
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kfac2.ops._batching import multiplies_in_tf32
-from kfac2.ops.layer_maps import sum_dtype
 from kfac2.window import Window
 
 # Channels from which on the library is faster; in strict float32; in TF32 where patches have to be formed in float32.
@@ -34,7 +34,8 @@ def is_faster(x: Tensor, window: Window) -> bool:
         x: (N, C, *spatial).
         window: how rows are taken from it.
     """
-    if not x.is_cuda or window.groups > 1 or x.dtype == torch.float64:
+    # A bias of more than 1 is refused by the native op, in words.
+    if not x.is_cuda or window.groups > 1 or window.bias > 1 or x.dtype == torch.float64:
         return False
     is_strict = x.dtype == torch.float32 and not multiplies_in_tf32()
     is_patch = math.prod(window.kernel_size) > 1
@@ -45,7 +46,22 @@ def is_faster(x: Tensor, window: Window) -> bool:
     return x.shape[1] >= (CROSSOVER_PATCHES if is_patch and x.dtype == torch.float32 else CROSSOVER)
 
 
-def row_products(x: Tensor, window: Window) -> tuple[Tensor, Tensor | None]:
+class RowProducts(NamedTuple):
+    """The outer products of rows, summed.
+
+    Attributes:
+        panels: those of rows without their bias, as `fold_products` takes them; float64 for a float64 tensor, else
+            float32.
+        last: for a window with a bias the row that it adds, the sums of rows, (width,); else None.
+        corner: that row's last number, of rows; without a bias 0.
+    """
+
+    panels: list[Tensor]
+    last: Tensor | None
+    corner: int
+
+
+def row_products(x: Tensor, window: Window) -> RowProducts:
     """Sum the outer products of rows, as `covariances` does for one tensor whose window has one group.
 
     Float32 is multiplied at the user's `torch.set_float32_matmul_precision`: with TF32 both operands are rounded alike,
@@ -54,27 +70,17 @@ def row_products(x: Tensor, window: Window) -> tuple[Tensor, Tensor | None]:
 
     Args:
         x: (N, C, *spatial).
-        window: how rows are taken from it; one group.
-
-    Returns:
-        Products of rows without their bias (1, width, width), whose triangles may differ by rounding; for a window with
-        a bias the row that it adds, (1, width + 1), its own element last, else None. float64 for a float64 tensor, else
-        float32.
+        window: how rows are taken from it; one group, a bias of 0 or 1.
     """
-    width, dtype = window.row_length(x.shape[1]) - bool(window.bias), sum_dtype(x.dtype)
-    products: Tensor | None = None
-    ones, count = x.new_zeros(1, width + 1, dtype=dtype), 0
+    panels: list[Tensor] = []
+    last, corner = None, 0
     for rows in _rows(x, window):
-        product = _product(rows)
-        products = product if products is None else products.add_(product)
+        products = [_product(rows)]
+        panels = [a.add_(b) for a, b in zip(panels, products, strict=True)] if panels else products
         if window.bias:
-            ones[0, :width] += rows.sum(0, dtype=dtype)
-        count += len(rows)
-    assert products is not None  # there is at least one part, without rows where there are no samples
-    if not window.bias:
-        return products[None], None
-    ones[0, width] = count * window.bias
-    return products[None], ones.mul_(window.bias) if window.bias != 1 else ones
+            sums = rows.sum(0, dtype=products[0].dtype)
+            last, corner = sums if last is None else last.add_(sums), corner + len(rows)
+    return RowProducts(panels, last, corner)
 
 
 def _product(rows: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from device import DEVICE, IS_CUDA, anywhere, needs_cuda
 
 from kfac2 import ops, reference
 from kfac2.ops import applied_directions, gram_matrices
+from kfac2.ops.fold_products import fold_products
+from kfac2.triangles import packed
 from kfac2.window import Window
 
 pytestmark = anywhere
@@ -98,6 +100,20 @@ def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision):
     assert torch.equal(got, got.mT)
     values = torch.linalg.eigvalsh(got[0].cpu().double())
     assert values.min() > (-1e-4 if is_rounded else -1e-5) * values.max()  # sums in float32; tensor cores drop bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size, rows", [(1, 1), (32, 32), (33, 8), (257, 64), (640, 80)])
+def test_products_are_folded(size, rows, dtype):
+    """Of the upper triangle, in panels; with and without a last row, and what was there before."""
+    M, before = (torch.randn(size + 1, size + 1, dtype=dtype) for _ in range(2))
+    M, before = M + M.mT, before + before.mT
+    there = M.triu().to(DEVICE)
+    panels = [there[first : min(first + rows, size), first:size] for first in range(0, size, rows)]
+    assert torch.equal(fold_products(panels).cpu(), packed(M[None, :size, :size]))
+    previous = packed(before[None]).to(DEVICE)
+    got = fold_products(panels, there[:size, size], float(M[-1, -1]), previous=previous, kept=0.9, scale=0.3)
+    assert_equal(got.cpu(), packed((0.3 * M + 0.9 * before)[None]), TOLERANCE[dtype] / 10)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
