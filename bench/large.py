@@ -1,6 +1,6 @@
 """Large layers, as users' networks have them: each op on a device beside every route that torch itself has.
 
-Where kfac2 goes by the library its own kernel is timed, too: the crossovers of `ops.gram_matrices` are read off here.
+Whichever way kfac2 goes with covariances, both are timed: what `ops.gram_matrices` decides by is read off here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from kfac2 import ops
 from kfac2.ops import Window
+from kfac2.ops.covariances import _by_library as library
 from kfac2.ops.covariances import _native as kernel
+from kfac2.ops.gram_matrices import row_products
 from kfac2.padding import padded_length
 from kfac2.step import products_in
 
@@ -64,14 +66,23 @@ def in_each_precision(function: Callable[[Tensor], object], x: Tensor) -> dict[s
 
 
 def covariances_of(title: str, x: Tensor, window: Window, by_torch: Callable[[Tensor], Tensor]) -> Comparison:
-    """Compare the outer products of a tensor's rows, as triangles; the kernel multiplies without tensor cores."""
+    """Compare the outer products of a tensor's rows, as triangles, beside both ways that kfac2 has for them.
+
+    The kernel multiplies without tensor cores; the library's products are folded, and without folding are those of
+    panels alone.
+    """
     own = in_each_precision(lambda t: kernel([(t, window, None, 1.0)], 1.0), x)
+    folded = in_each_precision(lambda t: library(t, window, None, 1.0, 1.0), x)
+    panels = in_each_precision(lambda t: row_products(t, window), x)
+    others = {f"kernel, {name}": own[name] for name in ("fp32", "bf16")}
+    others |= {f"library, {name}": function for name, function in folded.items()}
+    others |= {f"not folded, {name}": function for name, function in panels.items()}
     rows = x.shape[0] * math.prod(window.grid(x.shape[2:]))
     return Comparison(
         title,
         in_each_precision(lambda t: ops.folded_covariances([t], [window]), x),
         in_each_precision(by_torch, x),
-        {f"kernel, {name}": own[name] for name in ("fp32", "bf16")},
+        others,
         2.0 * rows * window.row_length(x.shape[1]) ** 2,
     )
 
@@ -83,9 +94,15 @@ def product(x: Tensor) -> Tensor:
     return x.T @ x
 
 
-def product_of_patches(x: Tensor) -> Tensor:
-    """Unfold the patches of a 3×3 convolution, and multiply."""
-    return product(F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1))
+def product_of_patches(x: Tensor, window: Window) -> Tensor:
+    """Unfold the patches of a convolution, and multiply."""
+    padding = tuple(low for low, _ in window.padding)
+    return product(F.unfold(x, window.kernel_size, padding=padding, stride=window.stride).transpose(1, 2).flatten(0, 1))
+
+
+def product_of_places(x: Tensor) -> Tensor:
+    """Bring channels last, and multiply."""
+    return product(x.movedim(1, -1).flatten(0, -2))
 
 
 def linear_covariances(device: str, is_tiny: bool) -> Iterator[Comparison]:
@@ -96,15 +113,25 @@ def linear_covariances(device: str, is_tiny: bool) -> Iterator[Comparison]:
         yield covariances_of(f"{rows} rows of {width}", x, Window.places(0), product)
 
 
-def convolution_covariances(device: str, is_tiny: bool) -> Iterator[Comparison]:
-    """Inputs of 3×3 convolutions: of the ResNets for small images, and of ResNet-50 at batch 64."""
+def patch_covariances(device: str, is_tiny: bool) -> Iterator[Comparison]:
+    """Inputs of convolutions: 3x3 of the ResNets for small images and of ResNet-50 at batch 64; their first layers."""
     shapes = [(2, 4, 6)] if is_tiny else [(128, 16, 32), (128, 32, 16), (128, 64, 8)]
-    shapes += [] if is_tiny else [(64, 64, 56), (64, 128, 28), (64, 256, 14), (64, 512, 7)]
-    window = Window.of(2, 3, padding=1)
+    shapes += [] if is_tiny else [(64, 64, 56), (64, 128, 28), (64, 256, 14), (64, 512, 7), (128, 3, 32)]
+    cases = [(shape, Window.of(2, 3, padding=1)) for shape in shapes]
+    cases.append(((2, 3, 9) if is_tiny else (64, 3, 224), Window.of(2, 7, 2, padding=3)))
+    for (batch, channels, extent), window in cases:
+        x = torch.randn(batch, channels, extent, extent, device=device)
+        kernel_size = "x".join(map(str, window.kernel_size))
+        title = f"{kernel_size}, {batch}x{channels}x{extent}x{extent}"
+        yield covariances_of(title, x, window, partial(product_of_patches, window=window))
+
+
+def map_covariances(device: str, is_tiny: bool) -> Iterator[Comparison]:
+    """Inputs of 1x1 convolutions of ResNet-50 at batch 64, and gradients: channels are not last."""
+    shapes = [(2, 4, 6)] if is_tiny else [(64, 128, 28), (64, 256, 56), (64, 512, 28), (64, 1024, 14), (64, 2048, 7)]
     for batch, channels, extent in shapes:
         x = torch.randn(batch, channels, extent, extent, device=device)
-        title = f"3x3, {batch}x{channels}x{extent}x{extent}"
-        yield covariances_of(title, x, window, product_of_patches)
+        yield covariances_of(f"1x1, {batch}x{channels}x{extent}x{extent}", x, Window.places(2), product_of_places)
 
 
 def factors(device: str, sizes: Sequence[int]) -> list[Tensor]:
@@ -179,7 +206,8 @@ def products_of_a_step(device: str, is_tiny: bool) -> Iterator[Comparison]:
 GROUPS: dict[str, Callable[[str, bool], Iterator[Comparison]]] = {
     "products of a step": products_of_a_step,
     "covariances of Linear rows": linear_covariances,
-    "covariances of 3x3 patches": convolution_covariances,
+    "covariances of patches": patch_covariances,
+    "covariances of maps": map_covariances,
     "inverses": inverses,
     "eigendecompositions": eigendecompositions,
 }

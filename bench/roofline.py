@@ -104,7 +104,7 @@ def route_rows(net: Net, device: Device) -> list[Row]:
     for source, count in kinds.items():
         alike = max(count, 8)
         native = 1e6 * seconds(ops.covariances([source] * alike).stages, device) / alike
-        products = {p: library.gram_matrices([source] * count, ELEMENT[p]) for p in PRECISIONS}
+        products = {p: library.gram_matrices([source] * count, p) for p in PRECISIONS}
         by_library = {p: 1e6 * seconds(stages, device, p) / count for p, stages in products.items()}
         shape = "x".join(map(str, (source.batch, source.channels, *source.extent)))
         window = source.window

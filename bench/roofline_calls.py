@@ -19,7 +19,7 @@ from kfac2.coarse.ones import MAP_NUMBERS
 from kfac2.divergence import quarter
 from kfac2.ops import Window
 from kfac2.ops.applied_directions import CROSSOVER as WIDE_LAYER
-from kfac2.ops.gram_matrices import CROSSOVER, CROSSOVER_FLOAT32, CROSSOVER_PATCHES
+from kfac2.ops.gram_matrices import product_is_faster
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -88,10 +88,9 @@ def maps_of(sources: Sequence[Source]) -> Call:
 
 def is_wide(rows: Source, precision: str) -> bool:
     """Tell whether kfac2 gives the rows to the library's product: kfac2/ops/gram_matrices.py."""
-    is_patch = math.prod(rows.window.kernel_size) > 1
-    if precision == "fp32":
-        return rows.channels >= CROSSOVER_FLOAT32 and not is_patch
-    return rows.channels >= (CROSSOVER_PATCHES if is_patch and precision == "tf32" else CROSSOVER)
+    shape = (rows.batch, rows.channels, *rows.extent)
+    name = library.BY_PRECISION[precision]
+    return rows.window.groups == 1 and product_is_faster(shape, rows.window, name, library.is_last(rows))
 
 
 def is_wide_layer(rows: Source, grads: Source) -> bool:
@@ -105,7 +104,7 @@ def covariances_of(sources: Sequence[Source]) -> Call:
     def own_at(precision: str) -> tuple[Sequence[Stage], str]:
         wide, others = ([s for s in sources if is_wide(s, precision) == here] for here in (True, False))
         native = ops.covariances(others).stages if others else []
-        return [*native, *library.gram_matrices(wide, ops.ELEMENT[precision])], precision
+        return [*native, *library.gram_matrices(wide, precision)], precision
 
     whole = ops.covariances(sources)
     return Call(replace(whole, stages=own_at("fp32")[0]), partial(library.covariances, sources), own_at)

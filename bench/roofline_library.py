@@ -11,10 +11,13 @@ from collections.abc import Sequence
 
 from layer_sets import LayerShape
 from roofline_nets import Source
-from roofline_ops import FLOAT, Count, Part, Stage, by_size, meeting, up
+from roofline_ops import ELEMENT, FLOAT, Count, Part, Stage, by_size, fold_products, meeting, up
 
 from kfac2.ops.applied_directions import CHUNK as CHUNK_OF_PRODUCTS
 from kfac2.ops.gram_matrices import CHUNK as CHUNK_OF_ROWS
+from kfac2.ops.gram_matrices import panel_rows
+
+BY_PRECISION = {"fp32": "fp32", "tf32": "tf32", "bf16": "half"}  # kfac2's names of them
 
 # Tensors that one launch of a `_foreach` op takes, by the number of its lists; blocks, and numbers of a block
 # (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
@@ -59,23 +62,32 @@ def covariances(sources: Sequence[Source], element: int) -> list[Stage]:
     return stages
 
 
-def gram_matrices(sources: Sequence[Source], element: int) -> list[Stage]:
+def gram_matrices(sources: Sequence[Source], precision: str) -> list[Stage]:
     """What kfac2 itself does by the library's product: kfac2/ops/gram_matrices.py, few samples at a time."""
-    stages = []
+    stages, element = [], ELEMENT[precision]
     for s in sources:
-        numbers = s.rows * s.length
+        width = s.length - bool(s.window.bias)
+        numbers = s.rows * width
         parts = math.ceil(s.batch / max(1, CHUNK_OF_ROWS * s.batch // numbers))
-        if math.prod(s.window.kernel_size) > 1:  # padded, stacked, brought to rows
-            stages.append(Stage("copy", 3 * parts, 2.0 * element * (s.numbers + 2 * numbers)))
-        elif len(s.extent) > 1:
-            stages.append(Stage("copy", parts, 2.0 * element * numbers))
-        if s.window.bias:
-            stages.append(Stage("reduce", 2 * parts, float(element * numbers)))
-        moved = element * numbers + FLOAT * parts * s.length**2
-        stages.append(Stage("mm", parts, moved, product(s.length, s.length, s.rows, element).flop))
-        added_up, folded = 3.0 * (parts - 1), 3.5  # half of it copied, corners cut and added
-        stages.append(Stage("copy", parts + 5, (added_up + folded) * FLOAT * s.length**2))
+        if any(map(any, s.window.padding)):
+            stages.append(Stage("copy", parts, 2.0 * element * s.numbers))
+        if not is_last(s):
+            stages.append(Stage("rows", parts, 2.0 * element * numbers))
+        if s.window.bias:  # each part's sums, and their sum
+            stages.append(Stage("reduce", 2 * parts - 1, float(element * numbers)))
+        height = panel_rows(width, BY_PRECISION[precision])
+        panels = [(min(height, width - first), width - first) for first in range(0, width, height)]
+        written = FLOAT * parts * sum(rows * columns for rows, columns in panels)
+        flop = sum(product(rows, columns, s.rows, element).flop for rows, columns in panels)
+        stages.append(Stage("mm", parts * len(panels), len(panels) * element * numbers + written, flop))
+        stages.append(Stage("copy", (parts - 1) * len(panels), 3.0 * (parts - 1) / parts * written))  # added up
+        stages += fold_products(s.length).stages
     return stages
+
+
+def is_last(s: Source) -> bool:
+    """Tell whether rows lie in memory as they are: those of Linear layers, not maps, whose channels are not last."""
+    return len(s.extent) < 2 and math.prod((*s.window.kernel_size, *s.window.stride)) == 1
 
 
 def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source], element: int) -> list[Stage]:

@@ -177,8 +177,17 @@ def covariances(sources: Sequence[Source]) -> Count:
     ]  # fmt: skip
     stages += [Stage("covariances, shares", 1, summed)] if summed else []
     least = sum(s.numbers + s.numbers_of_triangle for s in sources) * FLOAT
-    least_flop = sum(2.0 * s.batch * piece.positions * s.channels**2 for s in sources for piece in cut[tuple(s)])
+    least_flop = 0.0  # of a place with itself each pair of channels once
+    for s in sources:
+        by_distance = {True: s.channels * (s.channels + 1), False: 2 * s.channels**2}
+        least_flop += sum(float(s.batch * piece.positions * by_distance[piece.symmetric]) for piece in cut[tuple(s)])
     return Count([table, *stages, Stage("covariances, gather", 1, gathered)], held + scratch, least, least_flop)
+
+
+def fold_products(size: int, element: int = FLOAT) -> Count:
+    """Read one triangle of a product and write it folded: csrc/kernels/fold_products.cu."""
+    moved = float(size * (size + 1) * element)
+    return Count([Stage("fold", 1, moved)], 0, moved, 0.0)
 
 
 def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source]) -> Count:

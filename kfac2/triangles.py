@@ -10,33 +10,25 @@ import torch
 from torch import Tensor
 
 
-def packed(stack: Tensor, last: Tensor | None = None) -> Tensor:
+def packed(stack: Tensor) -> Tensor:
     """Fold symmetric matrices (blocks, d, d) into rectangles of d (d + 1) / 2 numbers each.
 
     Of each matrix the upper triangle is read in the first half of the rows, the lower one in the second.
 
     Args:
-        stack: the matrices, or with `last` all of them but their last rows and columns.
-        last: the last rows, (blocks, d).
+        stack: the matrices.
 
     Returns:
         (blocks, h, w), h = ⌈d/2⌉ and w = d + 1 for an even d, else d.
     """
-    given = stack.shape[-1]
-    d = given + (last is not None)
+    d = stack.shape[-1]
     h, shift = _half(d)
     rest = d - h
     result = torch.empty(len(stack), h, d + shift, dtype=stack.dtype, device=stack.device)
     result[..., :shift] = 0
-    result[..., shift : shift + given] = stack[:, :h]
-    below = result[:, h - rest :, :rest]  # where d is odd, one row lower
-    if last is not None:
-        result[..., -1] = last[:, :h]
+    result[..., shift:] = stack[:, :h]
     result[..., shift : shift + h].triu_()
-    corner = given - h
-    below[:, :corner, :corner] += stack[:, h:, h:].tril()
-    if last is not None:
-        below[:, -1:] += last[:, None, h:]
+    result[:, h - rest :, :rest] += stack[:, h:, h:].tril()  # where d is odd, one row lower
     return result
 
 

@@ -8,6 +8,7 @@ from paper import KFAC, Preconditioner
 from torch.distributions import Categorical
 
 from kfac2 import ops
+from kfac2.ops.fold_products import fold_products
 from kfac2.window import Window
 
 
@@ -199,6 +200,15 @@ OPS = [
     (lambda: torch.ops.kfac2.covariances([X], Window.places(2).encode(), [EYE] * 2, 1.0, []), RuntimeError, "as many previous as tensors, 1, or none, got 2"),
     (lambda: torch.ops.kfac2.covariances([X], Window.places(2).encode(), [], 1.0, [1.0] * 2), RuntimeError, "as many scales as tensors, 1, or none, got 2"),
     (lambda: ops.covariances([X, X.to("meta")], [Window.places(2)] * 2), ValueError, r"tensors\[1\] must be on the device of"),
+    (lambda: fold_products([EYE] * 9), RuntimeError, "expected 1 to 8 panels, got 9"),
+    (lambda: fold_products([EYE.long()]), RuntimeError, "panels of dtype float32 or float64, got another"),
+    (lambda: fold_products([EYE, EYE]), RuntimeError, r"from the diagonal on, .* panel 1 has shape .2, 2."),
+    (lambda: fold_products([EYE[0]]), RuntimeError, r"panel 0 has shape .2."),
+    (lambda: fold_products([EYE[:1]]), RuntimeError, r"panel 0 has shape .1, 2."),
+    (lambda: fold_products([EYE[:1], EYE[1:, 1:].double()]), RuntimeError, "the dtype of panel 0, panel 1 has another"),
+    (lambda: fold_products([EYE], EYE), RuntimeError, r"last with 2 numbers in the dtype of the panels, got .2, 2."),
+    (lambda: fold_products([EYE], EYE[0].double()), RuntimeError, r"last with 2 numbers .* got .2. of another dtype"),
+    (lambda: fold_products([EYE], previous=EYE), RuntimeError, r"shape and dtype of the result, .1, 1, 3., got .2, 2."),
     (lambda: derivatives(inputs=[]), ValueError, "inputs must hold at least one tensor"),
     (lambda: derivatives(grads=G), TypeError, "grads must be a list of tensors, got Tensor"),
     (lambda: derivatives(directions=[DIRECTIONS] * 2), ValueError, "directions must have one entry for each of the 1 entries of inputs, got 2"),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import cases
 import contenders
@@ -28,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kfac2.ops import Window, precondition
 from kfac2.ops import applied_directions as applied
-from kfac2.ops.gram_matrices import is_faster, row_products
+from kfac2.ops.gram_matrices import distances, is_faster, row_products
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["deep-linear", "resnet-8", "transformer"]
@@ -117,16 +118,19 @@ def distinct_products(rows):
             ]
             if all(0 <= u < e for at in pair for u, e in zip(at, rows.extent, strict=True)):
                 met.add(tuple(pair))
-    return len(met)
+    return met
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_pieces_hold_each_product_once(seed):
     rows = drawn_source(random.Random(seed))
     count = ops.covariances([rows])
-    assert sum(piece.positions for piece in ops.pieces(rows)) == distinct_products(rows)
-    assert count.least_flop == 2 * rows.batch * distinct_products(rows) * rows.channels**2
-    assert sum(stage.flop for stage in count.stages) >= count.least_flop * (0.5 + 0.5 / rows.channels)
+    met = distinct_products(rows)
+    assert sum(piece.positions for piece in ops.pieces(rows)) == len(met)
+    channels = rows.channels  # whose pairs are met twice where a place meets itself
+    products = sum(channels * (channels + 1) // 2 if a == b else channels**2 for a, b in met)
+    assert count.least_flop == 2 * rows.batch * products
+    assert sum(stage.flop for stage in count.stages) >= count.least_flop
     x = torch.empty(rows.batch, rows.channels, *rows.extent)
     d = cases.form_rows(x, rows.window).shape[1]
     assert rows.length == d and count.least_bytes == 4 * (x.numel() + d * (d + 1) // 2)
@@ -258,6 +262,7 @@ def counts_of(net):
         texts_of("covariances", [(as_text(s),) for s in both]): ops.covariances(both),
         texts_of("directional_derivatives", layers): ops.directional_derivatives(inputs, grads),
         texts_of("cross_layer_sums", [(len(g), *g) for g in grids], net.batch): ops.cross_layer_sums(grids, net.batch),
+        f"fold_products {net.shapes[0].d_in}": ops.fold_products(net.shapes[0].d_in),
         f"average_coarse_sums {len(sizes)}": ops.average_coarse_sums(len(sizes)),
         texts_of("factored_tikhonov_inverse", pairs): ops.factored_tikhonov_inverse(pairs),
         texts_of("gather_gradients", [part[:2] for part in parts]): ops.gather_gradients(parts),
@@ -333,13 +338,31 @@ def product_switch():
 
 
 def test_wide_rows_go_where_kfac2_sends_them(product_switch):
+    went = set()
+    shapes = [(8192, 64), (8192, 128), (8192, 256), (64, 96, 30), (64, 256, 30)]
+    shapes += [(64, channels, 28, 28) for channels in (3, 64, 128, 256, 1024)]
     for precision, is_half, allowed in (("fp32", False, False), ("tf32", False, True), ("bf16", True, False)):
         product_switch.allow_tf32 = allowed
-        for channels, kernel in itertools.product((127, 128, 255, 256), (1, 3)):
-            rows = Source(2, channels, (9, 9), Window.of(2, kernel))
-            shape = (2, channels, 9, 9)
-            x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16 if is_half else torch.float32, shape=shape)
-            assert calls.is_wide(rows, precision) == is_faster(x, rows.window), (precision, channels, kernel)
+        for shape, kernel, groups in itertools.product(shapes, (1, 3, 7), (1, 2)):
+            window = Window.of(len(shape) - 2, kernel, padding=kernel // 2, groups=groups if shape[1] > 3 else 1)
+            dtype = torch.bfloat16 if is_half else torch.float32
+            x = torch.empty(shape, dtype=dtype, device="meta")
+            if len(shape) == 3:  # tokens, whose features are last
+                x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+            there = Mock(wraps=x, is_cuda=True, dtype=dtype, shape=x.shape)
+            wide = calls.is_wide(Source(shape[0], shape[1], shape[2:], window), precision)
+            went.add((precision, wide))
+            assert wide == is_faster(there, window), (precision, shape, kernel, groups)
+    assert len(went) == 6
+
+
+@pytest.mark.parametrize(
+    "channels, extent, kernel, stride", [(3, 224, 7, 2), (16, 32, 3, 1), (64, 56, 3, 2), (40, 56, 1, 1)]
+)
+def test_distances_are_those_of_the_kernels_pieces(channels, extent, kernel, stride):
+    rows = Source(1, channels, (extent, extent), Window.of(2, kernel, stride, kernel // 2))
+    met = sum(piece.positions * (0.5 if piece.symmetric else 1.0) for piece in ops.pieces(rows))
+    assert distances(rows.window) * math.prod(rows.grid) == pytest.approx(met, rel=0.1)
 
 
 def test_wide_layers_go_where_kfac2_sends_them():
@@ -361,7 +384,7 @@ def test_products_of_wide_layers_are_those_that_torch_counts():
 def test_own_products_of_wide_rows_are_those_that_torch_counts():
     rows = Source(3, 128, (6, 6), Window.of(2, 3, padding=1, bias=1))
     x = torch.randn(3, 128, 6, 6)
-    modelled = sum(stage.flop for stage in library.gram_matrices([rows._replace(window=Window.of(2, 3, padding=1))], 4))
+    modelled = sum(stage.flop for stage in library.gram_matrices([rows], "fp32"))
     assert modelled == counted(lambda: row_products(x, rows.window))  # the bias is no product
 
 

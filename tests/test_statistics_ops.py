@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kfac2 import ops, reference
 from kfac2.ops import applied_directions, gram_matrices
+from kfac2.ops.fold_products import fold_products
 from kfac2.triangles import packed, unpacked
 from kfac2.window import Window
 
@@ -40,12 +41,13 @@ def test_input_covariance(case):
     assert torch.equal(got, got.T)
 
 
-@given(cases(ranks=(0, 1, 2, 3)), st.sampled_from([1, 300, 2**26]))
-def test_the_librarys_product_gives_the_same_covariances(case, chunk):
-    """The route of wide rows on a CUDA device, taken on the CPU; few samples at a time as well."""
+@given(cases(ranks=(0, 1, 2, 3)), st.sampled_from([1, 300, 2**26]), st.sampled_from([8, 24, 512]))
+def test_the_librarys_product_gives_the_same_covariances(case, chunk, panel):
+    """The route of wide rows on a CUDA device, taken on the CPU; few samples and few columns at a time as well."""
     window = Window.of(case.x.dim() - 2, *case.geometry[:4], bias=int(case.bias))
-    with mock.patch.object(gram_matrices, "CHUNK", chunk):
-        got = unpacked(packed(*gram_matrices.row_products(case.x, window)), window.row_length(case.x.shape[1]))
+    with mock.patch.multiple(gram_matrices, CHUNK=chunk, PANEL=panel, PANEL_TENSOR_CORES=panel):
+        folded = fold_products(*gram_matrices.row_products(case.x, window))
+    got = unpacked(folded, window.row_length(case.x.shape[1]))
     (native,) = ops.covariances([case.x], [window])
     assert got.dtype == native.dtype and got.shape == native.shape
     assert_equal(got[0], reference.input_covariance(case.x.double(), *case.geometry), TOLERANCE[case.x.dtype])
@@ -74,23 +76,27 @@ def test_folded_covariances_are_triangles_of_the_whole_ones(case):
 
 PRECISION = """
 import torch
-from types import SimpleNamespace
+from unittest.mock import Mock
 from kfac2.ops.gram_matrices import is_faster
 from kfac2.window import Window
 
-def goes(channels, kernel, dtype=torch.float32):
-    x = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(8, channels, 9, 9))
-    return is_faster(x, Window.of(2, kernel))
+def goes(channels, kernel, dtype=torch.float32, **options):
+    x = torch.empty(64, channels, 28, 28, dtype=dtype, device="meta")
+    there = Mock(wraps=x, is_cuda=True, dtype=dtype, shape=x.shape)
+    return is_faster(there, Window.of(options.pop("rank", 2), kernel, **options))
 
-print(goes(128, 1), goes(256, 1), goes(256, 3), goes(128, 3, torch.bfloat16), goes(512, 1, torch.float64), goes(255, 3))
+print(goes(256, 1), goes(1024, 1), goes(128, 3), goes(256, 3), goes(128, 3, torch.bfloat16), end=" ")
+refused = [goes(1024, 1, dtype) for dtype in (torch.float64, torch.int64)]
+refused += [goes(1024, 1, bias=2), goes(1024, 1, groups=2), goes(1024, 29), goes(1024, 1, rank=1)]
+print(any(refused))
 """
 
 
 @pytest.mark.parametrize("setting, wide", [
-    ("", "False True False True False False"),
-    ("torch.backends.cuda.matmul.allow_tf32 = True", "True True True True False False"),
-    ("torch.set_float32_matmul_precision('high')", "True True True True False False"),
-    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "True True True True False False"),
+    ("", "False True False False True False"),
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "True True False True True False"),
+    ("torch.set_float32_matmul_precision('high')", "True True False True True False"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "True True False True True False"),
 ])  # fmt: skip
 def test_which_rows_are_wide_by_every_name_of_the_precision(setting, wide):
     """In a process of its own: torch refuses the older name once the newer was used."""
@@ -99,14 +105,45 @@ def test_which_rows_are_wide_by_every_name_of_the_precision(setting, wide):
     assert done.stdout.strip() == wide, done.stderr
 
 
+@pytest.mark.parametrize("shape, kernel, by", [
+    ((8192, 64), (), ""),
+    ((8192, 128), (), "tf32 half"),
+    ((100, 512), (), ""),  # two launches take longer
+    ((8192, 256), (), "fp32 tf32 half"),
+    ((64, 128, 28, 28), (3, 3), "half"),
+    ((64, 256, 14, 14), (3, 3), "tf32 half"),
+    ((256, 3, 224, 224), (7, 7), "fp32 tf32 half"),  # of 16 channels that the kernel multiplies, 13 are empty
+    ((128, 3, 32, 32), (3, 3), "tf32 half"),  # here, too, but most of the tile of the library, too
+])  # fmt: skip
+def test_which_way_is_faster_by_what_was_measured(shape, kernel, by):
+    step = 2 if kernel == (7, 7) else 1
+    window = Window.of(len(kernel), kernel, step, [k // 2 for k in kernel])
+    names = [
+        name for name in gram_matrices.MULTIPLY if gram_matrices.product_is_faster(shape, window, name, not kernel)
+    ]
+    assert " ".join(names) == by
+
+
+@pytest.mark.parametrize("width", [1, 8, 511, 513, 768, 1024, 3072, 4096, 4608, 10000])
+@pytest.mark.parametrize("precision", gram_matrices.MULTIPLY)
+def test_panels_are_few_and_begin_at_multiples_of_8(width, precision):
+    height = gram_matrices.panel_rows(width, precision)
+    panels = -(-width // height)
+    assert height % 8 == 0 and 1 <= panels <= gram_matrices.PANELS
+    assert panels == 1 or height >= (gram_matrices.PANEL if precision == "fp32" else gram_matrices.PANEL_TENSOR_CORES)
+    assert (panels > 1) == (width >= (1024 if precision == "fp32" else 3072))
+
+
 def test_a_gram_matrix_of_rows_rounded_to_tf32_is_semi_definite():
     """11 bits of each factor, both rounded alike, sums exact: what a tensor core does."""
     torch.manual_seed(0)
     rows = torch.randn(20, 64)
     bits = rows.view(torch.int32)
     rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-    (gram,), _ = gram_matrices.row_products(rounded.double(), Window.places(0))
-    assert (rounded - rows).abs().max() > 1e-4
+    with mock.patch.object(gram_matrices, "PANEL", 16):
+        panels, _, _ = gram_matrices.row_products(rounded.double(), Window.places(0))
+    gram = unpacked(fold_products(panels), 64)[0]
+    assert (rounded - rows).abs().max() > 1e-4 and len(panels) == 4
     assert torch.linalg.eigvalsh(gram).min() > -1e-12 * gram.diagonal().max()
 
 

@@ -5,6 +5,7 @@ from compare import assert_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kfac2.ops.fold_products import fold_products
 from kfac2.triangles import diagonals, frobenius_norms, packed, packed_shape, unpacked
 
 
@@ -21,10 +22,22 @@ def test_half_as_many_numbers_say_the_same(d, blocks):
     assert torch.equal(unpacked(half, d), M)
 
 
-@given(st.integers(2, 9), st.integers(1, 3))
-def test_the_last_row_may_come_apart(d, blocks):
-    M = symmetric(blocks, d)
-    assert torch.equal(packed(M[:, :-1, :-1], M[:, -1]), packed(M))
+def panels_of(M, rows):
+    """The upper triangle of a matrix in panels of so many rows; below its diagonal nothing of use."""
+    M = torch.where(torch.ones_like(M, dtype=torch.bool).triu(), M, torch.nan)
+    return [M[first : first + rows, first:] for first in range(0, len(M), rows)]
+
+
+@given(st.sampled_from([*range(1, 9), 31, 32, 33, 64, 65, 70]), st.integers(1, 8), st.booleans(), st.booleans())
+def test_a_product_in_panels_is_folded(d, count, has_last, is_added):
+    (M,), (before,) = symmetric(1, d + has_last), symmetric(1, d + has_last, 1)
+    last = M[-1, :d].contiguous() if has_last else None
+    corner = float(M[-1, -1]) if has_last else 0.0
+    panels = panels_of(M[:d, :d], -(-d // count))
+    assert torch.equal(fold_products(panels, last, corner), packed(M[None]))
+    previous = packed(before[None]) if is_added else None
+    got = fold_products(panels, last, corner, previous=previous, kept=0.9, scale=0.3)
+    assert_equal(got, packed((0.3 * M + (0.9 * before if is_added else 0))[None]), 1e-15)
 
 
 @given(st.integers(1, 9), st.integers(1, 3))

@@ -22,11 +22,15 @@ struct Triangle {
     return low < height() ? low * width() + shift() + high : (high - size + height()) * width() + low - height();
   }
 
-  // The element that lies at a place of a line of the rectangle; row <= column.
+  // Whether a place of a line of the rectangle is in the half of the rows that comes first; else it is below its
+  // diagonal.
+  KFAC2_HOST_DEVICE bool is_upper(int64_t line, int64_t place) const { return place - shift() >= line; }
+
+  // The element that lies there; row <= column.
   KFAC2_HOST_DEVICE void element(int64_t line, int64_t place, int64_t* row, int64_t* column) const {
-    const bool is_upper = place - shift() >= line;
-    *row = is_upper ? line : place + height();
-    *column = is_upper ? place - shift() : line + size - height();
+    const bool upper = is_upper(line, place);
+    *row = upper ? line : place + height();
+    *column = upper ? place - shift() : line + size - height();
   }
 
  private:

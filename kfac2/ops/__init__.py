@@ -14,7 +14,7 @@
 | `precondition`, `precondition_in_basis`, `precondition_eigh` | their use | torch, by size |
 
 The three native calls of every step are for the optimizer alone, and documented beside it in their own files:
-`gather_gradients`, `shift_and_scale`, `write_gradients`.
+`gather_gradients`, `shift_and_scale`, `write_gradients`. So is `fold_products`, which is for `covariances` alone.
 """
 
 from kfac2.ops.coarse_fisher import CoarseFisher, average_coarse_sums, coarse_fisher

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac2.ops._checks import check_same_length, check_tensors, detached
+from kfac2.ops.fold_products import fold_products
 from kfac2.ops.gram_matrices import is_faster, row_products
 from kfac2.ops.layer_maps import decode_windows, spatial_rank, sum_dtype
 from kfac2.triangles import packed, packed_shape, unpacked
@@ -120,10 +121,7 @@ def _native(layers: Sequence[_Layer], kept: float) -> list[Tensor]:
 
 def _by_library(x: Tensor, window: Window, previous: Tensor | None, scale: float, kept: float) -> Tensor:
     """Fold a library's product as it comes: a whole matrix, the same on both sides, would cost as much again."""
-    sums = packed(*row_products(x, window))
-    if scale != 1:
-        sums *= scale
-    return sums if previous is None else sums.add_(previous, alpha=kept)
+    return fold_products(*row_products(x, window), previous=previous, kept=kept, scale=scale)
 
 
 def input_covariance(

@@ -12,6 +12,7 @@
 #include "directional_derivatives.h"
 #include "eigendecompose.h"
 #include "factored_tikhonov_inverse.h"
+#include "fold_products.h"
 #include "gather_gradients.h"
 #include "layer_maps.h"
 #include "shift_and_scale.h"
@@ -70,6 +71,12 @@ void count_sources(const std::string& op, int64_t entries) {
   if (op == "layer_maps") return count(*cuda::layer_maps({sources.data(), results.data(), entries}));
   if (op == "covariances") return count(*cuda::covariances({sources.data(), results.data(), entries}));
   count(*cuda::directional_derivatives({layers.data(), entries}));
+}
+
+// The entry is the size of a product.
+void count_fold_products(int64_t whole) {
+  const void* panel = nullptr;
+  count(*cuda::fold_products({&panel, 1, whole, whole, nullptr, 0, nullptr, nullptr, 1, 1, false}));
 }
 
 void count_maps(int64_t entries) {
@@ -142,6 +149,8 @@ int main() {
       count_parts(op, entries);
     } else if (op == "cross_layer_sums") {
       count_maps(entries);
+    } else if (op == "fold_products") {
+      count_fold_products(entries);
     } else if (op == "average_coarse_sums") {
       count_coarse_fisher(entries);
     } else if (op == "factored_tikhonov_inverse") {

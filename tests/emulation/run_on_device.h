@@ -9,6 +9,7 @@
 #include "directional_derivatives.h"
 #include "eigendecompose.h"
 #include "factored_tikhonov_inverse.h"
+#include "fold_products.h"
 #include "gather_gradients.h"
 #include "layer_maps.h"
 #include "shift_and_scale.h"
@@ -46,6 +47,18 @@ inline CovariancesParams moved(DeviceCopies& copies, CovariancesParams params) {
                                    [&](const void*& matrices, int64_t i) { matrices = copies.in(matrices, bytes(i)); });
   }
   params.sources = copies.table(sources, params.layers, [&](RowSource& source, int64_t) { move_rows(copies, source); });
+  return params;
+}
+
+inline FoldProductsParams moved(DeviceCopies& copies, FoldProductsParams params) {
+  const int64_t element = number_bytes(params.is_double), bytes = Triangle{params.size()}.numbers() * element;
+  params.panels = copies.table(params.panels, params.panel_count, [&](const void*& panel, int64_t p) {
+    const int64_t columns = params.whole - p * params.rows;
+    panel = copies.in(panel, std::min(params.rows, columns) * columns * element);
+  });
+  params.last = copies.in(params.last, params.whole * element);
+  params.previous = copies.in(params.previous, bytes);
+  params.result = copies.out(params.result, bytes);
   return params;
 }
 

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "cases.h"
+#include "drawn_products.h"
 #include "drawn_sums.h"
 #include "run_on_device.h"
 
@@ -194,6 +195,19 @@ void test_sums(Random& random) {
     expect_true(fisher[i] == fisher[i % layers * layers + i / layers], "the coarse Fisher is not symmetric");
 }
 
+// One launch, tables included.
+template <typename T>
+void test_products(Random& random, int64_t largest) {
+  DrawnProducts<T> drawn(random, largest);
+  const int64_t before = launches();
+  run_on_device("fold_products", cuda::fold_products, drawn.params());
+  if (!kOnDevice) expect_true(launches() == before + 1, "fold_products is not one launch");
+  const std::vector<T> got = drawn.result;
+  run(*cpu::fold_products(drawn.params()));
+  expect_equal("fold_products", got.data(), drawn.result.data(), got.size(),
+               sizeof(T) == sizeof(double) ? 1e-15 : 1e-6);
+}
+
 // Launches of each op for so many small layers, bias and groups among them.
 std::vector<int64_t> launches_for(int64_t count) {
   Random random(1);
@@ -263,6 +277,8 @@ void run_all(Cases& cases) {
       Random random(seed);
       cases.run("layers", seed, [&] { test_layers(DrawnLayers(random)); });
       if (seed == 0) cases.run("large layers", seed, [&] { test_layers(DrawnLayers::large(random)); });
+      cases.run("products in float", seed, [&] { test_products<float>(random, seed < 4 ? 20 : 150); });
+      cases.run("products in double", seed, [&] { test_products<double>(random, 70); });
       cases.run("sums in float", seed, [&] { test_sums<float>(random); });
       cases.run("sums in double", seed, [&] { test_sums<double>(random); });
     }

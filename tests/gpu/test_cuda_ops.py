@@ -1,6 +1,7 @@
 """Every op on a CUDA device against kfac2.reference in float64. No hypothesis: shapes drawn from seeds."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from device import DEVICE, IS_CUDA, anywhere, needs_cuda
 
 from kfac2 import ops, reference
 from kfac2.ops import applied_directions, gram_matrices
+from kfac2.ops.fold_products import fold_products
+from kfac2.triangles import packed
 from kfac2.window import Window
 
 pytestmark = anywhere
@@ -79,14 +82,15 @@ def test_derivatives_of_wide_layers_among_others(shape, kernel, dtype, precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("panel", [64, 512])
 @pytest.mark.parametrize("shape, kernel", [((400, 260), ()), ((3, 257, 20), (1,)), ((2, 258, 5, 4), (3, 2))])
-def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision):
+def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision, panel, monkeypatch):
     """By the library's product: exact in half types and strict float32; of rows rounded alike in TF32."""
     x, small = torch.randn(shape).to(dtype), torch.randn(5, 3, 4).to(dtype)
     window, other = Window.of(len(kernel), kernel, padding=len(kernel) // 2, bias=1), Window.of(1, 2)
-    by_library = gram_matrices.is_faster(to_device(x), window)
-    wanted = dtype != torch.float32 or precision == "tf32" or not any(k > 1 for k in kernel)
-    assert by_library == (IS_CUDA and wanted)
+    for name in ("PANEL", "PANEL_TENSOR_CORES"):
+        monkeypatch.setattr(gram_matrices, name, panel)
+    monkeypatch.setattr(sys.modules["kfac2.ops.covariances"], "is_faster", lambda x, window: x.shape[1] > 256)
     got, rest = ops.covariances([to_device(x), to_device(small)], [window, other])
     is_rounded = dtype == torch.float32 and precision == "tf32"
     expected = reference.input_covariance(x.double(), kernel, 1, len(kernel) // 2, 1, True)
@@ -99,6 +103,27 @@ def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision):
     assert torch.equal(got, got.mT)
     values = torch.linalg.eigvalsh(got[0].cpu().double())
     assert values.min() > (-1e-4 if is_rounded else -1e-5) * values.max()  # sums in float32; tensor cores drop bits
+
+
+def test_large_products_go_to_the_library_of_a_device(precision):
+    x, few = torch.randn(4096, 256, device=DEVICE), torch.randn(64, 256, device=DEVICE)
+    window = Window.places(0)
+    assert [gram_matrices.is_faster(t, window) for t in (x, few)] == [IS_CUDA and precision == "tf32", False]
+    assert gram_matrices.is_faster(torch.cat([x, x, x]), window) == IS_CUDA
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size, rows", [(1, 1), (32, 32), (33, 8), (257, 64), (640, 80)])
+def test_products_are_folded(size, rows, dtype):
+    """Of the upper triangle, in panels; with and without a last row, and what was there before."""
+    M, before = (torch.randn(size + 1, size + 1, dtype=dtype) for _ in range(2))
+    M, before = M + M.mT, before + before.mT
+    there = M.triu().to(DEVICE)
+    panels = [there[first : min(first + rows, size), first:size] for first in range(0, size, rows)]
+    assert torch.equal(fold_products(panels).cpu(), packed(M[None, :size, :size]))
+    previous = packed(before[None]).to(DEVICE)
+    got = fold_products(panels, there[:size, size], float(M[-1, -1]), previous=previous, kept=0.9, scale=0.3)
+    assert_equal(got.cpu(), packed((0.3 * M + 0.9 * before)[None]), TOLERANCE[dtype] / 10)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))

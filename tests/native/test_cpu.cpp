@@ -5,6 +5,7 @@
 #include "cross_layer_sums.h"
 #include "drawn.h"
 #include "drawn_directions.h"
+#include "drawn_products.h"
 #include "drawn_sums.h"
 #include "factored_tikhonov_inverse.h"
 #include "gradient_part.h"
@@ -84,6 +85,14 @@ void test_large_directions(Random& random) {
     const std::vector<double> expected = one.expected<float>();
     expect_equal("directional_derivatives", one.derivatives.data(), expected.data(), expected.size(), 1e-5);
   }
+}
+
+template <typename T>
+void test_fold_products(Random& random, int64_t largest) {
+  DrawnProducts<T> drawn(random, largest);
+  run(*cpu::fold_products(drawn.params()));
+  const std::vector<double> expected = drawn.expected();
+  expect_equal("fold_products", drawn.result.data(), expected.data(), expected.size(), kTolerance<T>);
 }
 
 template <typename T>
@@ -222,6 +231,8 @@ int main() {
     test_directions<Half>(random, ElementType::kFloat16);
     test_directions<BFloat16>(random, ElementType::kBFloat16);
     if (seed == 0) test_large_directions(random);
+    test_fold_products<float>(random, seed == 0 ? 400 : 20);
+    test_fold_products<double>(random, 20);
     test_cross_layer_sums<float>(random);
     test_cross_layer_sums<double>(random);
     test_coarse_fisher<float>(random);
