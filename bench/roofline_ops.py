@@ -210,7 +210,7 @@ def cross_layer_sums(grids: Sequence[tuple[int, ...]], batch: int) -> Count:
     tiles = cross_tiles(grids, batch)
     work = [math.ceil(tile.places * tile.rounds / tile.chunk) for tile in tiles]
     shares = [
-        max(1, min(math.ceil(768 * own / sum(work)), tile.places // 512))
+        max(1, min(math.ceil(768 * own / sum(work)), tile.places // 128))
         for tile, own in zip(tiles, work, strict=True)
     ]  # fmt: skip
     partial = sum(64 * tile.lanes * count * FLOAT for tile, count in zip(tiles, shares, strict=True))

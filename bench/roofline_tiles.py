@@ -40,9 +40,10 @@ def cross_tiles(grids: Sequence[tuple[int, ...]], batch: int) -> list[CrossTile]
     for i, (rows, row_lanes) in enumerate(sides):
         for j, (cols, col_lanes) in enumerate(sides[i:]):
             places = batch * meeting(rows, cols)
-            most = min(512 // (8 * (row_lanes + (col_lanes if j else 0))), 16)
-            slices = min(128 // (row_lanes * col_lanes), most)
             in_tables = places * (2 - is_met(rows, cols) - is_met(cols, rows))
+            most = 512 // (8 * (row_lanes + (col_lanes if j else 0)))
+            most = min(most, 16) if in_tables else most
+            slices = min(128 // (row_lanes * col_lanes), most)
             rounds = most // slices
             tiles.append(CrossTile(row_lanes * col_lanes, places, in_tables, 4 * slices * rounds, rounds))
     return tiles

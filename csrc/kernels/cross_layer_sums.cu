@@ -17,10 +17,10 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMostLanes = 8;           // threads along either side of a tile
-constexpr int kMostSlices = 16;         // groups of threads that share the places of a chunk
+constexpr int kTableVectors = 16;       // of a map in a chunk, at most, where its places are in a table
 constexpr int kLoads = 4;               // vectors of a chunk that a thread loads before it waits for the first
 constexpr int64_t kBlocksWanted = 768;  // twice what an H100 runs at once; fixed, as results depend on it
-constexpr int64_t kLeastPlaces = 512;   // worth a share of its own
+constexpr int64_t kLeastPlaces = 128;   // worth a share of its own
 constexpr int kFinishEntries = 32;      // of a tile, to a block of finish_kernel
 constexpr int kFinishGroups = kThreads / kFinishEntries;
 
@@ -74,7 +74,7 @@ KFAC2_HOST_DEVICE constexpr int map_distance(int vectors) { return (vectors + 1)
 // Vectors of both sides: as many as all threads load, and what lies between the maps.
 constexpr int kBufferVectors = kThreads * kLoads + 2 * kMostLanes * kSide<float> * 2;
 constexpr int kMostPlaces = kThreads / 2;  // of a chunk
-static_assert(kMostSlices * 4 <= kMostPlaces, "a vector has at most four places");
+static_assert(kTableVectors * 4 <= kMostPlaces, "a vector has at most four places");
 
 template <typename T>
 struct SharedTile {
@@ -347,7 +347,8 @@ class CrossLayerSums : public TableLaunch {
     const bool empty = rows.grid.places() == 0 || cols.grid.places() == 0;
     tile.places = empty ? 0 : params_.batch * tile.meeting.grid.places();
     const int maps = (rows.lanes + (diagonal ? 0 : cols.lanes)) * kSide<T>;  // in a buffer
-    const int most = std::min(kThreads * kLoads / maps, kMostSlices);
+    const int all = kThreads * kLoads / maps;
+    const int most = tile.rows.met && tile.cols.met ? all : std::min(all, kTableVectors);
     tile.slices = std::min(kThreads / tile.lanes(), most);
     tile.vectors = tile.slices * (most / tile.slices);
     return tile;
