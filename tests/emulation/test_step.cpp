@@ -27,12 +27,12 @@ struct DrawnStep {
       const bool bias = draw(random, 0, 1) == 0;
       const bool padded = draw(random, 0, 2) > 0;
       const int64_t rows = draw(random, 1, largest), a = draw(random, 1, 5), b = draw(random, 1, 9),
-                    d_in = a * b + bias, length = padded ? ceil_div(d_in, 4) * 4 : d_in;
+                    d_in = a * b + bias, length = padded ? ceil_div(d_in, 4) * 4 : d_in + draw(random, 0, 1);
       if (padded) elements = ceil_div(elements, 4) * 4;
       add(random, rows, a, b, elements, length, i);
       if (bias) add(random, rows, 1, 1, elements + d_in - 1, length, i);
-      spans.push_back(elements);
-      spans.push_back(elements += rows * length);
+      spans.insert(spans.end(), {elements, elements + rows * length, rows * d_in});
+      elements += rows * length;
     }
     add(random, 7, 1, draw(random, 3, 4), -1, 0, -1);
   }
@@ -106,7 +106,7 @@ struct Inputs {
         clip(draw(random, 0, 1) == 0),
         on_device(draw(random, 0, 1) == 0),
         limited(draw(random, 0, 3) > 0) {
-    const int64_t layers = static_cast<int64_t>(step.spans.size()) / 2;
+    const int64_t layers = static_cast<int64_t>(step.spans.size()) / 3;
     for (int64_t i = 0; i < layers; ++i) {
       rates.push_back(0.1 * static_cast<double>(draw(random, 0, 3)));
       device_rates.push_back(0.5 * static_cast<double>(draw(random, 1, 3)));
