@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layer_sets import shapes_of
+from layer_sets import LayerSet, shapes_of
 from output import table
 from timing import Clock, Spread, configure, digits, interleaved
 from torch import Tensor
@@ -22,7 +22,10 @@ from kfac2 import ops
 from kfac2.ops import Window
 from kfac2.ops.covariances import _by_library as library
 from kfac2.ops.covariances import _native as kernel
+from kfac2.ops.gather_gradients import gather_gradients
 from kfac2.ops.gram_matrices import row_products
+from kfac2.ops.shift_and_scale import ShiftAndScale
+from kfac2.ops.write_gradients import write_gradients
 from kfac2.padding import padded_length
 from kfac2.step import products_in
 
@@ -203,8 +206,43 @@ def products_of_a_step(device: str, is_tiny: bool) -> Iterator[Comparison]:
     )
 
 
+def gradients_of_a_step(device: str, is_tiny: bool) -> Iterator[Comparison]:
+    """GPT-2's gradients on their way to the matrices and back, beside a copy of as many bytes; rows padded and not."""
+    blocks, shapes = (1, [(3, 4)]) if is_tiny else (12, [(2304, 768), (768, 768), (3072, 768), (768, 3072)])
+    gradients = [torch.randn(size, device=device) for shape in shapes * blocks for size in (shape, shape[:1])]
+    source, target = torch.empty(2, sum(g.numel() for g in gradients), device=device)
+    layers, copy = len(gradients) // 2, {"copy": partial(target.copy_, source)}
+    ones, found = torch.ones(layers, dtype=torch.float64, device=device), torch.zeros(1, device=device)
+    step = ShiftAndScale(ones, ones[:2], found, ones, ones)
+    for pad in (1, 4):
+        rows, end = [], 0
+        for i, (outputs, inputs) in enumerate(shapes * blocks):
+            length = -(-(inputs + 1) // pad) * pad
+            rows += [(end, length, i, i), (end + inputs, length, i, i)]
+            end += outputs * length
+        layout, matrices = torch.tensor(rows), torch.zeros(end, device=device)
+        gathered = partial(gather_gradients, gradients, layout, layers, layers, matrices)
+        written = partial(write_gradients, gradients, layout, matrices, step, ones)
+        for name, function in (("gathered", gathered), ("written", written)):
+            yield Comparison(f"gradients {name}, rows a multiple of {pad}", {"op": function}, copy, {})
+
+
+def rows_of_maps(device: str, is_tiny: bool) -> Iterator[Comparison]:
+    """A ResNet's rows as a step sums them up: 16 MB of gradients at a time, inputs together; beside a copy."""
+    layers = LayerSet("resnet-8" if is_tiny else "resnet-110", 2 if is_tiny else 128, device)
+    count = len(layers.shapes)
+    inputs, grads = slice(0, count), slice(count, count + 2)
+    for title, taken in (("inputs", inputs), ("gradients of two layers", grads)):
+        tensors, windows = layers.tensors[taken], layers.windows[taken]
+        source, target = torch.empty(2, sum(t.numel() for t in tensors) // 2, device=device)
+        by_op = partial(ops.layer_maps, tensors, windows)
+        yield Comparison(f"maps of {title}", {"op": by_op}, {"copy": partial(target.copy_, source)}, {})
+
+
 GROUPS: dict[str, Callable[[str, bool], Iterator[Comparison]]] = {
     "products of a step": products_of_a_step,
+    "gradients of a step": gradients_of_a_step,
+    "maps of rows": rows_of_maps,
     "covariances of Linear rows": linear_covariances,
     "covariances of patches": patch_covariances,
     "covariances of maps": map_covariances,

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from layer_sets import LayerShape
 from roofline_nets import Source
-from roofline_ops import ELEMENT, FLOAT, Count, Part, Stage, by_size, fold_products, meeting, up
+from roofline_ops import ELEMENT, FLOAT, Count, Part, Stage, by_size, fold_products, up
+from roofline_tiles import meeting
 
 from kfac2.ops.applied_directions import CHUNK as CHUNK_OF_PRODUCTS
 from kfac2.ops.gram_matrices import CHUNK as CHUNK_OF_ROWS

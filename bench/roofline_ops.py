@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from layer_sets import LayerShape
 from roofline_nets import Source
+from roofline_tiles import cross_tiles, meeting
 
 from kfac2.ops import Window
 
@@ -22,12 +23,14 @@ ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2}  # bytes of an activation, by the pr
 TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables.cu
 # sizeof of the tables' entries, csrc/kernels
 MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 344, 128, 528
-MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 160, 80, 80, 144, 56
+MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 224, 80, 80, 144, 56
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
 # Instructions of a warp for 32 positions, by the tile: of 16 counted on an H100, of 32 from the compiled code.
 COVARIANCE_ISSUE = {16: 230, 32: 580}
 COVARIANCE_BLOCK = 600  # of a warp before and behind these: the table, the sum over slices (an estimate)
-CROSS_ISSUE = 660  # instructions of a warp for 64 places of 32 x 32 maps: likewise
+# Instructions of a warp for 256 multiply-adds of each thread, and beside them for a chunk and a block: from the
+# compiled code, the last an estimate.
+CROSS_ISSUE, CROSS_CHUNK, CROSS_BLOCK = 308, 250, 1500
 LOAD = 270  # cycles from a load to its number, from the L2 cache (an estimate; about 600 from memory)
 SWEEPS = 8  # of Jacobi's method: 6 to 10 are usual (csrc/include/eigendecompose.h)
 EIGEN_LARGEST = 128  # of kfac2/ops/eigendecompose.py: above, torch.linalg.eigh
@@ -211,29 +214,29 @@ def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source]) -
     return Count(stages, held + scratch, least, exact)
 
 
-def meeting(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the places of the grid on which two maps meet."""
-    return math.prod(map(min, a, b)) if len(a) == len(b) else 1
-
-
 def cross_layer_sums(grids: Sequence[tuple[int, ...]], batch: int) -> Count:
-    """Multiply tiles of 32 x 32 pairs of maps: csrc/kernels/cross_layer_sums.cu."""
-    parts = []  # of each class of maps: grid, and how many of the maps
-    for grid in dict.fromkeys(grids):
-        count = math.ceil(grids.count(grid) / 32)
-        parts += [(grid, math.ceil(grids.count(grid) / count))] * count
-    pairs = [(a, b) for i, a in enumerate(parts) for b in parts[i:]]
-    met = [batch * meeting(a[0], b[0]) for a, b in pairs]
-    shares = max(1, min(math.ceil(1024 / len(met)), max(met) // 512))
-    partial = shares * len(met) * 32 * 32 * FLOAT
-    table, held = tables(MAP_ENTRY * len(grids), CROSS_TILE * len(met))
+    """Multiply tiles of up to 64 x 64 pairs of maps: csrc/kernels/cross_layer_sums.cu."""
+    tiles = cross_tiles(grids, batch)
+    work = [math.ceil(tile.places * tile.rounds / tile.chunk) for tile in tiles]
+    shares = [
+        max(1, min(math.ceil(768 * own / sum(work)), tile.places // 128))
+        for tile, own in zip(tiles, work, strict=True)
+    ]  # fmt: skip
+    partial = sum(64 * tile.lanes * count * FLOAT for tile, count in zip(tiles, shares, strict=True))
+    in_tables = sum(tile.in_tables for tile in tiles) * 8
+    table, held = tables(MAP_ENTRY * len(grids), CROSS_TILE * len(tiles))
     maps, result = sum(batch * math.prod(grid) for grid in grids) * FLOAT, len(grids) ** 2 * FLOAT
-    # While 64 places are multiplied the next ones are loaded. Of a block each scheduler has two warps.
-    chains = [math.ceil(n / shares / 64) * 2 * CROSS_ISSUE for n in met]
-    chain = max(*chains, sum(chains) * shares / PROCESSORS)
-    products = Stage("cross_layer_sums", 1, maps + partial, sum(up(n, 64) for n in met) * 2.0 * 32 * 32, chain)
+    # While a chunk is multiplied the next one is loaded. Of a block each scheduler has one warp.
+    chunks = [math.ceil(tile.places / tile.chunk) for tile in tiles]
+    cycles = [n * (tile.rounds * CROSS_ISSUE + CROSS_CHUNK) for tile, n in zip(tiles, chunks, strict=True)]
+    longest = max(n / count + CROSS_BLOCK for n, count in zip(cycles, shares, strict=True))
+    chain = max(longest, (sum(cycles) + CROSS_BLOCK * sum(shares)) / PROCESSORS)
+    flop = sum(n * tile.rounds for tile, n in zip(tiles, chunks, strict=True)) * 2.0 * 128 * 8 * 8 * 4
+    products = Stage("cross_layer_sums", 1, maps + in_tables + partial, flop, chain)
     exact = sum(2.0 * batch * meeting(a, b) for i, a in enumerate(grids) for b in grids[i:])
-    return Count([table, products, Stage("shares", 1, partial + result)], held + partial, maps + result, exact)
+    places = [Stage("small", 1, in_tables)] if in_tables else []
+    stages = [table, *places, products, Stage("shares", 1, partial + result)]
+    return Count(stages, held + in_tables + partial, maps + result, exact)
 
 
 def average_coarse_sums(layers: int) -> Count:

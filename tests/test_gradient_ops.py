@@ -66,6 +66,50 @@ def test_there_and_back(dtype, total):
     assert all((gradient == 0).all() for gradient in gradients)
 
 
+@st.composite
+def drawn_places(draw):
+    """Weights and biases at places whose rows are padded to a multiple of 4, or not; some begin one element later."""
+    generator, gradients, rows, end = torch.Generator().manual_seed(draw(st.integers(0, 1000))), [], [], 0
+    for i in range(draw(st.integers(1, 5))):
+        outputs, inputs, bias = (
+            draw(st.sampled_from([1, 3, 70])),
+            draw(st.sampled_from([1, 4, 7, 92])),
+            draw(st.booleans()),
+        )
+        length = inputs + bias
+        if draw(st.booleans()):
+            length, end = -(-length // 4) * 4, -(-end // 4) * 4
+        for columns, place in [(inputs, end), (1, end + inputs)][: 1 + bias]:
+            dtype, later, apart = (
+                draw(st.sampled_from(DTYPES)),
+                draw(st.integers(0, 1)),
+                draw(st.sampled_from([0, 1, 4])),
+            )
+            numbers = torch.randn(later + outputs * (columns + apart), generator=generator).to(dtype)
+            gradients.append(numbers[later:].view(outputs, columns + apart)[:, :columns])
+            rows.append((place, length, i, i))
+        end += outputs * length
+    return gradients, torch.tensor(rows), end
+
+
+@pytest.mark.parametrize("total", [torch.float32, torch.float64])
+@given(drawn_places())
+def test_padding_is_neither_written_nor_read(total, drawn):
+    gradients, layout, size = drawn
+    layers = int(layout[-1, 2]) + 1
+    matrices, expected = (torch.full((size,), math.nan, dtype=total) for _ in range(2))
+    for (place, length, *_), gradient in zip(layout.tolist(), gradients, strict=True):
+        expected.as_strided(gradient.shape, (length, 1), place).copy_(gradient)
+    assert int(gather_gradients(gradients, layout, layers, layers, matrices)) == layers
+    assert torch.equal(matrices.isnan(), expected.isnan()) and torch.equal(matrices.nan_to_num(), expected.nan_to_num())
+    ones = torch.ones(layers, dtype=torch.float64)
+    step = ShiftAndScale(ones, numbers(1.0, 0), torch.zeros(1), ones / 2, ones)
+    wanted = [((gradient.to(total) + 1) / 2).to(gradient.dtype) for gradient in gradients]
+    write_gradients(gradients, layout, matrices, step, ones)
+    for gradient, theirs in zip(gradients, wanted, strict=True):
+        assert_equal(gradient.double(), theirs.double(), 1e-2 if gradient.dtype.itemsize == 2 else 1e-6)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_first_bad_gradient_is_found_wherever_it_lies(dtype, value):

@@ -70,7 +70,16 @@ def test_large_layers_are_compared_by_every_route(tmp_path, monkeypatch):
     assert "kfac2 TF32" in text and "not folded, TF32" in text and "kernel, bf16" in text and "TFLOP/s" in text
 
 
-@pytest.mark.parametrize("group", list(large.GROUPS)[:4])
+def test_what_moves_numbers_is_beside_a_copy_of_as_many():
+    for one in large.gradients_of_a_step("cpu", True):  # a weight of 3 x 4 and a bias, read and written
+        assert one.torch["copy"].args[0].numel() == 15, one.title
+        one.kfac2["op"]()
+    for one in large.rows_of_maps("cpu", True):  # read only
+        read = sum(tensor.numel() for tensor in one.kfac2["op"].args[0])
+        assert one.torch["copy"].args[0].numel() == read // 2 and len(one.kfac2["op"]()) >= 2, one.title
+
+
+@pytest.mark.parametrize("group", ["products of a step", *(g for g in large.GROUPS if g.startswith("covariances"))])
 def test_the_routes_of_large_layers_agree(group):
     for one in large.GROUPS[group]("cpu", True):
         ours, theirs = one.kfac2["fp32"](), one.torch["fp32"]()

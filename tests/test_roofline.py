@@ -25,6 +25,7 @@ import torch
 from layer_sets import LayerSet
 from networks import NETWORKS
 from roofline_nets import Source, grads_of, inputs_of
+from roofline_tiles import meeting
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfac2.ops import Window, precondition
@@ -173,7 +174,7 @@ def test_pairs_of_maps_meet_on_the_coarser_grid():
     met = cases.cross_by_torch([m for m in maps if m.dim() == 3])  # ones: an entry counts its products
     own = ops.cross_layer_sums(grids[:3], 3)
     assert own.least_flop == 2 * met.triu().sum()
-    assert ops.meeting((8, 8), (4, 16)) == 32 and ops.meeting((6,), (8, 8)) == 1 and ops.meeting((), ()) == 1
+    assert meeting((8, 8), (4, 16)) == 32 and meeting((6,), (8, 8)) == 1 and meeting((), ()) == 1
     assert own.least_bytes == 4 * (sum(m.numel() for m in maps[:3]) + 9)
 
 

@@ -33,11 +33,12 @@ struct GradientPart {
     return stride[kColumnAxes - 1] == 1 && extent[kColumnAxes - 1] == columns;
   }
   // The distance of a column from the first of its row.
-  KFAC2_HOST_DEVICE int64_t column_offset(int64_t column) const {
+  KFAC2_HOST_DEVICE int64_t column_offset(uint32_t column) const {
     int64_t sum = 0;
     for (int axis = kColumnAxes - 1; axis > 0 && column != 0; --axis) {
-      sum += column % extent[axis] * stride[axis];
-      column /= extent[axis];
+      const uint32_t slower = column / static_cast<uint32_t>(extent[axis]);
+      sum += (column - slower * static_cast<uint32_t>(extent[axis])) * stride[axis];
+      column = slower;
     }
     return sum + column * stride[0];
   }

@@ -1,10 +1,10 @@
-// Every pair of maps in one launch. Maps are sorted into classes of one grid; a block takes a tile of up to
-// 32 x 32 pairs of two classes, which meet on one grid, and a share of its places (samples included). Indices
-// of the downsampling are computed once for each place of the tile, not for each map; no map is copied. A
-// second, small launch adds the shares in a fixed order, so the result is the same each time.
+// Every pair of maps in one launch. Maps are sorted into classes of one grid; a block takes a tile of up to 64 x 64
+// pairs (32 x 32 in double) of two classes, which meet on one grid, and a share of its places (samples included).
+// Shares are so long that all blocks have about the same work. No map is copied. A second launch adds the shares in a
+// fixed order, so the result is the same each time.
 //
 // Floor: each map is read once from memory (bytes = N * sum of T_i * sizeof) and, by the tiles that need it,
-// about B / 32 times from L2; N * T_ij multiply-adds for each pair. ResNet-110 at batch 128: 25 MB, 0.2 GFMA.
+// about B / 64 times from L2; N * T_ij multiply-adds for each pair. ResNet-110 at batch 128: 25 MB, 0.2 GFMA.
 #include <algorithm>
 #include <vector>
 
@@ -15,22 +15,42 @@
 namespace kfac2::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTile = 32;   // maps on either side of a tile; 4 x 4 pairs for each thread
-constexpr int kChunk = 64;  // places of the meeting grid held in shared memory
-constexpr int kPad = 4;     // keeps rows of shared memory 16-byte aligned and off one bank
-constexpr int kLanes = kTile / 4 * (kTile / 4);
-constexpr int kSlices = kThreads / kLanes;  // which share the places of a chunk
-constexpr int64_t kBlocksWanted = 1024;     // enough to fill any device; fixed, so that results do not depend on it
-constexpr int64_t kLeastPlaces = 512;       // worth a share of its own
+constexpr int kThreads = 128;
+constexpr int kMostLanes = 8;           // threads along either side of a tile
+constexpr int kTableVectors = 16;       // of a map in a chunk, at most, where its places are in a table
+constexpr int kLoads = 4;               // vectors of a chunk that a thread loads before it waits for the first
+constexpr int64_t kBlocksWanted = 768;  // twice what an H100 runs at once; fixed, as results depend on it
+constexpr int64_t kLeastPlaces = 128;   // worth a share of its own
+constexpr int kFinishEntries = 32;      // of a tile, to a block of finish_kernel
+constexpr int kFinishGroups = kThreads / kFinishEntries;
+
+// Maps on either side of what a thread multiplies: kSide x kSide sums in registers.
+template <typename T>
+constexpr int kSide = sizeof(T) == sizeof(float) ? 8 : 4;
+
+// One side of a tile.
+struct Side {
+  int first, count;     // of its maps, into their table
+  int lanes;            // threads along it
+  bool met;             // its grid is that of the meeting: places have the same numbers there
+  bool aligned;         // and are read as vectors
+  int64_t first_place;  // in the table of places, where it is another one
+  Grid grid;
+};
 
 struct Tile {
-  int row_first, row_count;  // into the table of maps
-  int col_first, col_count;
-  Grid row_grid, col_grid;
+  int64_t places;       // N * places of the meeting grid
+  int64_t first_sum;    // of its shares, among those of all tiles
+  int first_item;       // of cross_layer_sums_kernel: one for each share
+  int first_places;     // of places_kernel
+  int first_finish;     // of finish_kernel
+  int shares;           // of its places
+  int slices, vectors;  // of a chunk: groups of threads, vectors of each map
+  bool diagonal;        // rows and columns are the same maps
+  Side rows, cols;
   Meeting meeting;
-  int64_t places;  // N * places of the meeting grid
-  bool diagonal;   // rows and columns are the same maps
+
+  KFAC2_HOST_DEVICE int lanes() const { return rows.lanes * cols.lanes; }
 };
 
 struct MapEntry {
@@ -38,8 +58,8 @@ struct MapEntry {
   int64_t number;  // row and column of the result
 };
 
-std::vector<std::pair<int, int>> even_parts(int first, int count) {
-  const int parts = static_cast<int>(ceil_div(count, kTile));
+std::vector<std::pair<int, int>> even_parts(int first, int count, int most) {
+  const int parts = static_cast<int>(ceil_div(count, most));
   std::vector<std::pair<int, int>> result;
   for (int part = 0; part < parts; ++part) {
     const int begin = count * part / parts, end = count * (part + 1) / parts;
@@ -48,203 +68,341 @@ std::vector<std::pair<int, int>> even_parts(int first, int count) {
   return result;
 }
 
+// Vectors from one map to the next in shared memory: odd, so that neighbouring maps lie in different banks.
+KFAC2_HOST_DEVICE constexpr int map_distance(int vectors) { return (vectors + 1) | 1; }
+
+// Vectors of both sides: as many as all threads load, and what lies between the maps.
+constexpr int kBufferVectors = kThreads * kLoads + 2 * kMostLanes * kSide<float> * 2;
+constexpr int kMostPlaces = kThreads / 2;  // of a chunk
+static_assert(kTableVectors * 4 <= kMostPlaces, "a vector has at most four places");
+
 template <typename T>
 struct SharedTile {
   union {
-    struct {
-      T rows[kChunk][kTile + kPad];
-      T cols[kChunk][kTile + kPad];
-    };
-    T slices[kSlices][kTile * kTile];
+    Vector<T> buffers[2][kBufferVectors];
+    T slices[kSide<T> / 2 * kSide<T> * kThreads];
   };
-  // Of two chunks: where a place lies in a map of the class, or -1 behind the end.
-  int64_t row_place[2][kChunk];
-  int64_t col_place[2][kChunk];
+  // Of two chunks: where a place lies in a map of either side, or -1 behind the end.
+  int64_t places[2][2][kMostPlaces];
 };
 
-__device__ int64_t place_in(const Grid& grid, const Meeting& meeting, int64_t n, int64_t t) {
-  return n * grid.places() + nearest_index(grid, meeting, t);
+__device__ int64_t place_in(const Grid& grid, const Meeting& meeting, int64_t index) {
+  const int64_t places = meeting.grid.places();
+  return index / places * grid.places() + nearest_index(grid, meeting, index % places);
 }
 
-// A thread has one place of a chunk and every fourth map; a warp has 8 neighbouring places, 32 bytes of memory, of 4
-// maps, which shared memory has in different banks.
-__device__ int own_place() { return static_cast<int>(threadIdx.x % 8 + threadIdx.x / 32 * 8); }
-__device__ int own_map(int number) { return static_cast<int>(threadIdx.x / 8 % 4) + 4 * number; }
-
-// The numbers of up to kTile maps at the chunk's places, read from memory to registers, all loads before the first is
-// waited for, and from there to shared memory.
 template <typename T>
-struct Side {
-  T numbers[kTile / 4];
+__device__ T mean_in(const T* map, const Grid& grid, const Meeting& meeting, int64_t index) {
+  const int64_t places = meeting.grid.places();
+  return area_mean(map + index / places * grid.places(), grid, meeting, index % places);
+}
 
-  __device__ void load(const MapEntry* maps, int count, const int64_t* place_of) {
-    const int64_t place = place_of[own_place()];
+// Where each place of a meeting lies in the maps of a side that are brought onto its grid. All divisions are here: they
+// need registers and time that the products want.
+__global__ void __launch_bounds__(kThreads) places_kernel(const Tile* tiles, int tile_count, int64_t* places) {
+  const auto first_of = [tiles](int i) { return tiles[i].first_places; };
+  const Tile& tile = tiles[entry_of_warp(tile_count, blockIdx.x, first_of)];
+  const int64_t index = (int64_t{blockIdx.x} - tile.first_places) * kThreads + threadIdx.x;
+  if (index >= tile.places) return;
+  for (const Side* side : {&tile.rows, &tile.cols})
+    if (!side->met) places[side->first_place + index] = place_in(side->grid, tile.meeting, index);
+}
+
+// What a thread loads of each chunk: the same vector of the same maps.
+template <typename T, bool kArea>
+struct Loader {
+  static constexpr int kLanes = Vector<T>::kLanes;
+  Vector<T> numbers[kLoads];
+  const T* maps[kLoads];           // at the first place of the vector in the first chunk; or null
+  int vector[kLoads], to[kLoads];  // of a chunk; in a buffer
+  int64_t place;                   // of maps that are brought onto another grid, of the chunk behind the next one
+
+  __device__ void begin(const Tile& tile, const MapEntry* entries) {
+    const int rows = tile.rows.count, all = rows + (tile.diagonal ? 0 : tile.cols.count);
+    const int distance = map_distance(tile.vectors);
 #pragma unroll
-    for (int number = 0; number < kTile / 4; ++number) {
-      const int m = own_map(number);
-      numbers[number] = m < count && place >= 0 ? static_cast<const T*>(maps[m].data)[place] : T(0);
+    for (int i = 0; i < kLoads; ++i) {
+      const int unit = threadIdx.x + i * kThreads, map = unit / tile.vectors;
+      vector[i] = unit - map * tile.vectors;
+      maps[i] = nullptr;
+      if (map >= all) continue;
+      maps[i] = static_cast<const T*>(entries[map < rows ? tile.rows.first + map : tile.cols.first + map - rows].data);
+      to[i] = (map < rows ? map : tile.rows.lanes * kSide<T> + map - rows) * distance + vector[i];
     }
   }
 
-  __device__ void store(T (*to)[kTile + kPad]) const {
+  // Threads of either half bring the places of a side.
+  __device__ void find(const Tile& tile, int64_t first, const int64_t* places) {
+    const int k = threadIdx.x % (kThreads / 2);
+    const Side& side = threadIdx.x < kThreads / 2 ? tile.rows : tile.cols;
+    const bool wanted = !kArea && !side.met && k < tile.vectors * kLanes && first + k < tile.places;
+    place = wanted ? places[side.first_place + first + k] : 0;
+  }
+
+  __device__ void keep(int64_t (*found)[kMostPlaces]) const {
+    found[threadIdx.x / (kThreads / 2)][threadIdx.x % (kThreads / 2)] = place;
+  }
+
+  __device__ void load(const Tile& tile, int64_t first, const int64_t (*found)[kMostPlaces]) {
+    const int cols_begin = tile.rows.lanes * kSide<T> * map_distance(tile.vectors);
 #pragma unroll
-    for (int number = 0; number < kTile / 4; ++number) to[own_place()][own_map(number)] = numbers[number];
+    for (int i = 0; i < kLoads; ++i) {
+      if (maps[i] == nullptr) continue;
+      const bool in_cols = to[i] >= cols_begin;
+      const Side& side = in_cols ? tile.cols : tile.rows;
+      const int64_t index = first + vector[i] * kLanes;
+      if (side.aligned && index + kLanes <= tile.places) {
+        numbers[i] = *aligned<const Vector<T>>(maps[i] + index);
+        continue;
+      }
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) {
+        numbers[i].lane[k] = 0;
+        if (index + k >= tile.places) continue;
+        if constexpr (kArea) {
+          numbers[i].lane[k] = mean_in(maps[i], side.grid, tile.meeting, index + k);
+        } else {
+          numbers[i].lane[k] = maps[i][side.met ? index + k : found[in_cols][vector[i] * kLanes + k]];
+        }
+      }
+    }
+  }
+
+  __device__ void store(Vector<T>* buffer) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (maps[i] != nullptr) buffer[to[i]] = numbers[i];
   }
 };
 
-// Means of up to kTile maps over what the chunk's places cover: many loads for each number, so straight to shared
-// memory.
+// Half a vector is multiplied at once: with whole ones a thread would need more registers than there are.
 template <typename T>
-__device__ void store_means(T (*to)[kTile + kPad], const MapEntry* maps, int count, const Grid& grid,
-                            const Meeting& meeting, int64_t begin, int64_t end) {
-  const int64_t index = begin + own_place(), places = meeting.grid.places();
+struct alignas(8) HalfVector {
+  static constexpr int kLanes = 8 / sizeof(T);
+  T lane[kLanes];
+};
+
+// sums[i][j] += the products of a thread's maps over its slice of a chunk. `rows` and `cols` are its first maps', the
+// next ones `row_step` and `col_step` vectors behind.
+template <typename T>
+__device__ void multiply(const Vector<T>* rows, const Vector<T>* cols, int row_step, int col_step, int begin, int end,
+                         int step, T (*sums)[kSide<T>]) {
 #pragma unroll 1
-  for (int number = 0; number < kTile / 4; ++number) {
-    const int m = own_map(number);
-    T mean = 0;
-    if (m < count && index < end) {
-      const T* map = static_cast<const T*>(maps[m].data);
-      mean = area_mean(map + index / places * grid.places(), grid, meeting, index % places);
+  for (int k = begin; k < end; k += step) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      HalfVector<T> left[kSide<T>];
+#pragma unroll
+      for (int i = 0; i < kSide<T>; ++i)
+        left[i] = reinterpret_cast<const HalfVector<T>*>(rows + k + i * row_step)[half];
+#pragma unroll
+      for (int j = 0; j < kSide<T>; ++j) {
+        const HalfVector<T> right = reinterpret_cast<const HalfVector<T>*>(cols + k + j * col_step)[half];
+#pragma unroll
+        for (int i = 0; i < kSide<T>; ++i)
+          for (int d = 0; d < HalfVector<T>::kLanes; ++d) sums[i][j] += left[i].lane[d] * right.lane[d];
+      }
     }
-    to[own_place()][m] = mean;
   }
 }
 
 // Blocks that share a multiprocessor: as many as registers allow without a spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kFloatBlocks = 2;
+constexpr int kBlocks = 2;
 #else
-constexpr int kFloatBlocks = 3;
+constexpr int kBlocks = 3;
 #endif
 
-// partial[share][tile][i][j] = sum over the share's places of rows[i] cols[j]. While the products of a chunk are
-// formed, the next one is on its way.
+// Of one share of a tile, at [(i * kSide + j) * lanes + lane]: the sums over the share's places of rows[i] cols[j] of
+// that lane. While the products of a chunk are formed, the next one is on its way.
 template <typename T, bool kArea>
-__global__ void __launch_bounds__(kThreads, kArea || sizeof(T) == sizeof(double) ? 2 : kFloatBlocks)
-    cross_layer_sums_kernel(const MapEntry* maps, const Tile* tiles, int tile_count, int64_t shares, T* partial) {
+__global__ void __launch_bounds__(kThreads, kArea ? 2 : kBlocks)
+    cross_layer_sums_kernel(const MapEntry* maps, const Tile* tiles, int tile_count, const int64_t* places,
+                            T* partial) {
   KFAC2_SHARED(SharedTile<T>, shared);
-  const Tile& tile = tiles[blockIdx.x % tile_count];
-  const int64_t share = blockIdx.x / tile_count;
-  const int64_t begin = tile.places * share / shares, end = tile.places * (share + 1) / shares;
-  const auto find = [&](int64_t first, int buffer) {
-    if (kArea || threadIdx.x >= 2 * kChunk) return;
-    const int k = threadIdx.x % kChunk;
-    const bool for_rows = threadIdx.x < kChunk;
-    const Grid& grid = for_rows ? tile.row_grid : tile.col_grid;
-    int64_t place = -1;
-    if (first + k < end) {
-      const int64_t index = first + k, places = tile.meeting.grid.places();
-      // On the grid of the meeting a place has the same number, and nothing is divided, which takes long.
-      place = tile.meeting.is(grid) ? index : place_in(grid, tile.meeting, index / places, index % places);
-    }
-    (for_rows ? shared.row_place : shared.col_place)[buffer][k] = place;
-  };
-  const MapEntry *row_maps = maps + tile.row_first, *col_maps = maps + tile.col_first;
-  Side<T> rows, cols;
-  const auto load = [&](int buffer) {
-    if constexpr (!kArea) {
-      rows.load(row_maps, tile.row_count, shared.row_place[buffer]);
-      cols.load(col_maps, tile.col_count, shared.col_place[buffer]);
-    }
-  };
-  const auto store = [&](int64_t first) {
-    if constexpr (kArea) {
-      store_means(shared.rows, row_maps, tile.row_count, tile.row_grid, tile.meeting, first, end);
-      store_means(shared.cols, col_maps, tile.col_count, tile.col_grid, tile.meeting, first, end);
-    } else {
-      rows.store(shared.rows);
-      cols.store(shared.cols);
-    }
-  };
-  const int lane = threadIdx.x % kLanes, slice = threadIdx.x / kLanes;
-  const int row = lane / (kTile / 4) * 4, col = lane % (kTile / 4) * 4;
-  T sums[4][4] = {};
-  find(begin, 0);
+  const Tile& tile = tiles[entry_of_warp(tiles, tile_count, blockIdx.x)];
+  const int64_t share = blockIdx.x - tile.first_item;
+  const int chunk = tile.vectors * Vector<T>::kLanes, vectors = tile.vectors, slices = tile.slices;
+  const int64_t chunks = ceil_div(tile.places, chunk);
+  const int64_t begin = chunks * share / tile.shares * chunk, end = chunks * (share + 1) / tile.shares * chunk;
+  const int lanes = tile.lanes(), slice = threadIdx.x / lanes, lane = threadIdx.x - slice * lanes;
+  const int row_lanes = tile.rows.lanes, col_lanes = tile.cols.lanes, distance = map_distance(vectors);
+  const int own_rows = lane / col_lanes * distance;
+  const int own_cols = (lane % col_lanes + (tile.diagonal ? 0 : row_lanes * kSide<T>)) * distance;
+  T sums[kSide<T>][kSide<T>] = {};
+  Loader<T, kArea> loader;
+  loader.begin(tile, maps);
+  loader.find(tile, begin, places);
+  loader.keep(shared.places[0]);
+  loader.find(tile, begin + chunk, places);
   __syncthreads();
-  load(0);
-  int next = 1;  // the buffer of the next chunk's places
-  for (int64_t chunk = begin; chunk < end; chunk += kChunk, next ^= 1) {
-    store(chunk);
-    find(chunk + kChunk, next);
-    __syncthreads();  // the chunk is there, and where the next one lies
-    load(next);
-#pragma unroll 2
-    for (int k = slice; k < kChunk; k += kSlices)
-      for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) sums[i][j] += shared.rows[k][row + i] * shared.cols[k][col + j];
-    __syncthreads();  // the chunk is done with
+  if (begin < end) loader.load(tile, begin, shared.places[0]);
+  loader.store(shared.buffers[0]);
+  loader.keep(shared.places[1]);
+  __syncthreads();
+  int now = 0;  // the buffer of the chunk; its places are not needed any more
+  for (int64_t first = begin; first < end; first += chunk, now ^= 1) {
+    const bool is_last = first + chunk >= end;
+    if (!is_last) {
+      loader.load(tile, first + chunk, shared.places[now ^ 1]);
+      loader.find(tile, first + 2 * chunk, places);
+    }
+    if (slice < slices) {
+      const Vector<T>* buffer = shared.buffers[now];
+      multiply(buffer + own_rows, buffer + own_cols, row_lanes * distance, col_lanes * distance, slice, vectors, slices,
+               sums);
+    }
+    if (!is_last) {
+      loader.store(shared.buffers[now ^ 1]);
+      loader.keep(shared.places[now]);
+    }
+    __syncthreads();  // the chunk is done with, and the next one is there
   }
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) shared.slices[slice][(row + i) * kTile + col + j] = sums[i][j];
-  __syncthreads();
-  T* out = partial + static_cast<int64_t>(blockIdx.x) * kTile * kTile;
-  for (int entry = threadIdx.x; entry < kTile * kTile; entry += kThreads) {
-    T sum = 0;
-    for (int s = 0; s < kSlices; ++s) sum += shared.slices[s][entry];
-    out[entry] = sum;
+  // Slices are added up half of the rows at a time, for which the buffers have room.
+  T* out = partial + tile.first_sum + share * kSide<T> * kSide<T> * lanes;
+  const int entries = kSide<T> / 2 * kSide<T> * lanes;
+#pragma unroll
+  for (int half = 0; half < 2; ++half, out += entries) {
+    if (slice < slices) {
+#pragma unroll
+      for (int i = 0; i < kSide<T> / 2; ++i)
+        for (int j = 0; j < kSide<T>; ++j)
+          shared.slices[slice * entries + (i * kSide<T> + j) * lanes + lane] = sums[half * kSide<T> / 2 + i][j];
+    }
+    __syncthreads();
+    for (int entry = threadIdx.x; entry < entries; entry += kThreads) {
+      T sum = 0;
+#pragma unroll 4
+      for (int s = 0; s < slices; ++s) sum += shared.slices[s * entries + entry];
+      out[entry] = sum;
+    }
+    __syncthreads();  // the first half has been read
   }
 }
 
-// Adds the shares up, scales, averages with what was there, and writes both halves of the matrix.
+// Adds the shares up, scales, averages with what was there, and writes both halves of the matrix. Some threads share
+// the shares of an entry.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const MapEntry* maps, const Tile* tiles, int tile_count, int64_t shares, const T* partial,
-                  const T* previous, double kept, double scale, int64_t count, T* sums) {
-  const Tile& tile = tiles[blockIdx.x];
-  for (int entry = threadIdx.x; entry < kTile * kTile; entry += kThreads) {
-    const int i = entry / kTile, j = entry % kTile;
-    if (i >= tile.row_count || j >= tile.col_count || (tile.diagonal && j < i)) continue;
-    double sum = 0;
-    for (int64_t share = 0; share < shares; ++share) {
-      sum += static_cast<double>(partial[(share * tile_count + blockIdx.x) * kTile * kTile + entry]);
-    }
-    const int64_t row = maps[tile.row_first + i].number, col = maps[tile.col_first + j].number;
-    sum *= scale;
-    if (previous != nullptr) sum += kept * static_cast<double>(previous[row * count + col]);
-    sums[row * count + col] = static_cast<T>(sum);
-    sums[col * count + row] = static_cast<T>(sum);
+    finish_kernel(const MapEntry* maps, const Tile* tiles, int tile_count, const T* partial, const T* previous,
+                  double kept, double scale, int64_t count, T* sums) {
+  KFAC2_SHARED(double, shared);
+  double* of_groups = &shared;
+  const auto first_finish = [tiles](int i) { return tiles[i].first_finish; };
+  const Tile& tile = tiles[entry_of_warp(tile_count, blockIdx.x, first_finish)];
+  const int lanes = tile.lanes(), entries = kSide<T> * kSide<T> * lanes, shares = tile.shares;
+  const int place = threadIdx.x % kFinishEntries, group = threadIdx.x / kFinishEntries;
+  const int entry = (blockIdx.x - tile.first_finish) * kFinishEntries + place;
+  double sum = 0;
+  if (entry < entries) {
+    const T* from = partial + tile.first_sum + entry;
+#pragma unroll 8
+    for (int share = group; share < shares; share += kFinishGroups)
+      sum += static_cast<double>(from[static_cast<int64_t>(share) * entries]);
   }
+  of_groups[threadIdx.x] = sum;
+  __syncthreads();
+  const int own = entry / lanes, lane = entry % lanes;
+  const int i = lane / tile.cols.lanes + own / kSide<T> * tile.rows.lanes;
+  const int j = lane % tile.cols.lanes + own % kSide<T> * tile.cols.lanes;
+  if (group > 0 || entry >= entries || i >= tile.rows.count || j >= tile.cols.count || (tile.diagonal && j < i)) return;
+  for (int other = 1; other < kFinishGroups; ++other) sum += of_groups[other * kFinishEntries + place];
+  const int64_t row = maps[tile.rows.first + i].number, col = maps[tile.cols.first + j].number;
+  sum *= scale;
+  if (previous != nullptr) sum += kept * static_cast<double>(previous[row * count + col]);
+  sums[row * count + col] = static_cast<T>(sum);
+  sums[col * count + row] = static_cast<T>(sum);
 }
 
 class CrossLayerSums : public TableLaunch {
  public:
   explicit CrossLayerSums(const CrossLayerSumsParams& params) : params_(params) {
-    const auto classes = grid_classes(params.count, [&](int64_t i) -> const Grid& { return params.maps[i].grid; });
-    struct Part {
-      size_t grid_class;
-      int first, count;
-    };
-    std::vector<Part> parts;
-    std::vector<MapEntry> maps;
-    for (size_t c = 0; c < classes.size(); ++c) {
-      const int first = static_cast<int>(maps.size());
-      for (const int64_t member : classes[c].members) maps.push_back({params.maps[member].data, member});
-      for (const auto& [begin, count] : even_parts(first, static_cast<int>(classes[c].members.size()))) {
-        parts.push_back({c, begin, count});
-      }
+    if (params.is_double) {
+      make_tables<double>();
+    } else {
+      make_tables<float>();
     }
-    std::vector<Tile> tiles;
-    int64_t most_places = 0;
-    for (size_t p = 0; p < parts.size(); ++p) {
-      for (size_t q = p; q < parts.size(); ++q) {
-        const Grid &rows = classes[parts[p].grid_class].grid, &cols = classes[parts[q].grid_class].grid;
-        const Meeting meeting = meet(rows, cols);
-        const bool empty = rows.places() == 0 || cols.places() == 0;
-        const int64_t places = empty ? 0 : params.batch * meeting.grid.places();
-        tiles.push_back(
-            {parts[p].first, parts[p].count, parts[q].first, parts[q].count, rows, cols, meeting, places, p == q});
-        most_places = std::max(most_places, places);
-      }
-    }
-    tile_count_ = static_cast<int>(tiles.size());
-    shares_ = std::max<int64_t>(1, std::min(ceil_div(kBlocksWanted, tile_count_), most_places / kLeastPlaces));
-    maps_ = add(maps);
-    tiles_ = add(tiles);
-    const int64_t bytes = params.is_double ? sizeof(double) : sizeof(float);
-    scratch_bytes_ = shares_ * tile_count_ * kTile * kTile * bytes;
   }
 
  private:
+  // A part of a class of maps, as a side of tiles.
+  template <typename T>
+  Side side_of(const GridClass& of, int first, int count, const MapEntry* maps) const {
+    Side side{first, count, static_cast<int>(ceil_div(count, kSide<T>)), false, true, 0, of.grid};
+    for (int i = 0; i < count; ++i) side.aligned &= reinterpret_cast<uintptr_t>(maps[first + i].data) % 16 == 0;
+    return side;
+  }
+
+  template <typename T>
+  Tile tile_of(const Side& rows, const Side& cols, bool diagonal) const {
+    Tile tile{};
+    tile.rows = rows;
+    tile.cols = cols;
+    tile.diagonal = diagonal;
+    tile.meeting = meet(rows.grid, cols.grid);
+    for (Side* side : {&tile.rows, &tile.cols}) {
+      side->met = tile.meeting.is(side->grid);
+      side->aligned &= side->met;
+    }
+    const bool empty = rows.grid.places() == 0 || cols.grid.places() == 0;
+    tile.places = empty ? 0 : params_.batch * tile.meeting.grid.places();
+    const int maps = (rows.lanes + (diagonal ? 0 : cols.lanes)) * kSide<T>;  // in a buffer
+    const int all = kThreads * kLoads / maps;
+    const int most = tile.rows.met && tile.cols.met ? all : std::min(all, kTableVectors);
+    tile.slices = std::min(kThreads / tile.lanes(), most);
+    tile.vectors = tile.slices * (most / tile.slices);
+    return tile;
+  }
+
+  template <typename T>
+  void make_tables() {
+    const auto classes = grid_classes(params_.count, [&](int64_t i) -> const Grid& { return params_.maps[i].grid; });
+    std::vector<MapEntry> maps;
+    std::vector<Side> sides;
+    for (const GridClass& each : classes) {
+      const int first = static_cast<int>(maps.size());
+      for (const int64_t member : each.members) maps.push_back({params_.maps[member].data, member});
+      for (const auto& [begin, count] : even_parts(first, static_cast<int>(each.members.size()), kMostLanes * kSide<T>))
+        sides.push_back(side_of<T>(each, begin, count, maps.data()));
+    }
+    std::vector<Tile> tiles;
+    for (size_t p = 0; p < sides.size(); ++p)
+      for (size_t q = p; q < sides.size(); ++q) tiles.push_back(tile_of<T>(sides[p], sides[q], p == q));
+    share_out<T>(tiles);
+    tile_count_ = static_cast<int>(tiles.size());
+    maps_ = add(maps);
+    tiles_ = add(tiles);
+    scratch_bytes_ = places_ * static_cast<int64_t>(sizeof(int64_t)) + sums_ * static_cast<int64_t>(sizeof(T));
+  }
+
+  // Shares of about as many multiplications each: a vector of places takes a thread as long in every tile, and there
+  // are `slices` at a time.
+  template <typename T>
+  void share_out(std::vector<Tile>& tiles) {
+    const auto work = [](const Tile& tile) { return ceil_div(tile.places, tile.slices * Vector<T>::kLanes); };
+    int64_t all = 0;
+    for (const Tile& tile : tiles) all += work(tile);
+    for (Tile& tile : tiles) {
+      const int64_t wanted = all == 0 ? 1 : ceil_div(kBlocksWanted * work(tile), all);
+      tile.shares = static_cast<int>(std::max<int64_t>(1, std::min(wanted, tile.places / kLeastPlaces)));
+      const int entries = kSide<T> * kSide<T> * tile.lanes();
+      tile.first_item = items_;
+      tile.first_finish = finishes_;
+      tile.first_places = place_items_;
+      const int64_t before = places_;
+      for (Side* side : {&tile.rows, &tile.cols}) {
+        if (side->met || params_.downsample == Downsample::kArea) continue;
+        side->first_place = places_;
+        places_ += tile.places;
+      }
+      if (places_ > before) place_items_ += static_cast<int>(ceil_div(tile.places, kThreads));
+      tile.first_sum = sums_;
+      items_ += tile.shares;
+      finishes_ += static_cast<int>(ceil_div(entries, kFinishEntries));
+      sums_ += int64_t{entries} * tile.shares;
+    }
+  }
+
   cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
     return params_.is_double ? start_as<double>(workspace, stream) : start_as<float>(workspace, stream);
   }
@@ -253,21 +411,28 @@ class CrossLayerSums : public TableLaunch {
   cudaError_t start_as(unsigned char* workspace, cudaStream_t stream) const {
     const MapEntry* maps = at(workspace, maps_);
     const Tile* tiles = at(workspace, tiles_);
-    T* partial = reinterpret_cast<T*>(scratch(workspace));
-    const dim3 grid(static_cast<unsigned>(tile_count_ * shares_));
+    int64_t* places = reinterpret_cast<int64_t*>(scratch(workspace));
+    T* partial = reinterpret_cast<T*>(places + places_);
+    if (place_items_ > 0) {
+      const cudaError_t status = launch(places_kernel, dim3(static_cast<unsigned>(place_items_)), dim3(kThreads), 0,
+                                        stream, tiles, tile_count_, places);
+      if (status != cudaSuccess) return status;
+    }
     const auto kernel =
         params_.downsample == Downsample::kArea ? cross_layer_sums_kernel<T, true> : cross_layer_sums_kernel<T, false>;
     const cudaError_t status =
-        launch(kernel, grid, dim3(kThreads), sizeof(SharedTile<T>), stream, maps, tiles, tile_count_, shares_, partial);
+        launch(kernel, dim3(static_cast<unsigned>(items_)), dim3(kThreads), sizeof(SharedTile<T>), stream, maps, tiles,
+               tile_count_, static_cast<const int64_t*>(places), partial);
     if (status != cudaSuccess) return status;
-    return launch(finish_kernel<T>, dim3(tile_count_), dim3(kThreads), 0, stream, maps, tiles, tile_count_, shares_,
-                  static_cast<const T*>(partial), static_cast<const T*>(params_.previous), params_.kept, params_.scale,
-                  params_.count, static_cast<T*>(params_.sums));
+    return launch(finish_kernel<T>, dim3(static_cast<unsigned>(finishes_)), dim3(kThreads), kThreads * sizeof(double),
+                  stream, maps, tiles, tile_count_, static_cast<const T*>(partial),
+                  static_cast<const T*>(params_.previous), params_.kept, params_.scale, params_.count,
+                  static_cast<T*>(params_.sums));
   }
 
   CrossLayerSumsParams params_;
-  int tile_count_ = 0;
-  int64_t shares_ = 1;
+  int tile_count_ = 0, items_ = 0, finishes_ = 0, place_items_ = 0;
+  int64_t places_ = 0, sums_ = 0;  // of all tables of places, and of all shares
   TableAt<MapEntry> maps_;
   TableAt<Tile> tiles_;
 };

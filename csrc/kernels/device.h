@@ -1,6 +1,7 @@
 // Small things that several kernels use.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -17,6 +18,16 @@ struct alignas(16) Vector {
   static constexpr int kLanes = 16 / sizeof(T);
   T lane[kLanes];
 };
+
+// Where numbers are that are moved at once. A device wants them aligned to their size; the emulation stops where they
+// are not, which the processor under it would not mind.
+template <typename Numbers, typename T>
+__device__ Numbers* aligned(T* data) {
+#ifdef KFAC2_EMULATE
+  emulation::expect_aligned(data, alignof(Numbers), {__FILE__, __LINE__});
+#endif
+  return reinterpret_cast<Numbers*>(data);
+}
 
 // The last of `count` entries whose first item, which grows, is not above `item`.
 template <typename FirstItem>
@@ -36,6 +47,27 @@ __device__ int entry_of(int count, int64_t item, const FirstItem& first_item) {
 template <typename Entry>
 __device__ int entry_of(const Entry* entries, int count, int64_t item) {
   return entry_of(count, item, [entries](int i) { return entries[i].first_item; });
+}
+
+// The same by a warp, all of whose threads must call: 32 entries are looked at at once, where one after the other would
+// be a chain of loads in front of all else.
+template <typename FirstItem>
+__device__ int entry_of_warp(int count, int64_t item, const FirstItem& first_item) {
+  const int lane = threadIdx.x % warpSize;
+  int low = 0;
+  while (count > 1) {
+    const int step = (count + warpSize - 1) / warpSize;
+    const int at = lane * step;
+    const int found = __popc(__ballot_sync(0xffffffffu, at < count && first_item(low + at) <= item)) - 1;
+    low += found * step;
+    count = std::min(step, count - found * step);
+  }
+  return low;
+}
+
+template <typename Entry>
+__device__ int entry_of_warp(const Entry* entries, int count, int64_t item) {
+  return entry_of_warp(count, item, [entries](int i) { return entries[i].first_item; });
 }
 
 }  // namespace kfac2::cuda

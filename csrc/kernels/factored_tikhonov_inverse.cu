@@ -17,22 +17,6 @@ namespace {
 
 constexpr int kDampThreads = 256;
 
-// The last matrix whose first item or tile, which grows, is not above `item`: 32 are looked at at once, where one after
-// the other would be a chain of loads in front of all else.
-template <typename First>
-__device__ int matrix_of(int count, int64_t item, const First& first) {
-  const int lane = threadIdx.x % warpSize;
-  int low = 0;
-  while (count > 1) {
-    const int step = (count + warpSize - 1) / warpSize;
-    const int at = lane * step;
-    const int found = __popc(__ballot_sync(0xffffffffu, at < count && first(low + at) <= item)) - 1;
-    low += found * step;
-    count = std::min(step, count - found * step);
-  }
-  return low;
-}
-
 __device__ double sum_of_threads(double* shared, double value) {
   shared[threadIdx.x] = value;
   __syncthreads();
@@ -57,7 +41,7 @@ __device__ double mean_diagonal(double* shared, const void* factor, int64_t size
 template <typename T>
 __global__ void __launch_bounds__(kDampThreads) damp_kernel(const Matrix* matrices, int count, double damping) {
   KFAC2_SHARED(double, shared);
-  const Matrix& matrix = matrices[matrix_of(count, blockIdx.x, [=](int m) { return matrices[m].first_item; })];
+  const Matrix& matrix = matrices[entry_of_warp(count, blockIdx.x, [=](int m) { return matrices[m].first_item; })];
   const int64_t size = matrix.size, first = (blockIdx.x - matrix.first_item) * kBlock<T>;
   const double own = mean_diagonal<T>(&shared, matrix.factor, size);
   const double other = mean_diagonal<T>(&shared, matrix.other, matrix.other_size);
@@ -89,7 +73,7 @@ template <typename T>
 __global__ void __launch_bounds__(2 * kBlock<T>) eliminate_kernel(const Matrix* matrices, int count, int k, T* all_Z) {
   constexpr int kRows = kBlock<T>;
   KFAC2_SHARED(Elimination<T>, shared);
-  const Matrix& matrix = matrices[matrix_of(count, blockIdx.x, [=](int m) { return matrices[m].first_item; })];
+  const Matrix& matrix = matrices[entry_of_warp(count, blockIdx.x, [=](int m) { return matrices[m].first_item; })];
   const int64_t columns = blockIdx.x - matrix.first_item, step = matrix.blocks * kRows;
   const int own = threadIdx.x;
   T* Z = all_Z + matrix.first_item * kRows * kRows + columns * kRows + own % kRows;
@@ -124,7 +108,7 @@ __global__ void __launch_bounds__(kSide* kSide, kTilesAtOnce)
     update_kernel(const Matrix* matrices, int count, int k, const T* all_Z) {
   constexpr int kRows = kBlock<T>;
   KFAC2_SHARED(Tiles<T>, tiles);
-  const Matrix& matrix = matrices[matrix_of(count, blockIdx.x, [=](int m) { return matrices[m].first_tile; })];
+  const Matrix& matrix = matrices[entry_of_warp(count, blockIdx.x, [=](int m) { return matrices[m].first_tile; })];
   int64_t i, j;
   tile_place(blockIdx.x - matrix.first_tile, &i, &j);
   const T* Z = all_Z + matrix.first_item * kRows * kRows;

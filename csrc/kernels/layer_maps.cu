@@ -20,6 +20,9 @@ constexpr int kRegionPlaces = kMaxPatchSpan;  // places of the input held in sha
 constexpr int64_t kBlockElements = 1 << 14;   // elements worth a block; small samples share one
 constexpr int64_t kTileElements = 1 << 15;    // of a tile, where a cut costs no halo
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kBlocks = 3;  // that share a multiprocessor
+constexpr int kInFlight =
+    8;  // loads of 16 bytes on their way before a thread waits for the first; of rows, half as many
 // The slices' sums take at most 8 lanes of 4 bytes, or 2 of 8, for each thread.
 constexpr int kPartialBytes = kThreads * 8 * static_cast<int>(sizeof(float));
 
@@ -78,11 +81,11 @@ bool choose_tile(Entry& entry) {
   return true;
 }
 
-__device__ Region region_of(const Entry& entry, int64_t item) {
+__device__ Region region_of(const Entry& entry, int item) {
   Region region;
   const Window& window = entry.source.window;
   for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
-    const int tile = static_cast<int>(item % entry.tiles[axis]);
+    const int tile = item % entry.tiles[axis];
     item /= entry.tiles[axis];
     region.origin[axis] = tile * entry.tile[axis];
     region.places[axis] = std::min(entry.tile[axis], entry.grid[axis] - region.origin[axis]);
@@ -93,7 +96,7 @@ __device__ Region region_of(const Entry& entry, int64_t item) {
     region.begin[axis] = static_cast<int>(std::max<int64_t>(0, begin));
     region.size[axis] = static_cast<int>(std::max<int64_t>(0, end - region.begin[axis]));
   }
-  region.first_sample = item * entry.samples;
+  region.first_sample = int64_t{item} * entry.samples;
   region.samples = static_cast<int>(std::min<int64_t>(entry.samples, entry.source.batch - region.first_sample));
   return region;
 }
@@ -119,25 +122,27 @@ __device__ void sum_rows(const RowSource& source, const Region& region, SumType<
   constexpr int kLanes = Vector<T>::kLanes;
   bool vectors = starts_aligned<T>(source);
   for (int axis = 0; axis < kSpatialRank; ++axis) vectors = vectors && source.spatial_stride[axis] % kLanes == 0;
-  const int channels = static_cast<int>(source.channels);
-  const int step = vectors ? kLanes : 1;
+  const int channels = static_cast<int>(source.channels), whole = vectors ? channels / kLanes * kLanes : 0;
   int lanes = 1;
-  while (lanes < 32 && lanes * step < channels) lanes *= 2;
-  const int lane = threadIdx.x % lanes, places = region.count();
+  while (lanes < 32 && lanes * (vectors ? kLanes : 1) < channels) lanes *= 2;
+  const int lane = threadIdx.x % lanes, step = lanes * kLanes, places = region.count();
   const T* x = static_cast<const T*>(source.data);
   for (int first = 0; first < places; first += kThreads / lanes) {  // the same for all threads: they meet below
     const int place = first + threadIdx.x / lanes;
     SumType<T> sum = 0;
     if (place < places) {
       const T* row = x + offset_of(source, region, place);
-      for (int c = lane * step; c < channels; c += lanes * step) {
-        if (vectors && c + kLanes <= channels) {
-          const Vector<T> part = *reinterpret_cast<const Vector<T>*>(row + c);
-          for (int k = 0; k < kLanes; ++k) sum += to_sum_type(part.lane[k]);
-        } else {
-          for (int k = c; k < std::min(c + step, channels); ++k) sum += to_sum_type(row[k]);
-        }
+      for (int c = lane * kLanes; c < whole; c += kInFlight / 2 * step) {
+        Vector<T> parts[kInFlight / 2] = {};
+#pragma unroll
+        for (int i = 0; i < kInFlight / 2; ++i)
+          if (c + i * step < whole) parts[i] = *aligned<const Vector<T>>(row + c + i * step);
+#pragma unroll
+        for (int i = 0; i < kInFlight / 2; ++i)
+          for (int k = 0; k < kLanes; ++k) sum += to_sum_type(parts[i].lane[k]);
       }
+#pragma unroll 4
+      for (int c = whole + lane; c < channels; c += lanes) sum += to_sum_type(row[c]);
     }
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
       sum += __shfl_xor_sync(kAllLanes, sum, distance, lanes);
@@ -146,11 +151,17 @@ __device__ void sum_rows(const RowSource& source, const Region& region, SumType<
   }
 }
 
+template <typename T>
+struct Single {
+  T lane[1];
+};
+
 // Channels apart: each thread takes kLanes places next to each other; where there are fewer places than
 // threads, the channels are shared among slices of threads, whose sums are added in a fixed order.
 template <typename T, int kLanes>
 __device__ void sum_planes(const RowSource& source, const Region& region, SumType<T>* plane, SumType<T>* partial) {
   using Sum = SumType<T>;
+  using Part = std::conditional_t<kLanes == 1, Single<T>, Vector<T>>;
   const int units = region.count() / kLanes, channels = static_cast<int>(source.channels);
   int unit_threads = 1;
   while (unit_threads < kThreads && unit_threads < units) unit_threads *= 2;
@@ -159,15 +170,16 @@ __device__ void sum_planes(const RowSource& source, const Region& region, SumTyp
   for (int unit = threadIdx.x % unit_threads; unit < units; unit += unit_threads) {
     const T* place = x + offset_of(source, region, unit * kLanes);
     Sum sums[kLanes] = {};
-#pragma unroll 4
-    for (int c = slice; c < channels; c += slices) {
-      const T* at = place + c * source.channel_stride;
-      if constexpr (kLanes == 1) {
-        sums[0] += to_sum_type(*at);
-      } else {
-        const Vector<T> part = *reinterpret_cast<const Vector<T>*>(at);
-        for (int k = 0; k < kLanes; ++k) sums[k] += to_sum_type(part.lane[k]);
+    for (int first = slice; first < channels; first += kInFlight * slices) {
+      Part parts[kInFlight] = {};
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int c = first + i * slices;
+        if (c < channels) parts[i] = *aligned<const Part>(place + c * source.channel_stride);
       }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i)
+        for (int k = 0; k < kLanes; ++k) sums[k] += to_sum_type(parts[i].lane[k]);
     }
     Sum* to = (slices == 1 ? plane : partial + slice * units * kLanes) + unit * kLanes;
     for (int k = 0; k < kLanes; ++k) to[k] = sums[k];
@@ -198,25 +210,43 @@ __device__ void sum_channels(const RowSource& source, const Region& region, SumT
   }
 }
 
+// How the places of a tile read its region: in registers, since a compiler cannot know that maps are no table.
+struct Patches {
+  int first[kSpatialRank];  // of the first place's patch, in the region; may lie outside
+  int kernel[kSpatialRank], stride[kSpatialRank], dilation[kSpatialRank], size[kSpatialRank];
+};
+
+__device__ Patches patches_of(const Window& window, const Region& region) {
+  Patches patches;
+  for (int axis = 0; axis < kSpatialRank; ++axis) {
+    const int64_t begin = region.origin[axis] * window.stride[axis] - window.pad_low[axis];
+    patches.first[axis] = static_cast<int>(begin - region.begin[axis]);
+    patches.kernel[axis] = static_cast<int>(window.kernel[axis]);
+    patches.stride[axis] = static_cast<int>(window.stride[axis]);
+    patches.dilation[axis] = static_cast<int>(window.dilation[axis]);
+    patches.size[axis] = region.size[axis];
+  }
+  return patches;
+}
+
 // The sum over the patch of one place of the tile.
 template <typename Sum>
-__device__ Sum patch_sum(const Window& window, const Region& region, const Sum* plane, int sample, const int* place) {
-  int first[kSpatialRank];  // of the patch, in the region; may lie outside
-  for (int axis = 0; axis < kSpatialRank; ++axis) {
-    first[axis] = static_cast<int>((region.origin[axis] + place[axis]) * window.stride[axis] - window.pad_low[axis]) -
-                  region.begin[axis];
-  }
+__device__ Sum patch_sum(const Patches& patches, const Sum* plane, int sample, const int* place) {
+  const int *kernel = patches.kernel, *dilation = patches.dilation, *size = patches.size;
+  int first[kSpatialRank];
+  for (int axis = 0; axis < kSpatialRank; ++axis)
+    first[axis] = patches.first[axis] + place[axis] * patches.stride[axis];
   Sum sum = 0;
-  for (int i = 0; i < window.kernel[0]; ++i) {
-    const int z = first[0] + i * static_cast<int>(window.dilation[0]);
-    if (z < 0 || z >= region.size[0]) continue;
-    for (int j = 0; j < window.kernel[1]; ++j) {
-      const int y = first[1] + j * static_cast<int>(window.dilation[1]);
-      if (y < 0 || y >= region.size[1]) continue;
-      const Sum* line = plane + ((sample * region.size[0] + z) * region.size[1] + y) * region.size[2];
-      for (int k = 0; k < window.kernel[2]; ++k) {
-        const int x = first[2] + k * static_cast<int>(window.dilation[2]);
-        if (x >= 0 && x < region.size[2]) sum += line[x];
+  for (int i = 0; i < kernel[0]; ++i) {
+    const int z = first[0] + i * dilation[0];
+    if (z < 0 || z >= size[0]) continue;
+    for (int j = 0; j < kernel[1]; ++j) {
+      const int y = first[1] + j * dilation[1];
+      if (y < 0 || y >= size[1]) continue;
+      const Sum* line = plane + ((sample * size[0] + z) * size[1] + y) * size[2];
+      for (int k = 0; k < kernel[2]; ++k) {
+        const int x = first[2] + k * dilation[2];
+        if (x >= 0 && x < size[2]) sum += line[x];
       }
     }
   }
@@ -228,25 +258,27 @@ __device__ void tile_maps(const Entry& entry, const Region& region, unsigned cha
   using Sum = SumType<T>;
   Sum* plane = reinterpret_cast<Sum*>(shared);
   sum_channels<T>(entry.source, region, plane, reinterpret_cast<Sum*>(shared + plane_bytes));
-  __syncthreads();
-  const Window& window = entry.source.window;
+  const Patches patches = patches_of(entry.source.window, region);
+  const Sum bias = static_cast<Sum>(entry.source.window.bias);
   Sum* maps = static_cast<Sum*>(entry.maps);
+  const int grid[kSpatialRank] = {entry.grid[0], entry.grid[1], entry.grid[2]};
   const int places = region.places[0] * region.places[1] * region.places[2];
+  __syncthreads();
   for (int i = threadIdx.x; i < region.samples * places; i += kThreads) {
     const int sample = i / places;
     const int place[kSpatialRank] = {i % places / (region.places[1] * region.places[2]),
                                      i / region.places[2] % region.places[1], i % region.places[2]};
     int64_t index = region.first_sample + sample;
-    for (int axis = 0; axis < kSpatialRank; ++axis)
-      index = index * entry.grid[axis] + region.origin[axis] + place[axis];
-    maps[index] = patch_sum(window, region, plane, sample, place) + static_cast<Sum>(window.bias);
+    for (int axis = 0; axis < kSpatialRank; ++axis) index = index * grid[axis] + region.origin[axis] + place[axis];
+    maps[index] = patch_sum(patches, plane, sample, place) + bias;
   }
 }
 
-__global__ void __launch_bounds__(kThreads) layer_maps_kernel(const Entry* entries, int count, int plane_bytes) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    layer_maps_kernel(const Entry* entries, int count, int plane_bytes) {
   KFAC2_SHARED(unsigned char, shared);
-  const Entry& entry = entries[entry_of(entries, count, blockIdx.x)];
-  const Region region = region_of(entry, blockIdx.x - entry.first_item);
+  const Entry& entry = entries[entry_of_warp(entries, count, blockIdx.x)];
+  const Region region = region_of(entry, static_cast<int>(blockIdx.x - entry.first_item));
   with_type(entry.source.element_type, entry.source.data,
             [&](const auto* x) { tile_maps<ElementOf<decltype(x)>>(entry, region, &shared, plane_bytes); });
 }

@@ -49,39 +49,54 @@ __device__ Sums sum_of_warp(Sums value) {
   return value;
 }
 
-// What is summed over one item of a layer by one thread.
+// What one thread sums up of an item.
 template <typename T>
-__device__ Sums sum_of_thread(int64_t begin, int64_t end, const T* gradients, const T* directions, const T* written,
-                              bool extremes) {
-  T gradient = 0, dot = 0, sum = 0, square = 0;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    gradient += gradients[i];
-    dot += gradients[i] * directions[i];
-    if (written != nullptr) {
-      sum += written[i];
-      square += written[i] * written[i];
+struct OwnSums {
+  T gradient = 0, dot = 0, written = 0, square = 0, lowest = HUGE_VAL, highest = -HUGE_VAL;
+
+  __device__ void add(T own, T direction, bool keeps_gradient) {
+    const T number = keeps_gradient ? own : direction;
+    gradient += own;
+    dot += own * direction;
+    written += number;
+    square += number * number;
+    lowest = std::fmin(lowest, direction);
+    highest = std::fmax(highest, direction);
+  }
+};
+
+// 16 bytes at once from where on both are aligned, and single numbers behind the last of these.
+template <typename T>
+__device__ OwnSums<T> sum_of_thread(int64_t begin, int64_t end, const T* gradients, const T* directions,
+                                    bool keeps_gradient) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  const auto is_aligned = [begin](const T* data) { return reinterpret_cast<uintptr_t>(data + begin) % 16 == 0; };
+  OwnSums<T> sums;
+  int64_t rest = begin;
+  if (is_aligned(gradients) && is_aligned(directions)) {
+    rest = begin + (end - begin) / kLanes * kLanes;
+#pragma unroll 4
+    for (int64_t i = begin + threadIdx.x * kLanes; i < rest; i += kThreads * kLanes) {
+      const Vector<T> own = *aligned<const Vector<T>>(gradients + i);
+      const Vector<T> direction = *aligned<const Vector<T>>(directions + i);
+      for (int k = 0; k < kLanes; ++k) sums.add(own.lane[k], direction.lane[k], keeps_gradient);
     }
   }
-  T lowest = HUGE_VAL, highest = -HUGE_VAL;
-  for (int64_t i = extremes ? begin + threadIdx.x : end; i < end; i += kThreads) {
-    lowest = std::fmin(lowest, directions[i]);
-    highest = std::fmax(highest, directions[i]);
-  }
-  return {gradient, dot, sum, square, lowest, highest};
+#pragma unroll 1
+  for (int64_t i = rest + threadIdx.x; i < end; i += kThreads) sums.add(gradients[i], directions[i], keeps_gradient);
+  return sums;
 }
 
-// Only with `limits` are norms summed up; extremes only where the entry says how large a number may be.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sums_kernel(const LayerEntry* layers, int count, const T* gradients, const T* directions, const double* usable,
-                const double* limits, Sums* partial) {
+__global__ void __launch_bounds__(kThreads) sums_kernel(const LayerEntry* layers, int count, const T* gradients,
+                                                        const T* directions, const double* usable, Sums* partial) {
   KFAC2_SHARED(Sums, shared);
-  const int number = entry_of(layers, count, blockIdx.x);
+  const int number = entry_of_warp(layers, count, blockIdx.x);
   const LayerEntry& layer = layers[number];
   const int64_t begin = layer.begin + (blockIdx.x - layer.first_item) * kItemElements;
   const int64_t end = begin + kItemElements < layer.end ? begin + kItemElements : layer.end;
-  const T* written = limits == nullptr ? nullptr : usable[number] != 0 ? directions : gradients;
-  const Sums mine = sum_of_warp(sum_of_thread(begin, end, gradients, directions, written, !std::isinf(layer.largest)));
+  const OwnSums<T> own = sum_of_thread(begin, end, gradients, directions, usable[number] == 0);
+  const Sums mine = sum_of_warp(Sums{own.gradient, own.dot, own.written, own.square, own.lowest, own.highest});
   Sums* of_warps = &shared;
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = mine;
   __syncthreads();
@@ -250,7 +265,7 @@ class ShiftAndScale : public TableLaunch {
   cudaError_t form_sums(const LayerEntry* layers, Sums* partial, cudaStream_t stream) const {
     return launch(sums_kernel<T>, dim3(static_cast<unsigned>(items_)), dim3(kThreads), kThreads / 32 * sizeof(Sums),
                   stream, layers, static_cast<int>(params_.layers), static_cast<const T*>(params_.gradients),
-                  static_cast<const T*>(params_.directions), params_.usable, params_.limits, partial);
+                  static_cast<const T*>(params_.directions), params_.usable, partial);
   }
 
   ShiftAndScaleParams params_;

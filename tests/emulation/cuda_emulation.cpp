@@ -451,6 +451,11 @@ void barrier(Site site) {
   suspend(fiber, State::kAtBarrier);
 }
 
+void expect_aligned(const void* data, size_t bytes, Site site) {
+  if (reinterpret_cast<uintptr_t>(data) % bytes != 0)
+    fail(site, "%u bytes are moved at once that are not aligned", static_cast<unsigned>(bytes));
+}
+
 uint64_t exchange(const LaneRequest& request) {
   Fiber& fiber = running_thread();
   check_request(request, fiber.lane());

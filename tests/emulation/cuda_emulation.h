@@ -134,6 +134,9 @@ struct LaneRequest {
 
 void barrier(Site site);
 
+// A load or a store of so many bytes at once, which a device refuses elsewhere.
+void expect_aligned(const void* data, size_t bytes, Site site);
+
 // Waits for the other lanes of the mask; returns what the operation gives this lane.
 uint64_t exchange(const LaneRequest& request);
 

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "compat.h"
+#include "device.h"
 
 namespace {
 
@@ -315,6 +315,10 @@ __global__ void mix_operations(int* out) {
 }
 
 // Each lane names the other, but with masks that differ.
+__global__ void load_vector(const float* numbers) {
+  (void)*kfac2::cuda::aligned<const kfac2::cuda::Vector<float>>(numbers);
+}
+
 __global__ void disagree(int* out) { *out = __shfl_sync(threadIdx.x == 0 ? 3u : 7u, 1, 0); }
 
 void test_warp_faults() {
@@ -335,6 +339,8 @@ void test_warp_faults() {
                 "different shuffles that meet");
     check_fault(fault_of([&] { launch(disagree, dim3(1), dim3(2), 0, kStream, &out); }),
                 "with mask 0x00000003 reached by 1 of 2 lanes of warp 0", "masks that differ");
+    check_fault(fault_of([&] { launch(load_vector, dim3(1), dim3(1), 0, kStream, floats.data() + 1); }),
+                "16 bytes are moved at once that are not aligned", "an address that is not aligned");
     // A warp of 20 lanes: the value of lane 20, which is not there, is undefined.
     launch(shuffle_in_mask, dim3(1), dim3(20), 0, kStream, kFull, 32, floats.data());
     check(floats[18] == 1 && std::isnan(floats[19]), "an undefined lane is poisoned");

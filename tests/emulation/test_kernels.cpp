@@ -146,18 +146,21 @@ void test_maps_of_tokens(Random& random) {
   }
 }
 
+// Of maps of several grids; `many` of them have one, more than a tile holds.
 template <typename T>
-void test_sums(Random& random) {
+void test_sums(Random& random, int64_t many = 0) {
   const double tolerance = sizeof(T) == sizeof(double) ? 1e-12 : 1e-5;
-  const int64_t count = draw(random, 1, 3) == 1 ? draw(random, 33, 70) : draw(random, 1, 9);
+  const int64_t others = draw(random, 1, 3) == 1 ? draw(random, 33, 70) : draw(random, 1, 9), count = many + others;
   const int64_t batch = count == 3 ? 700 : draw(random, 1, 9);  // 700: places shared among blocks
   std::vector<std::vector<T>> data;
   std::vector<GridMap> maps;
   for (int64_t i = 0; i < count; ++i) {
     GridMap map{nullptr, {static_cast<int>(draw(random, 0, 2)), {}}};
     for (int axis = 0; axis < map.grid.rank; ++axis) map.grid.extent[axis] = count > 9 ? 3 : draw(random, 1, 7);
-    data.push_back(drawn_numbers<T>(random, batch * map.grid.places()));
-    map.data = data.back().data();
+    if (i < many) map.grid = {1, {3}};
+    const int64_t begin = draw(random, 0, 2) / 2;  // some are not aligned
+    data.push_back(drawn_numbers<T>(random, begin + batch * map.grid.places()));
+    map.data = data.back().data() + begin;
     maps.push_back(map);
   }
   std::vector<T> previous = drawn_numbers<T>(random, count * count);
@@ -284,6 +287,8 @@ void run_all(Cases& cases) {
     }
   }
   Random random(0);
+  cases.run("sums of many maps", 0, [&] { test_sums<float>(random, 67); });
+  cases.run("sums of many maps in double", 0, [&] { test_sums<double>(random, 131); });
   cases.run("maps of tokens", 0, [&] { test_maps_of_tokens(random); });
   cases.run("many positions", 0, [&] { test_layers(DrawnLayers::of_many_positions(random)); });
   cases.run("launches", 1, test_launches_do_not_grow_with_layers);

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "cases.h"
+#include "integers.h"
 #include "run_on_device.h"
 
 using namespace kfac2;
@@ -11,8 +12,9 @@ using namespace kfac2::tests;
 
 namespace {
 
-// Gradients of some layers, each with its columns along two axes in either order, some with a bias; then one gradient
-// that belongs to no layer.
+// Gradients of some layers, each with its columns along two axes in either order, some with a bias, some in matrices
+// whose rows are padded to a multiple of 4 as those of a step are, some that do not begin where vectors may or whose
+// own rows lie apart; then one gradient that belongs to no layer.
 struct DrawnStep {
   std::vector<std::shared_ptr<void>> memory;
   std::vector<size_t> bytes;  // of each gradient's memory
@@ -23,14 +25,16 @@ struct DrawnStep {
   explicit DrawnStep(Random& random, int64_t layers, int64_t largest) {
     for (int64_t i = 0; i < layers; ++i) {
       const bool bias = draw(random, 0, 1) == 0;
+      const bool padded = draw(random, 0, 2) > 0;
       const int64_t rows = draw(random, 1, largest), a = draw(random, 1, 5), b = draw(random, 1, 9),
-                    d_in = a * b + bias, row_length = d_in + draw(random, 0, 3);
-      add(random, rows, a, b, elements, row_length, i);
-      if (bias) add(random, rows, 1, 1, elements + d_in - 1, row_length, i);
-      spans.insert(spans.end(), {elements, elements + rows * row_length, rows * d_in});
-      elements += rows * row_length;
+                    d_in = a * b + bias, length = padded ? ceil_div(d_in, 4) * 4 : d_in + draw(random, 0, 1);
+      if (padded) elements = ceil_div(elements, 4) * 4;
+      add(random, rows, a, b, elements, length, i);
+      if (bias) add(random, rows, 1, 1, elements + d_in - 1, length, i);
+      spans.insert(spans.end(), {elements, elements + rows * length, rows * d_in});
+      elements += rows * length;
     }
-    add(random, 7, 1, 3, -1, 0, -1);
+    add(random, 7, 1, draw(random, 3, 4), -1, 0, -1);
   }
 
   void add(Random& random, int64_t rows, int64_t a, int64_t b, int64_t offset, int64_t row_length, int64_t layer) {
@@ -45,11 +49,21 @@ struct DrawnStep {
   template <typename T>
   void add_as(Random& random, ElementType type, int64_t rows, int64_t a, int64_t b, int64_t offset, int64_t row_length,
               int64_t layer) {
-    auto numbers = std::make_shared<std::vector<T>>(drawn_numbers<T>(random, rows * a * b));
-    GradientPart part{numbers->data(), type,   rows,       a * b, a * b,      {1, 1, 1, a * b},
-                      {0, 0, 0, 1},    offset, row_length, layer, 2 * count()};
+    const int64_t begin = draw(random, 0, 2) % 2, stride = a * b + draw(random, 0, 2) / 2 * draw(random, 1, 4);
+    auto numbers = std::make_shared<std::vector<T>>(drawn_numbers<T>(random, begin + rows * stride));
+    GradientPart part{numbers->data() + begin,
+                      type,
+                      rows,
+                      a * b,
+                      stride,
+                      {1, 1, 1, a * b},
+                      {0, 0, 0, 1},
+                      offset,
+                      row_length,
+                      layer,
+                      2 * count()};
     if (draw(random, 0, 1) == 0) part.extent[2] = a, part.extent[3] = b, part.stride[2] = 1, part.stride[3] = a;
-    bytes.push_back(numbers->size() * sizeof(T));
+    bytes.push_back(rows * stride * sizeof(T));
     memory.push_back(numbers);
     parts.push_back(part);
   }
@@ -164,7 +178,7 @@ void expect_same(bool same, const char* what) {
 
 void expect_same_gradients(const DrawnStep& got, const DrawnStep& expected) {
   for (size_t i = 0; i < got.parts.size(); ++i) {
-    const int64_t count = got.parts[i].elements();
+    const int64_t count = static_cast<int64_t>(got.bytes[i]) / element_bytes(got.parts[i].element_type);
     with_type(got.parts[i].element_type, got.parts[i].data, [&](const auto* ours) {
       using Element = std::remove_const_t<std::remove_pointer_t<decltype(ours)>>;
       const auto* theirs = static_cast<const Element*>(expected.parts[i].data);

@@ -7,7 +7,7 @@ from device import DEVICE, anywhere, needs_cuda
 
 from kfac2 import ops
 from kfac2.ops.gather_gradients import gather_gradients
-from kfac2.ops.shift_and_scale import shift_and_scale
+from kfac2.ops.shift_and_scale import ShiftAndScale, shift_and_scale
 from kfac2.ops.write_gradients import write_gradients
 
 pytestmark = anywhere
@@ -100,6 +100,33 @@ def test_the_calls_of_a_step(total):
         results.append([matrices.cpu(), first_bad.cpu(), *(part.cpu() for part in step), *(g.cpu() for g in mine)])
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert_equal(ours.double(), theirs.double(), 1e-2 if theirs.dtype.itemsize == 2 else 1e-4)
+
+
+@pytest.mark.parametrize("total", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rows_padded_to_a_multiple_of_four(dtype, total):
+    """A weight of each alignment, rows that lie apart, and its bias; rows of 768 and a bias are padded to 772."""
+    outputs, inputs, length, layers = 33, 768, 772, 4
+    numbers = [torch.randn(outputs * (inputs + 4) + 1).to(dtype) for _ in range(layers)]
+    weights = [n.to(DEVICE)[i % 2 :][: outputs * (inputs + 4)] for i, n in enumerate(numbers)]
+    weights = [w.view(outputs, -1)[:, :inputs] if i < 2 else w[: outputs * inputs].view(outputs, -1)
+               for i, w in enumerate(weights)]  # fmt: skip
+    gradients = [each for w in weights for each in (w, torch.randn(outputs, device=DEVICE).to(dtype))]
+    rows = [(i * outputs * length + at, length, i, i) for i in range(layers) for at in (0, inputs)]
+    layout, matrices = torch.tensor(rows), torch.full((layers * outputs * length,), -7.0, dtype=total, device=DEVICE)
+    expected = torch.full_like(matrices, -7.0).view(layers, outputs, length)
+    for i in range(layers):
+        expected[i, :, :inputs], expected[i, :, inputs] = gradients[2 * i], gradients[2 * i + 1]
+    assert int(gather_gradients(gradients, layout, layers, layers, matrices)) == layers
+    assert torch.equal(matrices.view_as(expected), expected)
+    usable = torch.tensor([1.0, 0, 1, 1], dtype=torch.float64, device=DEVICE)
+    found, halves = torch.zeros(1, device=DEVICE), torch.full((layers,), 0.5, dtype=torch.float64, device=DEVICE)
+    step = ShiftAndScale(4 * halves, halves[:2], found, halves, halves)
+    write_gradients(gradients, layout, matrices, step, usable)
+    for i in range(layers):
+        values = (expected[i] + 2 * (i != 1)) / 2
+        for ours, theirs in ((gradients[2 * i], values[:, :inputs]), (gradients[2 * i + 1], values[:, inputs])):
+            assert_equal(ours.double(), theirs.double(), 1e-2 if dtype.itemsize == 2 else 1e-6)
 
 
 def test_what_is_not_finite_zeroes_all_gradients():
