@@ -197,7 +197,8 @@ def derivatives(
         fitting: list[tuple[int, Tensor]] = []
         for use, s in zip(uses, _derivatives(uses, [matrices[number[use.layer]] for use in uses]), strict=True):
             if use.fits:
-                fitting.append((number[use.layer], s.view(count, kept.samples, -1).sum(2)))
+                of_samples = s if use.samples == kept.samples else s.view(count, kept.samples, -1).sum(2)
+                fitting.append((number[use.layer], of_samples))
             else:
                 own = s.new_zeros(s.shape[1], count, len(layers))
                 own[:, :, number[use.layer]] = s.T

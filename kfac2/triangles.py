@@ -40,23 +40,30 @@ def packed(stack: Tensor, last: Tensor | None = None) -> Tensor:
     return result
 
 
-def unpacked(rectangles: Tensor, d: int) -> Tensor:
+def unpacked(rectangles: Tensor, d: int, mask: Tensor | None = None) -> Tensor:
     """Return the symmetric matrices that `packed` was given.
 
     Args:
         rectangles: (blocks, h, w).
         d: their size.
+        mask: what `upper_triangle` returns for this size or a larger one, so that few are made for many stacks.
     """
     h, shift = _half(d)
     rest = d - h
     result = torch.empty(len(rectangles), d, d, dtype=rectangles.dtype, device=rectangles.device)
-    is_upper = torch.ones(h, h, dtype=torch.bool, device=rectangles.device).triu_()
+    is_upper = upper_triangle(d, rectangles.device) if mask is None else mask
     upper, lower = rectangles[..., shift : shift + h], rectangles[:, h - rest :, :rest]
-    result[:, :h, :h] = torch.where(is_upper, upper, upper.mT)
-    result[:, h:, h:] = torch.where(is_upper[:rest, :rest], lower.mT, lower)
+    torch.where(is_upper[:h, :h], upper, upper.mT, out=result[:, :h, :h])
+    torch.where(is_upper[:rest, :rest], lower.mT, lower, out=result[:, h:, h:])
     result[:, :h, h:] = rectangles[..., shift + h :]
     result[:, h:, :h] = result[:, :h, h:].mT
     return result
+
+
+def upper_triangle(d: int, device: torch.device) -> Tensor:
+    """Return which elements of the first half of the rows of a matrix, in its own square, are in the upper triangle."""
+    h, _ = _half(d)
+    return torch.ones(h, h, dtype=torch.bool, device=device).triu_()
 
 
 def packed_shape(d: int) -> tuple[int, int]:

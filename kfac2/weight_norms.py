@@ -38,4 +38,4 @@ class WeightNorms:
     def now(self) -> Tensor:
         """Take |W_i| as the weights are now, float64, (L,)."""
         norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters])
-        return self._added(torch.stack([norm.double() for norm in norms]).square()).sqrt()
+        return self._added(torch.stack(norms).double().square()).sqrt()
