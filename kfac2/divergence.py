@@ -102,7 +102,10 @@ def first_of(kept: KeptPass, count: int) -> KeptPass:
 
 def rounded(kept: KeptPass) -> KeptPass:
     """Return what is kept with the rows g in bfloat16 where they are float32, see `Keeps`."""
-    grads = _in_16_bits([use.grads.tensor for use in kept.uses])
+    rows = [use.grads.tensor for use in kept.uses]
+    if not any(g.dtype == torch.float32 for g in rows):
+        return kept
+    grads = _in_16_bits(rows)
     uses = [use._replace(grads=Rows(g, use.grads.window)) for use, g in zip(kept.uses, grads, strict=True)]
     return kept._replace(uses=uses)
 
@@ -146,7 +149,12 @@ def quarter(samples: int) -> int:
     return max(32, samples // 4)
 
 
-def divergence(passes: Sequence[KeptPass], direction: Direction, processes: Processes = ALONE) -> Tensor:
+def divergence(
+    passes: Sequence[KeptPass],
+    direction: Direction,
+    processes: Processes = ALONE,
+    matrices_of: Callable[[Sequence[Layer]], Matrices] | None = None,
+) -> Tensor:
     """Return dᵀFd = 1/M Σ_n (Σ_i s_ni)², s_ni = Σ_t g_ntᵀ D_i ā_nt: twice the divergence that a step d would bring.
 
     All layers are coupled, where the KL clip sees each for itself.
@@ -155,6 +163,7 @@ def divergence(passes: Sequence[KeptPass], direction: Direction, processes: Proc
         passes: kept rows of this iteration; this process may have none.
         direction: gives d of a parameter; None where it does not move.
         processes: whose rows count together.
+        matrices_of: gives what writes directions of these layers as matrices, one of each; by default it is made.
 
     Returns:
         float64, one number; on the device, if there are rows.
@@ -165,7 +174,8 @@ def divergence(passes: Sequence[KeptPass], direction: Direction, processes: Proc
     cases = sum(kept.cases for kept in passes)
     squares = torch.zeros((), dtype=torch.float64, device=next(iter(layers)).weight.device if layers else "cpu")
     if moving:
-        squares = derivatives(passes, moving, Matrices(moving, 1).of([moved]))[0].sum(2).square().sum()
+        matrices = Matrices(moving, 1) if matrices_of is None else matrices_of(moving)
+        squares = derivatives(passes, moving, matrices.of([moved]))[0].sum(2).square().sum()
     if processes.is_alone:
         return squares / cases
     (total,) = processes.added("the measured divergence", [torch.stack([squares, torch.full_like(squares, cases)])])
