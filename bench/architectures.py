@@ -95,15 +95,14 @@ def errors(opt: kfac2.KFAC, log_prob: Tensor) -> dict[str, float]:
 def _error(layer: Layer, uses: Sequence[Use], true: Mapping[int, Tensor | None]) -> float:
     if true[id(layer.weight)] is None and not uses:
         return math.nan
-    wanted, places = torch.zeros(layer.matrix_shape, dtype=torch.float64), math.prod(layer.matrix_shape)
+    wanted = torch.zeros(layer.matrix_shape, dtype=torch.float64)
     for part in layer.parts():
         gradient = true[id(part.parameter)]
         if gradient is not None:
             rows = gradient.double() if part.view is None else part.view(gradient.double())
-            width = layer.matrix_shape[2]
             rows = rows.reshape(-1, 1) if part.parameter is layer.bias else rows.flatten(1)
-            begin, column = divmod(part.place, width)
-            wanted.reshape(places // width, width)[begin : begin + len(rows), column : column + rows.shape[1]] = rows
+            begin, column = part.row, part.column
+            wanted.flatten(0, 1)[begin : begin + len(rows), column : column + rows.shape[1]] = rows
     off, size = (rebuilt(layer, uses) - wanted).norm(), wanted.norm()
     return float(off / size) if size > 0 else float(off)
 

@@ -124,7 +124,7 @@ def derivatives_of(shapes: Sequence[LayerShape], samples: int) -> Call:
     def own_at(precision: str) -> tuple[Sequence[Stage], str]:
         own_inputs, own_grads = [rows for rows, _ in wide], [g for _, g in wide]
         applied = library.applied_directions(own_inputs, own_grads, ops.ELEMENT[precision])
-        return [*native, *applied], "tf32" if precision == "bf16" else precision
+        return [*native, *applied], precision
 
     own = replace(ops.directional_derivatives(inputs, grads), stages=own_at("fp32")[0])
     return Call(own, partial(library.directional_derivatives, inputs, grads), own_at)

@@ -91,14 +91,14 @@ def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source], e
 
 
 def applied_directions(inputs: Sequence[Source], grads: Sequence[Source], element: int) -> list[Stage]:
-    """What kfac2 itself does of wide layers: kfac2/ops/applied_directions.py, in float32, few samples at a time."""
+    """What kfac2 itself does of wide layers: kfac2/ops/applied_directions.py, few samples at a time."""
     stages = []
     for s, g in zip(inputs, grads, strict=True):
         parts = math.ceil(s.batch / max(1, CHUNK_OF_PRODUCTS * s.batch // max(g.numbers, s.numbers)))
         if element < FLOAT:
-            stages.append(Stage("copy", 2 * parts, float((element + FLOAT) * (s.numbers + g.numbers))))
-        moved = FLOAT * (s.numbers + g.numbers + parts * s.length * g.channels)
-        stages.append(Stage("mm", parts, moved, product(s.length, g.channels, 1, FLOAT).flop * s.rows))
+            stages.append(Stage("copy", 1 + parts, float((element + FLOAT) * (s.length * g.channels + g.numbers))))
+        moved = element * (s.numbers + g.numbers + parts * s.length * g.channels)
+        stages.append(Stage("mm", parts, moved, product(s.length, g.channels, 1, element).flop * s.rows))
         stages.append(Stage("copy", parts, 3.0 * FLOAT * g.numbers))
         stages.append(Stage("reduce", (1 + bool(s.window.bias)) * parts, float(FLOAT * g.numbers)))
     return stages

@@ -22,7 +22,7 @@ ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2}  # bytes of an activation, by the pr
 TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables.cu
 # sizeof of the tables' entries, csrc/kernels
 MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 344, 128, 528
-MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 160, 80, 80, 144, 48
+MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 160, 80, 80, 144, 56
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
 # Instructions of a warp for 32 positions, by the tile: of 16 counted on an H100, of 32 from the compiled code.
 COVARIANCE_ISSUE = {16: 230, 32: 580}

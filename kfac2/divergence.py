@@ -236,9 +236,10 @@ class Matrices:
         self._dtype = torch.float64 if any(layer.factor_dtype == torch.float64 for layer in layers) else torch.float32
         begins = [0, *itertools.accumulate(self._sizes)]
         self._parts = [  # of each: which direction, id of the parameter, view, and its row in the table
-            (k, id(part.parameter), part.view, (begin + k * (size // count) + part.place, layer.matrix_shape[2], i, 0))
-            for i, (layer, begin, size) in enumerate(zip(layers, begins, self._sizes, strict=False))
-            for k in range(count)
+            (k, id(part.parameter), part.view, (begin + part.row * d_in + part.column, d_in, i, 0))
+            for i, (layer, first, size) in enumerate(zip(layers, begins, self._sizes, strict=False))
+            for d_in in layer.matrix_shape[2:]
+            for k, begin in enumerate(first + k * (size // count) for k in range(count))
             for part in layer.parts()
         ]
         self._present: list[bool] = []

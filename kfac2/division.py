@@ -154,9 +154,8 @@ class Division:
 
 def _copy_matrices(part: Layout, matrices: Tensor, whole: Layout, target: Tensor, back: bool = False) -> None:
     """Copy the matrices of some layers to where they lie among all; or `back` from there."""
-    spans = whole.spans.tolist()
-    here = [matrices[begin:end] for begin, end in part.spans.tolist()]
-    there = [target[begin:end] for begin, end in (spans[whole.number(layer)] for layer in part.layers)]
+    here = [part.padded_matrix(matrices, i) for i in range(len(part.layers))]
+    there = [whole.padded_matrix(target, whole.number(layer)) for layer in part.layers]
     torch._foreach_copy_(*((here, there) if back else (there, here)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -81,12 +80,10 @@ class Inverses:
 
     def moved(self, old: Layout, new: Layout, fine: FineSolver) -> Inverses:
         """Return the inverses where another layout of the same layers says."""
-        fields = {
-            name: new.moved(stacks, old, partial(fine.shape, name), new.dtype) for name, stacks in self.fields.items()
-        }
+        fields = fine.moved(self.fields, old, new)
         coarse, failed = (None if t is None else t.to(new.device) for t in (self.coarse, self.failed))
         damping = self.damping.to(new.device)
-        usable, derived = self.usable.to(new.device), fine.derive(fields, damping)
+        usable, derived = self.usable.to(new.device), fine.derived_of(new, fields, damping)
         return Inverses(damping, fields, usable, coarse, derived, failed, self.observations, self.observed)
 
     def tensors(self) -> list[Tensor]:

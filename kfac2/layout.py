@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kfac2.kinds import Layer
+from kfac2.padding import padded_length
 
 Stacks = list[Tensor]
 """A field of all layers, one tensor for each batch of the layout; its first axis counts the blocks of the batch."""
@@ -40,20 +42,26 @@ class Batch:
         return sum(self.sizes)
 
     @property
+    def row_length(self) -> int:
+        """Numbers of a row of the matrices, the zeros that pad it included."""
+        return padded_length(self.d_in)
+
+    @property
     def end(self) -> int:
         """End of the batch's part of the matrices."""
-        return self.begin + self.blocks * self.d_out * self.d_in
+        return self.begin + self.blocks * self.d_out * self.row_length
 
     def of(self, matrices: Tensor) -> Tensor:
-        """View the batch's part of the matrices of all layers, (blocks, d_out, d_in)."""
-        return matrices[self.begin : self.end].view(-1, self.d_out, self.d_in)
+        """View the batch's part of the matrices of all layers, (blocks, d_out, row_length)."""
+        return matrices[self.begin : self.end].view(-1, self.d_out, self.row_length)
 
 
 class Layout:
     """Where a fixed list of layers lies among matrices, stacks of blocks and maps. Never changed, only replaced.
 
-    The *matrices* of all layers, (blocks, d_out, d_in) each, share one tensor, batch after batch. A field with one
-    entry for each block is kept as `Stacks`. The *maps* of the coarse space are counted in the order of the layers.
+    The *matrices* of all layers, (blocks, d_out, d_in) each, share one tensor, batch after batch, their rows padded by
+    zeros, see `kfac2.padding`. A field with one entry for each block is kept as `Stacks`. The *maps* of the coarse
+    space are counted in the order of the layers.
 
     Args:
         layers: the handled layers.
@@ -64,8 +72,9 @@ class Layout:
         device: of all tensors.
         dtype: of the matrices: float64 if any layer's is, else float32.
         batches: the batches.
-        size: elements of all matrices.
-        spans: int64 on the CPU, (L, 2): begin and end of each layer among the matrices.
+        size: elements of all matrices, padding included.
+        spans: int64 on the CPU, (L, 3): begin and end of each layer among the matrices, and how many numbers it has
+            without what pads them.
         layer_of_block: int64 on the device: the number of the layer of each block, batch after batch.
         layer_of_map: the number of the layer of each map.
         first_map: the first map of each layer.
@@ -77,14 +86,15 @@ class Layout:
         self.dtype = _widest(self.layers)
         self.batches = _batches(self.layers)
         self.size = self.batches[-1].end if self.batches else 0
-        self.spans = torch.zeros(len(self.layers), 2, dtype=torch.int64, device="cpu")
+        self.spans = torch.zeros(len(self.layers), 3, dtype=torch.int64, device="cpu")
         self._places = {}  # of each layer: its batch, begin and end among the batch's blocks
         for number, batch in enumerate(self.batches):
-            block, size = 0, batch.d_out * batch.d_in
+            block, size = 0, batch.d_out * batch.row_length
             for i, blocks in zip(batch.members, batch.sizes, strict=True):
                 self._places[i] = (number, block, block + blocks)
                 begin = batch.begin + block * size
-                self.spans[i] = torch.tensor([begin, begin + blocks * size], device="cpu")
+                numbers = blocks * batch.d_out * batch.d_in
+                self.spans[i] = torch.tensor([begin, begin + blocks * size, numbers], device="cpu")
                 block += blocks
         in_order = [
             i for batch in self.batches for i, n in zip(batch.members, batch.sizes, strict=True) for _ in range(n)
@@ -138,22 +148,14 @@ class Layout:
                 views[i] = view
         return views
 
-    def moved(
-        self,
-        stacks: Stacks,
-        old: Layout,
-        shape_of: Callable[[Batch], Sequence[int]],
-        dtype: torch.dtype | None = None,
-    ) -> Stacks:
-        """Copy a field that lies as another layout says; a layer that is not there has zeros.
+    def moved(self, stacks: Stacks, old: Layout, new: Stacks) -> Stacks:
+        """Copy a field that lies as another layout says; of a layer that is not there nothing.
 
         Args:
             stacks: the field.
             old: where it lies now.
-            shape_of: gives the shape of one block's entry.
-            dtype: by default that of the factors.
+            new: where it is to lie, in this layout, which is returned.
         """
-        new = self.stacks(shape_of, dtype)
         for i, layer in enumerate(self.layers):
             if layer in old.layers:
                 self.view(new, i).copy_(old.view(stacks, old.number(layer)))
@@ -161,9 +163,37 @@ class Layout:
 
     # -- matrices -------------------------------------------------------------------------------------------
 
+    def matrices(self, zeros: bool = False) -> Tensor:
+        """Make memory for the matrices of all layers: zero what pads them, and with `zeros` all of it."""
+        if zeros:
+            return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        matrices = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        return matrices.index_fill_(0, self._padding, 0) if len(self._padding) else matrices
+
+    @cached_property
+    def _padding(self) -> Tensor:
+        """The places of all zeros that pad rows."""
+        places = torch.arange(self.size, device=self.device)
+        parts = [batch.of(places)[..., batch.d_in :].flatten() for batch in self.batches]
+        return torch.cat(parts) if parts else places
+
     def of_batches(self, matrices: Tensor) -> Stacks:
-        """View the matrices of all layers by batch, (blocks, d_out, d_in) each."""
+        """View the matrices of all layers by batch, (blocks, d_out, row_length) each."""
         return [batch.of(matrices) for batch in self.batches]
+
+    def padded_matrix(self, matrices: Tensor, i: int) -> Tensor:
+        """View the matrices of layer i, (blocks, d_out, row_length)."""
+        batch, begin, end = self._places[i]
+        return self.batches[batch].of(matrices)[begin:end]
+
+    def matrix(self, matrices: Tensor, i: int) -> Tensor:
+        """View the matrices of layer i without what pads them, (blocks, d_out, d_in)."""
+        return self.padded_matrix(matrices, i)[..., : self.layers[i].matrix_shape[2]]
+
+    def place(self, i: int, row: int, column: int) -> tuple[int, int]:
+        """Return the place of an element of layer i among the matrices, and the length of its rows."""
+        length = self.batches[self._places[i][0]].row_length
+        return int(self.spans[i, 0]) + row * length + column, length
 
 
 def _widest(layers: Sequence[Layer]) -> torch.dtype:

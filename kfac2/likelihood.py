@@ -142,12 +142,23 @@ def _labels_unseen(distribution: Distribution) -> Tensor | None:
     """
     if type(distribution) is Independent:
         return _labels_unseen(distribution.base_dist)
-    if type(distribution) is Categorical:  # the race of exponential clocks by which torch.multinomial draws one
-        clocks = torch.empty_like(distribution.probs, memory_format=torch.contiguous_format).exponential_()
-        return (distribution.probs / clocks).argmax(-1)
+    if type(distribution) is Categorical:
+        return _won_race(distribution)
     if type(distribution) is Normal:
         return torch.randn_like(distribution.loc) * distribution.scale + distribution.loc
     return None
+
+
+def _won_race(distribution: Categorical) -> Tensor:
+    """Return the label whose p_c / clock_c is largest: the race of exponential clocks by which torch.multinomial draws.
+
+    Given float32 logits, log p_c - log clock_c is compared: there is one more tensor as large as they are, not three.
+    """
+    of_logits = "logits" in vars(distribution) and distribution.logits.dtype in (torch.float32, torch.float64)
+    numbers = distribution.logits if of_logits else distribution.probs
+    clocks = torch.empty_like(numbers, memory_format=torch.contiguous_format).exponential_()
+    race = torch.sub(numbers, clocks.log_(), out=clocks) if of_logits else torch.div(numbers, clocks, out=clocks)
+    return race.argmax(-1)
 
 
 def _unchecked(distribution: Distribution) -> Distribution:

@@ -26,11 +26,11 @@ def observed(layout: Layout, inverses: Inverses, fine: FineSolver, sums: Sums, d
     if not isinstance(fine, ObservingSolver) or not sums.squares:
         return inverses
     t = inverses.observations + 1
-    fields, known = fine.averaged(layout, inverses.fields, inverses.observed, sums, kept_share(t, decay))
-    fields = all_rounded(fields, layout)
+    changed, known = fine.averaged(layout, inverses.fields, inverses.observed, sums, kept_share(t, decay))
+    fields = {**inverses.fields, **all_rounded(changed, layout)}
     has = inverses.usable.tolist()  # without an inverse there was no basis to observe it in
     known = tuple(bool(was and there) for was, there in zip(known, has, strict=True))
-    derived = fine.derive(fields, inverses.damping)
+    derived = fine.derived_of(layout, fields, inverses.damping)
     return replace(inverses, fields=fields, derived=derived, observations=t, observed=known)
 
 

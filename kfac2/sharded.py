@@ -108,7 +108,7 @@ class ShardedState:
 
     def _no_inverses(self, layer: Layer) -> dict[str, Tensor]:
         fields = self._estimates.solvers.fine.zeros(Layout([layer], self._estimates.layout.device))
-        return {name: stacks[0] for name, stacks in fields.items()}
+        return {name: stacks[0].contiguous() for name, stacks in fields.items()}
 
 
 def _no_factors(layer: Layer) -> dict[str, Tensor]:

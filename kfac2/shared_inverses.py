@@ -201,10 +201,7 @@ def _last_of(last: Inverses | None, held: Layout, layout: Layout, mine: Layout, 
     if last is None:
         return None
     numbers = [layout.number(layer) for layer in mine.layers]
-    fields = {
-        name: mine.moved(stacks, held, lambda b, name=name: fine.shape(name, b), mine.dtype)  # type: ignore[misc]
-        for name, stacks in last.fields.items()
-    }
+    fields = fine.moved(last.fields, held, mine)
     observed = tuple(last.observed[i] for i in numbers)
     derived = fine.zeros(mine, fine.derived)
     return Inverses(last.damping, fields, last.usable[numbers], None, derived, None, last.observations, observed)
@@ -214,7 +211,7 @@ def _bound_of(place: InPlace | None, layout: Layout, mine: Layout) -> InPlace:
     """Return the bound of |∇| of some layers, whose inverses are overwritten in any case: they are copies."""
     if place is None or place.gradients is None:
         return InPlace(None)
-    return InPlace(mine.moved(place.gradients, layout, lambda batch: (), torch.float64))
+    return InPlace(mine.moved(place.gradients, layout, mine.stacks(lambda batch: (), torch.float64)))
 
 
 def _put(fields: Fields, layout: Layout, part: Fields, of: Layout) -> None:

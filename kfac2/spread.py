@@ -106,10 +106,7 @@ def moved(spread: Tensor | None, old: Layout, new: Layout) -> Tensor | None:
         return None
     result = unknown(new)
     for target, source in zip(result, spread, strict=True):
-        targets, sources = by_batch(new, target), by_batch(old, source)
-        for i, layer in enumerate(new.layers):
-            if layer in old.layers:
-                new.view(targets, i).copy_(old.view(sources, old.number(layer)))
+        new.moved(by_batch(old, source), old, by_batch(new, target))
     return result
 
 

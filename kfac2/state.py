@@ -117,7 +117,7 @@ def to_inverses(state: State | None, layout: Layout, solvers: Solvers) -> Invers
         fields,
         usable.to(layout.device),
         coarse,
-        solvers.fine.derive(fields, damping),
+        solvers.fine.derived_of(held, fields, damping),
         None,
         state["observations"],
         tuple(layer.name in state["observed"] for layer in layout.layers),

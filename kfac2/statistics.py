@@ -328,7 +328,7 @@ class Averages:
             new: where they are to lie.
             coarse: those of the coarse space, in the new layout.
         """
-        A, G = new.moved(self.A, old, A_shape), new.moved(self.G, old, G_shape)
+        A, G = new.moved(self.A, old, new.stacks(A_shape)), new.moved(self.G, old, new.stacks(G_shape))
         numbers = [old.number(layer) if layer in old.layers else None for layer in new.layers]
         seen = tuple(number is not None and self.seen[number] for number in numbers)
         in_coarse = tuple(number is None or self.in_coarse[number] for number in numbers)

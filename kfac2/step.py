@@ -78,7 +78,7 @@ class Step:
         numbers = {id(parameter): number for number, parameter in enumerate(own)}
         # Of each part of a layer's matrix: the number of its parameter, the view of its gradient, its row of the table.
         self._parts = [
-            (number, part.view, (int(layout.spans[i, 0]) + part.place, layer.matrix_shape[2], i, number))
+            (number, part.view, (*layout.place(i, part.row, part.column), i, number))
             for i, layer in enumerate(layout.layers)
             for part in layer.parts()
             for number in [numbers[id(part.parameter)]]
@@ -97,10 +97,9 @@ class Step:
         return len(self.parameters)
 
     def gradient(self, i: int) -> Tensor:
-        """View ∇ of layer i as it was gathered last and not let go since, one dimension."""
+        """Return ∇ of layer i as it was gathered last and not let go since, one dimension."""
         assert self._matrices is not None
-        begin, end = self._layout.spans[i].tolist()
-        return self._matrices[begin:end]
+        return self._layout.matrix(self._matrices, i).flatten()
 
     def let_go(self) -> None:
         """Free the matrices: between steps activations need the memory."""
@@ -115,8 +114,7 @@ class Step:
             gradients: of `parameters`.
         """
         present = tuple(gradient is not None for gradient in gradients[: self._own])
-        new = self._new_matrices
-        self._matrices = new() if all(present) else new().zero_()
+        self._matrices = self._layout.matrices(zeros=not all(present))
         seen = [g if view is None else view(g) for n, view, _ in self._parts if (g := gradients[n]) is not None]
         elsewhere: list[int] = []
         looked_at: list[int] = []
@@ -216,12 +214,12 @@ class Step:
             precision: of float32 products on a CUDA device, `'ieee'` or `'tf32'`; None: torch's own setting.
         """
         assert self._matrices is not None
-        fields, directions = {**inverses.fields, **inverses.derived}, self._new_matrices()
+        fields, directions = {**inverses.fields, **inverses.derived}, self._layout.matrices()
         with products_in(precision):
             if not solvers.division.holds_all:
                 solvers.division.apply_held(self._layout, solvers.fine, fields, self._matrices, directions)
             else:
-                work = self._new_matrices()
+                work = torch.empty_like(directions)
                 solvers.fine.apply(fields, *map(self._layout.of_batches, (self._matrices, work, directions)))
                 del work
         host_rates, device_rates = self._rates(rates)
@@ -243,9 +241,6 @@ class Step:
         result = solvers.coarse.correct(step, inverses.coarse, mask, coarse_weight)
         write_gradients(gathered.gradients, gathered.table, directions, result, inverses.usable)
         return result
-
-    def _new_matrices(self) -> Tensor:
-        return torch.empty(self._layout.size, dtype=self._layout.dtype, device=self._layout.device)
 
     def _rates(self, rates: Sequence[float | Tensor]) -> tuple[Tensor, Tensor | None]:
         """Split η_i into numbers and, where rates lie on the device, what the numbers are multiplied by."""

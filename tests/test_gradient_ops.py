@@ -101,7 +101,7 @@ def test_many_elements_are_shared_among_threads():
 def test_shift_and_scale(dtype, coarse, clip):
     sizes = [3, 5000, 1, 40]
     ends = torch.tensor(sizes).cumsum(0)
-    spans = torch.stack([ends - torch.tensor(sizes), ends], 1)
+    spans = torch.stack([ends - torch.tensor(sizes), ends, torch.tensor(sizes)], 1)
     gradients, directions = torch.randn(2, int(ends[-1]), dtype=torch.float64).to(dtype)
     rates, in_coarse, usable = numbers(0.1, 0.2, 0.0, 0.3), numbers(1, 1, 0, 1), numbers(1, 0, 1, 1)
     inverse = torch.randn(4, 4, dtype=torch.float64)
@@ -140,24 +140,27 @@ def drawn_steps(draw):
     inverse = square @ square.T if draw(st.booleans()) else None
     clip = draw(st.sampled_from([None, 1e-3, 1e9]))
     limits = [draw(st.sampled_from([1e-3, 0.5, 20.0, math.inf])) for _ in shapes] if draw(st.integers(0, 3)) else None
-    return *tensors, rates, *flags, inverse, 0.7, clip, limits
+    pads = [draw(st.integers(0, 3)) for _ in shapes]
+    return pads, (*tensors, rates, *flags, inverse, 0.7, clip, limits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @given(drawn_steps())
-def test_clip_then_limit_against_the_reference(dtype, drawn):
+def test_clip_then_limit_against_the_reference(dtype, step):
+    pads, drawn = step
     gradients, directions, rates, in_coarse, usable, inverse, weight, clip, limits = drawn
     wanted, norms, nu = reference.shift_and_scale(*drawn)
     mine = [gradient.to(dtype) for gradient in gradients]
-    ends = torch.tensor([gradient.numel() for gradient in mine]).cumsum(0)
-    begins = ends - torch.tensor([gradient.numel() for gradient in mine])
-    rows = [(int(begin), g.shape[1], i, i) for i, (begin, g) in enumerate(zip(begins, mine, strict=True))]
+    padded = [torch.nn.functional.pad(v, (0, pad)) for v, pad in zip(directions, pads, strict=True)]
+    sizes, ends = torch.tensor([g.numel() for g in mine]), torch.tensor([v.numel() for v in padded]).cumsum(0)
+    begins = ends - torch.tensor([v.numel() for v in padded])
+    rows = [(int(begin), v.shape[1], i, i) for i, (begin, v) in enumerate(zip(begins, padded, strict=True))]
     matrices, count = torch.zeros(int(ends[-1]), dtype=dtype), len(mine)
     first_bad = gather_gradients(mine, torch.tensor(rows), count, count, matrices)
-    flat = torch.cat([direction.flatten() for direction in directions]).to(dtype)
+    flat = torch.cat([v.flatten() for v in padded]).to(dtype)
     flags = numbers(*in_coarse), numbers(*usable)
     step = shift_and_scale(
-        matrices, flat, torch.stack([begins, ends], 1), numbers(*rates), None, *flags, inverse, first_bad, count, weight,
+        matrices, flat, torch.stack([begins, ends, sizes], 1), numbers(*rates), None, *flags, inverse, first_bad, count, weight,
         clip, SKIPPED.clone(), None if limits is None else numbers(*limits),
     )  # fmt: skip
     write_gradients(mine, torch.tensor(rows), flat, step, flags[1])
@@ -180,7 +183,7 @@ def test_what_would_overflow_once_written_is_found(shift):
     directions, gradients, spans = (
         torch.tensor([1.0, -7e4, 3.0]),
         torch.tensor([1e-6, 0.0, 0.0]),
-        torch.tensor([[0, 3]]),
+        torch.tensor([[0, 3, 3]]),
     )
     none_bad, one, half = torch.tensor([1], dtype=torch.int32), numbers(1), numbers(torch.finfo(torch.float16).max)
     inverse = numbers(shift * 1e6).reshape(1, 1)
@@ -207,7 +210,7 @@ def test_what_would_overflow_once_written_is_found(shift):
 
 def test_what_is_not_finite_is_found_and_counted():
     gradients = torch.ones(4)
-    spans, one = torch.tensor([[0, 2], [2, 4]]), numbers(1, 1)
+    spans, one = torch.tensor([[0, 2, 2], [2, 4, 2]]), numbers(1, 1)
     none_bad, first_bad = torch.tensor([[3], [1]], dtype=torch.int32)
     skipped = SKIPPED.clone()
 
@@ -232,7 +235,7 @@ def test_what_is_not_finite_is_found_and_counted():
 def test_bad_input_changes_nothing():
     gradient, matrices, layout = torch.randn(2, 3), torch.zeros(6), torch.tensor([[0, 3, 0, 0]])
     step, one = ShiftAndScale(numbers(0), numbers(1, 0), torch.zeros(1), numbers(1), numbers()), numbers(1)
-    spans, none_bad = torch.tensor([[0, 6]]), torch.tensor([1], dtype=torch.int32)
+    spans, none_bad = torch.tensor([[0, 6, 6]]), torch.tensor([1], dtype=torch.int32)
     rest = (one, None, one, one, None, none_bad, 1, 1.0, 0.1, SKIPPED)
     cases = [
         (lambda: gather_gradients([gradient], layout[:, :2], 1, 1, matrices), r"layout .* of shape \[1, 4\], got \[1, 2\]"),
@@ -250,8 +253,8 @@ def test_bad_input_changes_nothing():
         (lambda: write_gradients([gradient], layout, matrices, step, numbers(1, 1)), r"usable of shape \[1\], got \[2\]"),
         (lambda: write_gradients([gradient], layout, matrices, step._replace(factors=numbers()), one), r"factors .*\[1\], got \[0\]"),
         (lambda: shift_and_scale(matrices, matrices[:5], spans, *rest), r"of one size, dtype and device, .*\[6\] and \[5\]"),
-        (lambda: shift_and_scale(matrices, matrices, spans + 1, *rest), "the span of layer 0 within 6 elements, got 1 to 7"),
-        (lambda: shift_and_scale(matrices, matrices, spans[0, :1], *rest), r"spans to be contiguous, of 2 integer .*\[1\]"),
+        (lambda: shift_and_scale(matrices, matrices, spans + 1, *rest), "the span of layer 0 within 6 elements, .* got 1 to 7 and 7"),
+        (lambda: shift_and_scale(matrices, matrices, spans[0, :1], *rest), r"spans to be contiguous, of 3 integer .*\[1\]"),
         (lambda: shift_and_scale(matrices, matrices, spans, *rest[:8], -1.0, SKIPPED), "kl_clip above 0, got -1"),
         (lambda: shift_and_scale(matrices, matrices, spans, *rest, limits=numbers(1, 1)), r"limits .* 1 float64 .*got shape \[2\]"),
         (lambda: shift_and_scale(matrices, matrices, spans, *rest, largest=numbers()), r"largest .* 1 float64 .*the CPU.*\[0\]"),

@@ -67,7 +67,7 @@ def test_large_layers_are_compared_by_every_route(tmp_path, monkeypatch):
     assert [result["group"] for result in found] == list(large.GROUPS)
     assert all(row["milliseconds"] for result in found for row in result["rows"])
     text = (tmp_path / "cpu.md").read_text()
-    assert "padded, TF32" in text and "kernel, bf16" in text and "TFLOP/s" in text
+    assert "kfac2 TF32" in text and "kernel, bf16" in text and "TFLOP/s" in text
 
 
 @pytest.mark.parametrize("group", list(large.GROUPS)[:3])

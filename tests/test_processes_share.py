@@ -131,7 +131,7 @@ def what_groups_send():
     m, opt = built(Chain(5), share=0.5, cov_every=3, inv_every=6, burn_in=0)
     step(m, opt)
     layout, processes = opt.curvature.layout, opt.curvature.solvers.processes
-    division, numbers = opt.curvature.solvers.division, sum(p.numel() for p in m.parameters())
+    division, numbers = opt.curvature.solvers.division, layout.size  # of directions, with what pads their rows
     own = sent_bytes(division.held(layout), opt.curvature.solvers.fine)
     for number in range(1, 7):
         before = processes.traffic.copy()

@@ -28,7 +28,7 @@ def samples(dtype):
         torch.tensor([[1, 4, 0, 0], [-1, 0, -1, 1]]),
     )
     matrices, doubles = sums.new_zeros(9), torch.ones(1, dtype=torch.float64)
-    clip = (torch.tensor([[0, 9]]), doubles, None, doubles, doubles, doubles.reshape(1, 1))
+    clip = (torch.tensor([[0, 9, 9]]), doubles, None, doubles, doubles, doubles.reshape(1, 1))
     none_bad, skipped = torch.tensor([2], dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     return {
         "layer_maps": (tensors, NUMBERS),

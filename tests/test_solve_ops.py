@@ -2,7 +2,6 @@
 
 import math
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,35 +230,3 @@ def test_number_of_torch_calls_does_not_grow_with_layers():
             ops.precondition_eigh(grads, *ops.eigendecompose(A, G)[:4], 0.1)
         calls.append(counter.heavy)
     assert calls[0] == calls[1] > 0
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_columns_of_zeros_change_no_product(monkeypatch, in_place):
-    """The route of TF32 on a CUDA device, taken on the CPU."""
-    grads, A = [torch.randn(q, 5, d) for q, d in ((2, 3), (1, 8), (3, 6))], [spd(d)[None] for d in (3, 8, 6)]
-    A_inv = [a.float().repeat(len(grad), 1, 1) for a, grad in zip(A, grads, strict=True)]
-    G_inv = [spd(5, torch.float32)[None].repeat(len(grad), 1, 1) for grad in grads]
-    expected = ops.precondition(grads, A_inv, G_inv)
-    monkeypatch.setattr(precondition_module, "_wants_padding", lambda grad: True)
-    buffers = {"out": list(map(torch.empty_like, grads)), "work": list(map(torch.empty_like, grads))}
-    got = ops.precondition(grads, A_inv, G_inv, **(buffers if in_place else {}))
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours.is_contiguous()
-        assert_equal(ours, theirs, 1e-6)
-
-
-@pytest.mark.parametrize(
-    "shape, dtype, precision, wants",
-    [
-        ((12, 2304, 769), torch.float32, "tf32", True),
-        ((12, 2304, 769), torch.float32, "ieee", False),
-        ((12, 2304, 769), torch.float64, "tf32", False),
-        ((12, 2304, 768), torch.float32, "tf32", False),
-        ((12, 768, 769), torch.float32, "tf32", False),  # the copies would take as long
-        ((12, 200, 99), torch.float32, "tf32", False),
-    ],
-)
-def test_which_gradients_are_padded(monkeypatch, shape, dtype, precision, wants):
-    monkeypatch.setattr(precondition_module, "multiplies_in_tf32", lambda: precision == "tf32")
-    grad = SimpleNamespace(shape=shape, dtype=dtype, is_cuda=True)
-    assert precondition_module._wants_padding(grad) == wants

@@ -75,7 +75,7 @@ class ShiftAndScale : public Work {
  public:
   explicit ShiftAndScale(const ShiftAndScaleParams& params)
       : params_(params),
-        first_layer_(shares(params.layers, [&](int64_t i) { return size_of(i); })),
+        first_layer_(shares(params.layers, [&](int64_t i) { return end_of(i) - begin_of(i); })),
         sums_(params.layers) {}
 
   int64_t tasks() const override { return static_cast<int64_t>(first_layer_.size()) - 1; }
@@ -113,7 +113,9 @@ class ShiftAndScale : public Work {
   }
 
  private:
-  int64_t size_of(int64_t i) const { return params_.spans[2 * i + 1] - params_.spans[2 * i]; }
+  int64_t begin_of(int64_t i) const { return params_.spans[3 * i]; }
+  int64_t end_of(int64_t i) const { return params_.spans[3 * i + 1]; }
+  int64_t size_of(int64_t i) const { return params_.spans[3 * i + 2]; }
   bool usable(int64_t i) const { return params_.usable[i] != 0; }
   bool may_overflow(int64_t i) const {
     return params_.largest != nullptr && params_.largest[i] < kInfinity && usable(i) && size_of(i) > 0;
@@ -122,8 +124,8 @@ class ShiftAndScale : public Work {
   template <typename T>
   void add_layer(int64_t i, const T* gradients, const T* directions) {
     Sums& sums = sums_[i];
-    for (int64_t begin = params_.spans[2 * i]; begin < params_.spans[2 * i + 1]; begin += kRun) {
-      const int64_t count = std::min(kRun, params_.spans[2 * i + 1] - begin);
+    for (int64_t begin = begin_of(i); begin < end_of(i); begin += kRun) {
+      const int64_t count = std::min(kRun, end_of(i) - begin);
       const T *gradient = gradients + begin, *direction = directions + begin;
       products(gradient, direction, count, &sums.gradient, &sums.dot);
       if (params_.limits != nullptr) {

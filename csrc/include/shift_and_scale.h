@@ -14,7 +14,8 @@ namespace kfac2 {
 struct ShiftAndScaleParams {
   const void* gradients;         // the matrices of all layers, float or double
   const void* directions;        // G^-1 grad A^-1, in the same places
-  const int64_t* spans;          // [layers, 2], on the host: begin and end of each layer among the matrices
+  const int64_t* spans;          // [layers, 3], on the host: begin and end of each layer among the matrices, and how
+                                 // many numbers it has; the others are zeros that pad its rows
   const double* rates;           // [layers], on the host: eta_i
   const double* device_rates;    // [layers] or null: factors of the rates
   const double* in_coarse;       // [layers], on the host: 0 or 1

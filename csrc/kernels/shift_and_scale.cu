@@ -14,7 +14,7 @@ constexpr int kFinishThreads = 512;
 
 // A layer, as the host knows it.
 struct LayerEntry {
-  int64_t begin, end;
+  int64_t begin, end, size;
   double rate, in_coarse, largest;
   int64_t first_item;
 };
@@ -145,7 +145,7 @@ __device__ bool scale_layer(const Finish& finish, const Sums& sums, int i, doubl
   double factor = nu;
   bool finite = true;
   if (finish.limits != nullptr) {
-    const double size = static_cast<double>(layer.end - layer.begin), limit = finish.limits[i];
+    const double size = static_cast<double>(layer.size), limit = finish.limits[i];
     const double square = sums.square + c * (2 * sums.written + c * size);
     const double norm = nu * std::sqrt(square > 0 || std::isnan(square) ? square : 0.0);
     if (limit < norm) factor *= limit / norm;
@@ -153,7 +153,7 @@ __device__ bool scale_layer(const Finish& finish, const Sums& sums, int i, doubl
     finish.norms[i] = norm;
   }
   finish.factors[i] = factor;
-  if (std::isinf(layer.largest) || finish.usable[i] == 0 || layer.begin == layer.end) return finite;
+  if (std::isinf(layer.largest) || finish.usable[i] == 0 || layer.size == 0) return finite;
   return finite && factor * std::fmax(std::abs(sums.lowest + c), std::abs(sums.highest + c)) <= layer.largest;
 }
 
@@ -206,9 +206,9 @@ class ShiftAndScale : public TableLaunch {
   explicit ShiftAndScale(const ShiftAndScaleParams& params) : params_(params) {
     std::vector<LayerEntry> layers;
     for (int64_t i = 0; i < params.layers; ++i) {
-      const int64_t begin = params.spans[2 * i], end = params.spans[2 * i + 1];
+      const int64_t begin = params.spans[3 * i], end = params.spans[3 * i + 1], size = params.spans[3 * i + 2];
       const double largest = params.largest == nullptr ? HUGE_VAL : params.largest[i];
-      layers.push_back({begin, end, params.rates[i], params.in_coarse[i], largest, items_});
+      layers.push_back({begin, end, size, params.rates[i], params.in_coarse[i], largest, items_});
       items_ += ceil_div(end - begin, kItemElements);
     }
     layers_ = add(layers);

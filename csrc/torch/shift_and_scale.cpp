@@ -13,6 +13,7 @@ using torch::stable::Tensor;
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr const char* kOp = "shift_and_scale";
+constexpr int64_t kSpanNumbers = 3;
 
 void check_numbers(const Tensor& tensor, const char* name, ScalarType type, int64_t count, const Tensor* on_device_of) {
   const bool in_place = on_device_of == nullptr ? !tensor.is_cuda() : same_device(tensor, *on_device_of);
@@ -33,7 +34,7 @@ Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const 
             same_device(gradients, directions),
         kOp, "expected gradients and directions of one size, dtype and device, contiguous, got ", shape_of(gradients),
         " and ", shape_of(directions));
-  check_numbers(spans, "spans", ScalarType::Long, 2 * layers, nullptr);
+  check_numbers(spans, "spans", ScalarType::Long, kSpanNumbers * layers, nullptr);
   check_numbers(rates, "rates", ScalarType::Double, layers, nullptr);
   check_numbers(in_coarse, "in_coarse", ScalarType::Double, layers, nullptr);
   check_numbers(usable, "usable", ScalarType::Double, layers, &gradients);
@@ -47,9 +48,10 @@ Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const 
   check_numbers(skipped, "skipped", ScalarType::Long, 2, &gradients);
   const int64_t* span = static_cast<const int64_t*>(spans.const_data_ptr());
   for (int64_t i = 0; i < layers; ++i) {
-    check(0 <= span[2 * i] && span[2 * i] <= span[2 * i + 1] && span[2 * i + 1] <= gradients.numel(), kOp,
-          "expected the span of layer ", i, " within ", gradients.numel(), " elements, got ", span[2 * i], " to ",
-          span[2 * i + 1]);
+    const int64_t begin = span[kSpanNumbers * i], end = span[kSpanNumbers * i + 1], size = span[kSpanNumbers * i + 2];
+    check(0 <= begin && begin <= end && end <= gradients.numel() && 0 <= size && size <= end - begin, kOp,
+          "expected the span of layer ", i, " within ", gradients.numel(), " elements, and no more numbers than it has, got ",
+          begin, " to ", end, " and ", size);
   }
   check(kl_clip > 0, kOp, "expected kl_clip above 0, got ", kl_clip);
   const Tensor shifts = allocate(gradients, {layers}, ScalarType::Double);

@@ -21,7 +21,7 @@ class FineStep:
     Attributes:
         gradients: ∇ of all layers, one dimension.
         directions: the fine update v, in the same places.
-        spans: (L, 2): begin and end of each layer.
+        spans: (L, 3): begin, end and numbers of each layer, see `shift_and_scale`.
         rates: η_i, on the CPU.
         device_rates: what the rates are multiplied by, or None.
         usable: (L,): 0 for a layer that has no inverse.

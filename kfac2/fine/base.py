@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac2.layout import Batch, Layout, Stacks
+from kfac2.padding import padded_zeros
 from kfac2.statistics import Pass, Sums, Use
 
 Fields = dict[str, Stacks]
@@ -59,6 +59,8 @@ class FineSolver(ABC):
     copies: ClassVar[int]
     """How many times the memory of factors `invert` needs for them at most, its results among it."""
 
+    padded: ClassVar[tuple[str, ...]]
+    """Those that `apply` multiplies with what pads the rows of gradients, too."""
     symmetric: ClassVar[tuple[str, ...]] = ()
     """The fields that hold symmetric matrices, of which half is enough to be sent."""
 
@@ -90,10 +92,10 @@ class FineSolver(ABC):
         """Multiply by the inverses.
 
         Args:
-            fields: those kept and those derived.
-            gradients: ∇, (blocks, d_out, d_in) for each batch.
+            fields: those kept and those derived, in memory as `zeros` makes it.
+            gradients: ∇, (blocks, d_out, row_length) for each batch, rows padded by zeros.
             work: memory of the same shapes.
-            out: of the same shapes: where the result is written.
+            out: of the same shapes: where the result is written, padded by zeros, too.
         """
 
     @abstractmethod
@@ -119,9 +121,31 @@ class FineSolver(ABC):
         return tuple({"i": batch.d_in, "o": batch.d_out}[axis] for axis in {**self.fields, **self.derived}[field])
 
     def zeros(self, layout: Layout, fields: Iterable[str] | None = None) -> Fields:
-        """Make fields, by default those that are kept, of zeros, in the dtype of the matrices that they multiply."""
+        """Make fields, by default those that are kept, of zeros, in the dtype of the matrices that they multiply.
+
+        Those in `padded` lie in padded memory along d_in, as the matrices do.
+        """
+        letters = {**self.fields, **self.derived}
+
+        def stack(name: str, batch: Batch) -> Tensor:
+            axes = [axis for axis, letter in enumerate(letters[name], start=1) if letter == "i" and name in self.padded]
+            return padded_zeros((batch.blocks, *self.shape(name, batch)), axes, layout.dtype, layout.device)
+
         names = self.fields if fields is None else fields
-        return {field: layout.stacks(partial(self.shape, field), layout.dtype) for field in names}
+        return {name: [stack(name, batch) for batch in layout.batches] for name in names}
+
+    def moved(self, fields: Fields, old: Layout, new: Layout) -> Fields:
+        """Copy fields that are kept to where another layout says."""
+        zeros = self.zeros(new)
+        return {name: new.moved(stacks, old, zeros[name]) for name, stacks in fields.items()}
+
+    def derived_of(self, layout: Layout, fields: Fields, damping: Damping) -> Fields:
+        """Return what `derive` does, in memory as `zeros` makes it."""
+        result = self.zeros(layout, self.derived)
+        for name, stacks in self.derive(fields, damping).items():
+            for kept, value in zip(result[name], stacks, strict=True):
+                kept.copy_(value)
+        return result
 
 
 class ObservingSolver(FineSolver):
@@ -152,7 +176,7 @@ class ObservingSolver(FineSolver):
             kept: ε.
 
         Returns:
-            The fields, and by layer whether it has been observed.
+            The fields that are others now, and by layer whether it has been observed.
         """
 
 

@@ -88,7 +88,7 @@ class EKFAC(ObservingSolver, Exact):
         """Average the diagonals in; a layer's first one takes the place of K-FAC's."""
         observed = tuple(was or layer in sums.squares for was, layer in zip(known, layout.layers, strict=True))
         diagonal = mixed_in(layout, fields["diagonal"], known, sums.squares, lambda layer: 1 / sums.cases, kept)
-        return {**fields, "diagonal": diagonal}, observed
+        return {"diagonal": diagonal}, observed
 
 
 def squares_in_basis(a: Tensor, g: Tensor, V_A: Tensor, V_G: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from kfac2 import ops
 from kfac2.fine.base import Damping, Fields, FineSolver, decomposed_in_float64
 from kfac2.layout import Stacks
+from kfac2.padding import with_padding
 
 
 class Exact(FineSolver):
@@ -15,6 +16,7 @@ class Exact(FineSolver):
 
     fields = {"A_values": "i", "A_vectors": "ii", "G_values": "o", "G_vectors": "oo"}  # noqa: RUF012
     derived = {"scales": "oi"}  # noqa: RUF012
+    padded = ("A_vectors", "scales")
     copies = 5
 
     def invert(self, A: Stacks, G: Stacks, damping: Damping) -> tuple[Fields, Stacks]:
@@ -41,8 +43,8 @@ class Exact(FineSolver):
 
     def apply(self, fields: Fields, gradients: Stacks, work: Stacks, out: Stacks) -> None:
         """Scale in the eigenbasis: four batched products for each shape."""
-        A_vectors, G_vectors = fields["A_vectors"], fields["G_vectors"]
-        ops.precondition_in_basis(gradients, A_vectors, G_vectors, fields["scales"], out=out, work=work)
+        A_vectors, scales = ([with_padding(stack) for stack in fields[name]] for name in ("A_vectors", "scales"))
+        ops.precondition_in_basis(gradients, A_vectors, fields["G_vectors"], scales, out=out, work=work)
 
 
 def decomposed(A: Stacks, G: Stacks) -> tuple[Stacks, Stacks, Stacks, Stacks, Stacks]:

@@ -10,12 +10,14 @@ from torch import Tensor
 from kfac2 import ops
 from kfac2.fine.base import Damping, Fields, FineSolver, decomposed_in_float64
 from kfac2.layout import Stacks
+from kfac2.padding import with_padding
 
 
 class Tikhonov(FineSolver):
     """The two damped factors are inverted by Cholesky factorisations; v = G⁻¹ ∇ A⁻¹."""
 
     fields = {"A_inv": "ii", "G_inv": "oo"}  # noqa: RUF012
+    padded = ("A_inv",)
     symmetric = ("A_inv", "G_inv")
     copies = 3
 
@@ -61,7 +63,7 @@ class Tikhonov(FineSolver):
 
     def apply(self, fields: Fields, gradients: Stacks, work: Stacks, out: Stacks) -> None:
         """Multiply from both sides: two batched products for each shape."""
-        ops.precondition(gradients, fields["A_inv"], fields["G_inv"], out=out, work=work)
+        ops.precondition(gradients, [with_padding(A) for A in fields["A_inv"]], fields["G_inv"], out=out, work=work)
 
 
 def _mean_diagonals(stacks: Stacks, root: float | Tensor) -> Stacks:

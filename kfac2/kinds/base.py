@@ -52,13 +52,15 @@ class Part:
 
     Attributes:
         parameter: the weight or the bias.
-        place: of its first element, counted from the first of the layer's matrix.
+        row: of the matrix, blocks one below the other, that its first element lies in.
+        column: likewise.
         view: makes of the parameter's gradient a view whose first axis counts the rows of the matrix; None where
             the gradient is one already.
     """
 
     parameter: Tensor
-    place: int
+    row: int = 0
+    column: int = 0
     view: Callable[[Tensor], Tensor] | None = None
 
 
@@ -209,9 +211,9 @@ class Layer(ABC):
 
     def parts(self) -> list[Part]:
         """Return where weight and bias lie in the matrix: here, the weight row by row, the bias in the last column."""
-        parts = [Part(self.weight, 0)]
+        parts = [Part(self.weight)]
         if self.bias is not None:
-            parts.append(Part(self.bias, self.matrix_shape[2] - 1))
+            parts.append(Part(self.bias, column=self.matrix_shape[2] - 1))
         return parts
 
 

@@ -49,11 +49,11 @@ class ConvTranspose(Layer):
         blocks, d_out, d_in = self.matrix_shape
         step = self.weight.shape[0] // blocks
         parts = [
-            Part(self.weight, q * d_out * d_in, _group_with_outputs_first(q * step, (q + 1) * step))
+            Part(self.weight, q * d_out, view=_group_with_outputs_first(q * step, (q + 1) * step))
             for q in range(blocks)
         ]
         if self.bias is not None:
-            parts.append(Part(self.bias, d_in - 1))
+            parts.append(Part(self.bias, column=d_in - 1))
         return parts
 
     def reason_against(self, call: Call) -> str | None:

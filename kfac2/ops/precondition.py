@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kfac2.ops._batching import by_shape, check_damping, checked_matrices, multiplies_in_tf32
+from kfac2.ops._batching import by_shape, check_damping, checked_matrices
 from kfac2.ops._checks import check_one_device, check_same_length, check_tensors, detached
-
-ALIGNED, WIDE = 4, 256  # numbers in 16 bytes; columns from which on a product takes its time by arithmetic
 
 
 def precondition(
@@ -42,25 +39,9 @@ def precondition(
     stacks = _checked(grads, A_inv=A_inv, G_inv=G_inv)
 
     def solve(grad: Tensor, A: Tensor, G: Tensor, out: Tensor | None, work: Tensor | None) -> Tensor:
-        if not _wants_padding(grad):
-            return torch.bmm(torch.bmm(G, grad, out=work), A, out=out)
-        d_in, missing = grad.shape[-1], -grad.shape[-1] % ALIGNED
-        A = F.pad(A, (0, missing, 0, missing))
-        product = torch.bmm(torch.bmm(G, F.pad(grad, (0, missing))), A)[..., :d_in]
-        return product.contiguous() if out is None else out.copy_(product)
+        return torch.bmm(torch.bmm(G, grad, out=work), A, out=out)
 
     return _solved(solve, stacks, out, work)
-
-
-def _wants_padding(grad: Tensor) -> bool:
-    """Tell whether columns of zeros make products faster: in TF32 a library needs twice as long where a row is odd.
-
-    The copies that this takes cost as much where A is as large as the gradients. Measured on an H100: 12 times 2,304 by
-    769 in 0.81 ms where it was 1.19, 3,072 by 769 in 1.20 for 1.92, but 768 by 769 in 0.23 either way.
-    """
-    d_out, d_in = grad.shape[-2:]
-    is_odd = d_in % ALIGNED != 0 and d_in >= WIDE and d_out >= 2 * d_in
-    return is_odd and grad.is_cuda and grad.dtype == torch.float32 and multiplies_in_tf32()
 
 
 def precondition_in_basis(

@@ -55,7 +55,8 @@ def shift_and_scale(
     Args:
         gradients: ∇ of all layers, one dimension; float32 or float64.
         directions: G⁻¹ ∇ A⁻¹, in the same places and dtype.
-        spans: int64 on the CPU, (L, 2): begin and end of each layer among them.
+        spans: int64 on the CPU, (L, 3): begin and end of each layer among them, and how many numbers it has. What is
+            between them beyond these is 0 in both, and pads rows.
         rates: η_i, float64 on the CPU, (L,).
         device_rates: what the rates are multiplied by, float64 on the device, (L,); or None.
         in_coarse: float64 on the CPU, (L,): 0 for a layer outside of the coarse space.

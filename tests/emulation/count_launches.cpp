@@ -118,7 +118,11 @@ void count_eigendecompose(int64_t entries, bool is_double) {
 void count_shift_and_scale(int64_t entries) {
   std::vector<int64_t> spans;
   int64_t end = 0;
-  for (int64_t i = 0; i < entries; ++i) spans.push_back(end), spans.push_back(end += next());
+  for (int64_t i = 0; i < entries; ++i) {
+    const int64_t size = next();
+    spans.insert(spans.end(), {end, end + size, size});
+    end += size;
+  }
   const std::vector<double> ones(entries, 1.0);
   ShiftAndScaleParams params{};
   params.spans = spans.data();

@@ -132,7 +132,7 @@ inline GatherGradientsParams moved(DeviceCopies& copies, GatherGradientsParams p
 inline ShiftAndScaleParams moved(DeviceCopies& copies, ShiftAndScaleParams params) {
   const int64_t layers = params.layers, bytes = number_bytes(params.is_double);
   int64_t elements = 0;
-  for (int64_t i = 0; i < layers; ++i) elements = std::max(elements, params.spans[2 * i + 1]);
+  for (int64_t i = 0; i < layers; ++i) elements = std::max(elements, params.spans[3 * i + 1]);
   params.gradients = copies.in(params.gradients, elements * bytes);
   params.directions = copies.in(params.directions, elements * bytes);
   params.device_rates = copies.in(params.device_rates, layers);

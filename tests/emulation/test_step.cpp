@@ -24,11 +24,11 @@ struct DrawnStep {
     for (int64_t i = 0; i < layers; ++i) {
       const bool bias = draw(random, 0, 1) == 0;
       const int64_t rows = draw(random, 1, largest), a = draw(random, 1, 5), b = draw(random, 1, 9),
-                    d_in = a * b + bias;
-      add(random, rows, a, b, elements, d_in, i);
-      if (bias) add(random, rows, 1, 1, elements + d_in - 1, d_in, i);
-      spans.push_back(elements);
-      spans.push_back(elements += rows * d_in);
+                    d_in = a * b + bias, row_length = d_in + draw(random, 0, 3);
+      add(random, rows, a, b, elements, row_length, i);
+      if (bias) add(random, rows, 1, 1, elements + d_in - 1, row_length, i);
+      spans.insert(spans.end(), {elements, elements + rows * row_length, rows * d_in});
+      elements += rows * row_length;
     }
     add(random, 7, 1, 3, -1, 0, -1);
   }
@@ -92,7 +92,7 @@ struct Inputs {
         clip(draw(random, 0, 1) == 0),
         on_device(draw(random, 0, 1) == 0),
         limited(draw(random, 0, 3) > 0) {
-    const int64_t layers = static_cast<int64_t>(step.spans.size()) / 2;
+    const int64_t layers = static_cast<int64_t>(step.spans.size()) / 3;
     for (int64_t i = 0; i < layers; ++i) {
       rates.push_back(0.1 * static_cast<double>(draw(random, 0, 3)));
       device_rates.push_back(0.5 * static_cast<double>(draw(random, 1, 3)));

@@ -72,7 +72,8 @@ def test_derivatives_of_wide_layers_among_others(shape, kernel, dtype, precision
     got = ops.directional_derivatives(*there)
     doubles = ([t.double() for t in some] for some in (grads, directions))
     expected = ops.directional_derivatives([t.double() for t in inputs], windows, *doubles)
-    is_rounded = precision == "tf32" or len(kernel) > 1  # torch's own setting of convolutions allows TF32
+    is_plain = dtype != torch.bfloat16 and len(kernel) < 2  # of convolutions torch allows TF32 unasked
+    is_rounded = precision == "tf32" or not is_plain
     for ours, theirs in zip(got, expected, strict=True):
         assert (ours.cpu() - theirs).norm() <= (5e-3 if is_rounded else 1e-4) * theirs.norm()
 

@@ -75,8 +75,9 @@ def test_the_calls_of_a_step(total):
     gradients = [torch.randn(shape, generator=generator).to(dtypes[i % 4]) for i, shape in enumerate(shapes)]
     gradients = [g.to(memory_format=torch.channels_last) if g.dim() == 4 else g for g in gradients]
     lengths = [gradient.numel() // gradient.shape[0] for gradient in gradients]
-    ends = torch.tensor([gradient.numel() for gradient in gradients]).cumsum(0)
-    spans = torch.stack([ends - torch.tensor([g.numel() for g in gradients]), ends], 1)
+    sizes = torch.tensor([gradient.numel() for gradient in gradients])
+    ends = sizes.cumsum(0)
+    spans = torch.stack([ends - sizes, ends, sizes], 1)
     layers = len(gradients)
     layout = torch.stack([spans[:, 0], torch.tensor(lengths), torch.arange(layers), torch.arange(layers)], 1)
     rates, in_coarse = torch.full((layers,), 0.1, dtype=torch.float64), torch.ones(layers, dtype=torch.float64)
@@ -109,7 +110,7 @@ def test_what_is_not_finite_zeroes_all_gradients():
     first_bad = gather_gradients(gradients, layout, 1, 2, matrices)
     usable = one.to(DEVICE)
     step = shift_and_scale(
-        matrices, matrices, torch.tensor([[0, 12]]), one, None, one, usable, None, first_bad, 2, 0.0, None, skipped
+        matrices, matrices, torch.tensor([[0, 12, 12]]), one, None, one, usable, None, first_bad, 2, 0.0, None, skipped
     )
     write_gradients(gradients, layout, matrices, step, usable)
     assert step.found.item() == 1 and skipped.tolist() == [1, 1]
