@@ -204,18 +204,18 @@ def derivatives(
     for kept in passes:
         cases += kept.cases
         uses = [use for use in kept.uses if use.layer in number]
-        fitting: list[tuple[int, Tensor]] = []
+        fitting: dict[int, list[tuple[int, Tensor]]] = {}  # by leading size
         for use, s in zip(uses, _derivatives(uses, [matrices[number[use.layer]] for use in uses]), strict=True):
             if use.fits:
-                of_samples = s if use.samples == kept.samples else s.view(count, kept.samples, -1).sum(2)
-                fitting.append((number[use.layer], of_samples))
+                fitting.setdefault(use.samples, []).append((number[use.layer], s))
             else:
                 own = s.new_zeros(s.shape[1], count, len(layers))
                 own[:, :, number[use.layer]] = s.T
                 parts.append(own)
         if fitting:
-            places = brought([i for i, _ in fitting], torch.int64, matrices[0].device)
-            rows = torch.stack([s for _, s in fitting])
+            places = brought([i for some in fitting.values() for i, _ in some], torch.int64, matrices[0].device)
+            stacks = [torch.stack([s for _, s in some]) for some in fitting.values()]
+            rows = torch.cat([stack.view(len(stack), count, kept.samples, -1).sum(3) for stack in stacks])
             parts.append(rows.new_zeros(len(layers), *rows.shape[1:]).index_add_(0, places, rows).permute(2, 1, 0))
     none = torch.zeros(0, count, len(layers), dtype=torch.float64, device=matrices[0].device)
     return torch.cat([none, *parts]), cases
