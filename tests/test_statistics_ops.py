@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from compare import assert_equal
 from drawn import TOLERANCE, cases, map_sets
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kfac2 import ops, reference
@@ -193,10 +193,11 @@ def test_directional_derivatives(layers):
 @given(directional_layers(), st.sampled_from([1, 300, 2**26]))
 def test_the_library_gives_the_same_derivatives(layer, chunk):
     """The route of wide layers on a CUDA device, taken on the CPU; few samples at a time as well."""
+    x, window, _, directions, input_rows, grad_rows = layer
+    assume(window.kernel_size != () or window.groups == 1)  # others stay with the native op
     (native,) = ops.directional_derivatives(*([part] for part in layer[:4]))
     with mock.patch.object(applied_directions, "CHUNK", chunk):
         got = applied_directions.applied_directions(*layer[:4])
-    x, _, _, directions, input_rows, grad_rows = layer
     magnitudes = ([[rows.abs() for rows in blocks]] for blocks in (input_rows, grad_rows))
     scale = reference.directional_derivatives(*magnitudes, [directions.double().abs()])[0]
     assert got.dtype == torch.float64 and got.shape == native.shape
@@ -247,6 +248,9 @@ def test_layers_that_do_not_fit_are_left_to_the_op_that_says_why():
         {"window": Window.of(1, 3)},
     ):
         assert not goes(**other), other
+    two = torch.randn(2, 2, 64, 64)
+    assert not goes(x=x[..., 0], window=Window.places(0, groups=2), g=g[..., 0], directions=two)
+    assert goes(window=Window.places(1, groups=2), directions=two)
 
 
 def test_patch_order_is_that_of_unfold():

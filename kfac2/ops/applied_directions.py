@@ -28,6 +28,8 @@ _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d
 def is_faster(x: Tensor, window: Window, g: Tensor, directions: Tensor) -> bool:
     """Tell whether a layer goes to the library. One whose shapes do not fit goes to the native op, which says why.
 
+    So do rows of several groups that have no axes: the library has no convolution for them.
+
     Args:
         x: input of the layer, (N, C, *spatial).
         window: how rows ā are taken from it.
@@ -37,7 +39,13 @@ def is_faster(x: Tensor, window: Window, g: Tensor, directions: Tensor) -> bool:
     if not x.is_cuda or x.dtype == torch.float64 or directions.dtype != torch.float32 or directions.dim() != 4:
         return False
     _, groups, d_out, d_in = directions.shape
-    fits = groups == window.groups and window.bias in (0, 1) and x.shape[1] % groups == 0 and len(directions) > 0
+    fits = (
+        groups == window.groups
+        and (groups == 1 or window.kernel_size != ())
+        and window.bias in (0, 1)
+        and x.shape[1] % groups == 0
+        and len(directions) > 0
+    )
     fits = fits and len(x.shape) == g.dim() == 2 + len(window.kernel_size) and g.is_floating_point() and x.shape[0] > 0
     if not fits or d_in != window.row_length(x.shape[1]):
         return False
