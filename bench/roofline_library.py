@@ -14,6 +14,8 @@ from roofline_nets import Source
 from roofline_ops import ELEMENT, FLOAT, Count, Part, Stage, by_size, fold_products, up
 from roofline_tiles import meeting
 
+from kfac2.fine.tikhonov import Tikhonov
+from kfac2.inverses import LEAST_BYTES, SHARE
 from kfac2.ops.applied_directions import CHUNK as CHUNK_OF_PRODUCTS
 from kfac2.ops.gram_matrices import CHUNK as CHUNK_OF_ROWS
 from kfac2.ops.gram_matrices import panel_rows
@@ -188,34 +190,86 @@ def triangles_of(shapes: Sequence[LayerShape]) -> list[int]:
     return [d * (d + 1) // 2 for shape in shapes for d in (shape.d_in, shape.d_out)]
 
 
-def by_stacks(shapes: Sequence[LayerShape], passes: float, launches: int) -> Count:
-    """Describe what torch does to the stacks of factors, shape by shape: reads and writes of each number."""
+def by_stacks(shapes: Sequence[LayerShape], passes: float, launches: int, others: int) -> Count:
+    """Describe what torch does to the stacks of factors: reads and writes of each number.
+
+    Args:
+        shapes: of the layers.
+        passes: how often each number of a whole factor is read or written.
+        launches: of each stack.
+        others: further launches.
+    """
     moved = float(passes * FLOAT * sum(sizes_of(shapes)))
-    return Count([Stage("copy", 2 * len(by_size(shapes)) * launches + 8, moved)], 0, moved, 0.0)
+    return Count([Stage("copy", 2 * len(by_size(shapes)) * launches + others, moved)], 0, moved, 0.0)
+
+
+def runs(sizes: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """Split stacks into runs that are worked on together: kfac2/triangles.py, `few_at_a_time`.
+
+    Args:
+        sizes: numbers of one block of each stack.
+        counts: its blocks.
+
+    Returns:
+        For each run the sizes of its blocks.
+    """
+    most = max(size * count for size, count in zip(sizes, counts, strict=True))
+    found: list[list[int]] = [[]]
+    for size, count in zip(sizes, counts, strict=True):
+        if sum(found[-1]) + size * count > most:
+            found.append([])
+        found[-1] += [size] * count
+    return found
 
 
 def averages(shapes: Sequence[LayerShape]) -> Count:
     """What kfac2 leaves to torch at a statistics update: copies triangles, scales and mixes them, looks for NaNs."""
-    sizes = triangles_of(shapes)
-    stages = [foreach(sizes, 2, 2), foreach(sizes, 1, 2), foreach(sizes, 2, 3), foreach(sizes, 1, 1)]
+    sizes, counts = triangles_of(shapes), list(by_size(shapes).values())
+    stages = [foreach(sizes, 1, 1)]
+    for side in (0, 1):
+        blocks = [pair[side] * (pair[side] + 1) // 2 for pair in by_size(shapes)]
+        for run in runs(blocks, counts):
+            stages += [foreach(run, 2, 2), foreach(run, 1, 2), foreach(run, 2, 3)]
     return Count(stages, 0, 4.0 * FLOAT * sum(sizes), 3.0 * sum(sizes))
 
 
 def spread(shapes: Sequence[LayerShape]) -> Count:
-    """With `damping="auto"`: differences of triangles (3 of half the numbers) and their norms (1)."""
-    return by_stacks(shapes, 2, 8)
+    """With `damping="auto"`: differences of triangles (3 of half the numbers), norms (1), diagonals of both."""
+    return by_stacks(shapes, 2, 3, 28)
+
+
+def chunks(shapes: Sequence[LayerShape]) -> tuple[int, int]:
+    """Return in how many chunks new inverses are made, and of how many parts of batches: kfac2/inverses.py."""
+    sizes = {pair: FLOAT * (pair[0] ** 2 + pair[1] ** 2) for pair in by_size(shapes)}
+    held = 3 * sum(sizes[pair] * count for pair, count in by_size(shapes).items()) // 2
+    most = max(held // SHARE, LEAST_BYTES) // Tikhonov.copies
+    made, parts, used = 1, 0, 0
+    for pair, count in by_size(shapes).items():
+        for layer in range(count):
+            begins = used > 0 and used + sizes[pair] > most
+            made, used = made + begins, 0 if begins else used
+            parts += begins or layer == 0
+            used += sizes[pair]
+    return made, parts
+
+
+def by_chunks(shapes: Sequence[LayerShape], passes: float, launches: int, others: int) -> Count:
+    """Describe what torch does to the factors of chunks: so many launches of each part, and others of each chunk."""
+    made, parts = chunks(shapes)
+    moved = float(passes * FLOAT * sum(sizes_of(shapes)))
+    return Count([Stage("copy", 2 * parts * launches + made * others, moved)], 0, moved, 0.0)
 
 
 def unfolds(shapes: Sequence[LayerShape]) -> Count:
-    """Triangles into what is inverted: each quarter read and written."""
-    return by_stacks(shapes, 2, 6)
+    """Triangles into what is inverted: each quarter read and written, a mask for each chunk."""
+    return by_chunks(shapes, 2, 4, 2)
 
 
 def choice(shapes: Sequence[LayerShape]) -> Count:
-    """The last inverse where one failed: torch.where (3)."""
-    return by_stacks(shapes, 3, 2)
+    """The last inverse where one failed, or is too large: norms, and torch.where (3); flags of each chunk."""
+    return by_chunks(shapes, 4, 2, 19)
 
 
 def scales(shapes: Sequence[LayerShape]) -> Count:
-    """With `relative_damping`: divided by the mean diagonal (2), and the inverse likewise (2)."""
-    return by_stacks(shapes, 4, 5)
+    """With `relative_damping`: mean diagonals, what is divided by them (2), and the inverse likewise (2)."""
+    return by_chunks(shapes, 4, 3, 5)

@@ -210,8 +210,8 @@ def use_of(capture: Capture, g: Tensor, batch_dim: int) -> Use:
 
 def sizes_of(capture: Capture, batch_dim: int) -> Use:
     """Return a use without numbers: how many rows it will have is known before its gradient comes."""
-    x, g = (torch.empty(shape, dtype=capture.x.dtype, device="meta") for shape in (capture.x.shape, capture.shape))
-    layer = capture.layer
+    layer, x = capture.layer, torch.empty_like(capture.x, device="meta")
+    g = torch.empty(capture.shape, dtype=x.dtype, device="meta")
     x, g = (layer.samples_first(tensor, batch_dim) for tensor in (x, g))
     return Use.of(layer, x, g, capture.call, capture.order)
 
@@ -297,7 +297,7 @@ def come_by(
     def show(capture: Capture, g: Tensor | None) -> None:
         if g is not None and capture not in came:
             came.add(capture)
-            arrive((capture, g.reshape(capture.shape)))
+            arrive((capture, g if g.shape == capture.shape else g.reshape(capture.shape)))
 
     def hook(own: Sequence[tuple[Capture, int]]) -> Callable[[Sequence[Tensor | None]], None]:
         def come(gradients: Sequence[Tensor | None]) -> None:

@@ -281,26 +281,29 @@ def _nodes(root: Node | None) -> Iterator[Node]:
                 stack.append(child)
 
 
-def lowest_of(found: Sequence[tuple[Capture, GradientEdge]], root: Node | None) -> list[tuple[Capture, GradientEdge]]:
+def lowest_of(found: Sequence[tuple[Capture, GradientEdge]]) -> list[tuple[Capture, GradientEdge]]:
     """Return those captures of a graph from which no path leads on to another.
 
     Args:
         found: what `Captures.reached_from` returns.
-        root: of the graph.
     """
-    above: dict[Node, list[Node]] = {}
-    for node in _nodes(root):
-        for child, _ in node.next_functions:
-            if child is not None:
-                above.setdefault(child, []).append(node)
-    passed: set[Node] = set()
-    stack = [edge.node for _, edge in found]
-    while stack:
-        for node in above.get(stack.pop(), ()):
-            if node not in passed:
-                passed.add(node)
-                stack.append(node)
-    return [pair for pair in found if pair[1].node not in passed]
+    own = {edge.node for _, edge in found}
+    leads: dict[Node, bool] = {}  # of nodes that were come by: whether a path leads on to one of these
+    for start in own:
+        path = [(start, iter(start.next_functions))]
+        while path:
+            for child, _ in path[-1][1]:
+                if child is not None and (child in own or leads.get(child, False)):  # in most graphs soon
+                    leads |= dict.fromkeys((node for node, _ in path), True)
+                    path = []
+                    break
+                if child is not None and child not in leads:
+                    leads[child] = False
+                    path.append((child, iter(child.next_functions)))
+                    break
+            else:
+                path.pop()
+    return [pair for pair in found if not leads.get(pair[1].node, False)]
 
 
 def _not_a_view(output: Tensor) -> Any:

@@ -179,7 +179,7 @@ def _by_fusion(
     take: Callable[[list[Tensor], bool], None],
 ) -> None:
     """Step those that the fused kernel takes, then the others, unless the step is to be skipped."""
-    can = [_can_be_fused(p, *(state[p].get(name) for name in names)) for p in params]
+    can = [_can_be_fused(p, [p.grad, *map(state[p].get, names)]) for p in params]
     for fused in (True, False):
         some = [parameter for parameter, takes in zip(params, can, strict=True) if takes == fused]
         if some and (fused or found is None or not found.item()):
@@ -190,17 +190,16 @@ def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in params if parameter.grad is not None]
 
 
-def _can_be_fused(parameter: Tensor, *states: Tensor | None) -> bool:
+def _can_be_fused(parameter: Tensor, others: Sequence[Tensor | None]) -> bool:
     """Tell whether torch's fused kernel takes a parameter: one launch for all, which a flag on the device can skip.
 
     It walks the memory of parameter, gradient and state side by side, so that they must lie alike, without gaps. On a
     CPU it leaves out most elements of 16-bit parameters (torch 2.12 and 2.13).
     """
-    others = [tensor for tensor in (parameter.grad, *states) if tensor is not None]
     stride, dtype = parameter.stride(), parameter.dtype
     if dtype in _FULL and parameter.is_contiguous():
         for other in others:
-            if other.is_sparse or other.dtype is not dtype or other.stride() != stride:
+            if other is not None and (other.is_sparse or other.dtype is not dtype or other.stride() != stride):
                 break
         else:
             return True  # nearly always
@@ -209,7 +208,9 @@ def _can_be_fused(parameter: Tensor, *states: Tensor | None) -> bool:
     if not (parameter.is_contiguous() or _is_channels_last(parameter)):
         return False
     return all(
-        other.dtype == dtype and other.device == parameter.device and _lie_alike(parameter, other) for other in others
+        other.dtype == dtype and other.device == parameter.device and _lie_alike(parameter, other)
+        for other in others
+        if other is not None
     )
 
 

@@ -102,7 +102,10 @@ def first_of(kept: KeptPass, count: int) -> KeptPass:
 
 def rounded(kept: KeptPass) -> KeptPass:
     """Return what is kept with the rows g in bfloat16 where they are float32, see `Keeps`."""
-    grads = _in_16_bits([use.grads.tensor for use in kept.uses])
+    rows = [use.grads.tensor for use in kept.uses]
+    if not any(g.dtype == torch.float32 for g in rows):
+        return kept
+    grads = _in_16_bits(rows)
     uses = [use._replace(grads=Rows(g, use.grads.window)) for use, g in zip(kept.uses, grads, strict=True)]
     return kept._replace(uses=uses)
 
@@ -146,7 +149,12 @@ def quarter(samples: int) -> int:
     return max(32, samples // 4)
 
 
-def divergence(passes: Sequence[KeptPass], direction: Direction, processes: Processes = ALONE) -> Tensor:
+def divergence(
+    passes: Sequence[KeptPass],
+    direction: Direction,
+    processes: Processes = ALONE,
+    matrices_of: Callable[[Sequence[Layer]], Matrices] | None = None,
+) -> Tensor:
     """Return dᵀFd = 1/M Σ_n (Σ_i s_ni)², s_ni = Σ_t g_ntᵀ D_i ā_nt: twice the divergence that a step d would bring.
 
     All layers are coupled, where the KL clip sees each for itself.
@@ -155,6 +163,7 @@ def divergence(passes: Sequence[KeptPass], direction: Direction, processes: Proc
         passes: kept rows of this iteration; this process may have none.
         direction: gives d of a parameter; None where it does not move.
         processes: whose rows count together.
+        matrices_of: gives what writes directions of these layers as matrices, one of each; by default it is made.
 
     Returns:
         float64, one number; on the device, if there are rows.
@@ -165,7 +174,8 @@ def divergence(passes: Sequence[KeptPass], direction: Direction, processes: Proc
     cases = sum(kept.cases for kept in passes)
     squares = torch.zeros((), dtype=torch.float64, device=next(iter(layers)).weight.device if layers else "cpu")
     if moving:
-        squares = derivatives(passes, moving, Matrices(moving, 1).of([moved]))[0].sum(2).square().sum()
+        matrices = Matrices(moving, 1) if matrices_of is None else matrices_of(moving)
+        squares = derivatives(passes, moving, matrices.of([moved]))[0].sum(2).square().sum()
     if processes.is_alone:
         return squares / cases
     (total,) = processes.added("the measured divergence", [torch.stack([squares, torch.full_like(squares, cases)])])
@@ -194,17 +204,18 @@ def derivatives(
     for kept in passes:
         cases += kept.cases
         uses = [use for use in kept.uses if use.layer in number]
-        fitting: list[tuple[int, Tensor]] = []
+        fitting: dict[int, list[tuple[int, Tensor]]] = {}  # by leading size
         for use, s in zip(uses, _derivatives(uses, [matrices[number[use.layer]] for use in uses]), strict=True):
             if use.fits:
-                fitting.append((number[use.layer], s.view(count, kept.samples, -1).sum(2)))
+                fitting.setdefault(use.samples, []).append((number[use.layer], s))
             else:
                 own = s.new_zeros(s.shape[1], count, len(layers))
                 own[:, :, number[use.layer]] = s.T
                 parts.append(own)
         if fitting:
-            places = brought([i for i, _ in fitting], torch.int64, matrices[0].device)
-            rows = torch.stack([s for _, s in fitting])
+            places = brought([i for some in fitting.values() for i, _ in some], torch.int64, matrices[0].device)
+            stacks = [torch.stack([s for _, s in some]) for some in fitting.values()]
+            rows = torch.cat([stack.view(len(stack), count, kept.samples, -1).sum(3) for stack in stacks])
             parts.append(rows.new_zeros(len(layers), *rows.shape[1:]).index_add_(0, places, rows).permute(2, 1, 0))
     none = torch.zeros(0, count, len(layers), dtype=torch.float64, device=matrices[0].device)
     return torch.cat([none, *parts]), cases

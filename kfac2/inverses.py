@@ -16,7 +16,7 @@ from kfac2.fine import Damping, Fields, FineSolver
 from kfac2.layout import Layout, Stacks
 from kfac2.processes import Processes
 from kfac2.statistics import Averages
-from kfac2.triangles import diagonals, unpacked
+from kfac2.triangles import diagonals, unpacked, upper_triangle
 
 SHARE = 4  # 1 / what a refresh may need above factors and inverses, over what these need
 LEAST_BYTES = 2**22  # that a chunk may need in any case: a native call for each of many small layers would cost time
@@ -149,25 +149,29 @@ def inverted(
     failed = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
     seen = brought(averages.seen, failed.dtype, layout.device)
     before = torch.zeros_like(failed) if last is None else last.usable
+    blocked = None if place is None else place.blocked
+    had, counts = (flags.index_select(0, layout.layer_of_block) > 0 for flags in (before, seen))
+    bounds = None if place is None or place.gradients is None else torch.cat(place.gradients).double()
     for chunk in chunks(layout, fine, dtype):
-        layers = torch.cat([layout.layer_of_block[c.first : c.first + c.end - c.begin] for c in chunk])
+        blocks = slice(chunk[0].first, chunk[-1].first + chunk[-1].end - chunk[-1].begin)
+        layers = layout.layer_of_block[blocks]
         standing = None if last is None else {name: _parts(stacks, chunk) for name, stacks in last.fields.items()}
         new, is_bad = _chunk_inverted(
-            layout, chunk, fine, damping, averages, dtype, standing, _split(before[layers] > 0, chunk)
+            layout, chunk, fine, damping, averages, dtype, standing, _split(had[blocks], chunk)
         )
-        if place is not None and place.gradients is not None:
-            gains = torch.cat([gain.double() for gain in fine.gains(new, damping)])
-            is_bad |= ~(gains * torch.cat(_parts(place.gradients, chunk)).double() <= LARGEST_STEP)
-        own = torch.zeros_like(failed).index_add_(0, layers, is_bad.double()).clamp_(max=1)
-        own *= seen  # the zeros of a layer without statistics are no failure
-        failed += own
+        if bounds is not None:
+            is_bad |= ~(torch.cat(fine.gains(new, damping)) * bounds[blocks] <= LARGEST_STEP)
+        is_bad &= counts[blocks]  # the zeros of a layer without statistics are no failure
+        failed.index_add_(0, layers, is_bad.double())  # each layer is in one chunk, with all its blocks
+        keeps = failed.index_select(0, layers) > 0
+        if blocked is not None:
+            keeps |= blocked
         parts = {name: _parts(stacks, chunk) for name, stacks in into.items()}
-        blocked = None if place is None else place.blocked
-        keeps = own[layers] > 0 if blocked is None else (own[layers] > 0) | blocked
         _write(parts, _split(keeps, chunk), standing, new)
         for name, stacks in fine.derive(parts, damping).items():
             _replace(_parts(derived[name], chunk), stacks, blocked)
         del new  # before the next chunk is inverted
+    failed.clamp_(max=1)
     usable = torch.where(failed > 0, before, seen)
 
     coarse, coarse_failed = coarse_inverted(layout, averages, last, solvers.coarse, damping, coarse_damping)
@@ -192,12 +196,10 @@ def coarse_inverted(
     coarse_damping: float | None,
 ) -> tuple[Tensor | None, Tensor]:
     """Return the coarse inverse of `inverted`, and whether it failed, (1,); then the last one stands."""
-    nothing = torch.zeros(1, dtype=torch.float64, device=layout.device)
+    if not averages.coarse:
+        return None, torch.zeros(1, dtype=torch.float64, device=layout.device)
     of_coarse = _coarse_damping(layout, averages, damping) if coarse_damping is None else coarse_damping
-    result = space.invert(averages.coarse, of_coarse)
-    if result is None:
-        return None, nothing
-    coarse, is_bad = result
+    coarse, is_bad = space.invert(averages.coarse, of_coarse)
     standing = torch.zeros_like(coarse) if last is None or last.coarse is None else last.coarse
     return torch.where(is_bad, standing, coarse), is_bad.double().reshape(1)
 
@@ -213,8 +215,7 @@ def _chunk_inverted(
     had: Sequence[Tensor],
 ) -> tuple[Fields, Tensor]:
     """Return the new fields of a chunk, and of which blocks they hold no meaning."""
-    A = _whole(averages.A, [batch.d_in for batch in layout.batches], chunk, dtype)
-    G = _whole(averages.G, [batch.d_out for batch in layout.batches], chunk, dtype)
+    A, G = _whole(layout, averages, chunk, dtype)
     fields, status = fine.invert(A, G, damping)
     del A, G  # as large as what they have become
     fields = all_rounded(fields, layout, chunk)
@@ -256,10 +257,18 @@ def chunks(layout: Layout, fine: FineSolver, dtype: torch.dtype | None) -> Itera
         yield chunk
 
 
-def _whole(triangles: Stacks, sizes: Sequence[int], chunk: Sequence[Chunk], dtype: torch.dtype | None) -> Stacks:
-    """Return whole factors of a chunk, in memory of their own, given their triangles, and their sizes by batch."""
-    parts = zip(_parts(triangles, chunk), chunk, strict=True)
-    return [unpacked(part.to(dtype or part.dtype), sizes[c.batch]) for part, c in parts]
+def _whole(
+    layout: Layout, averages: Averages, chunk: Sequence[Chunk], dtype: torch.dtype | None
+) -> tuple[Stacks, Stacks]:
+    """Return whole factors of a chunk, A and G, in memory of their own."""
+    batches = [layout.batches[c.batch] for c in chunk]
+    mask = upper_triangle(max(max(batch.d_in, batch.d_out) for batch in batches), layout.device)
+
+    def of(triangles: Stacks, sizes: Sequence[int]) -> Stacks:
+        parts = zip(_parts(triangles, chunk), sizes, strict=True)
+        return [unpacked(part.to(dtype or part.dtype), d, mask) for part, d in parts]
+
+    return of(averages.A, [batch.d_in for batch in batches]), of(averages.G, [batch.d_out for batch in batches])
 
 
 def _parts(stacks: Stacks, chunk: Sequence[Chunk]) -> Stacks:

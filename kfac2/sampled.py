@@ -81,7 +81,7 @@ class Sampled:
         found = self._followed.captures.reached_from(scores.drawn.grad_fn)
         traces = [capture.trace for capture, _ in found]
         are_held = may_wait([capture for capture, _ in found])
-        graph = _Graph(found, found if are_held else lowest_of(found, scores.drawn.grad_fn))
+        graph = _Graph(found, found if are_held else lowest_of(found))
         first = self._first_pass(graph, scores, mask, wanted, are_held)
         if first is None:
             return [], traces

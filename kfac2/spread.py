@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfac2.brought import brought
 from kfac2.layout import Layout, Stacks
-from kfac2.triangles import diagonals, frobenius_norms
+from kfac2.triangles import all_diagonals, few_at_a_time
 
 FIRST = 0.1  # c until there is a spread
 KEPT = 0.8  # of the spread so far, at each update
@@ -43,8 +43,10 @@ def followed(
     spread = unknown(layout) if spread is None else spread
     if not any(again):
         return spread
-    sides = [torch.cat([_square(b, a) for a, b in zip(*stacks, strict=True)]) for stacks in zip(old, new, strict=True)]
-    latest = torch.stack(sides) / (1 - kept) ** 2
+    sizes = [b.d_in for b in layout.batches for _ in range(b.blocks)]
+    sizes += [b.d_out for b in layout.batches for _ in range(b.blocks)]
+    squares = _squares([*old[0], *old[1]], [*new[0], *new[1]], brought(sizes, torch.float64, layout.device))
+    latest = squares.view(2, -1) / (1 - kept) ** 2
     usable = latest.isfinite()  # a zero divided by a zero says nothing
     if not all(again):
         usable &= brought(again, torch.bool, layout.device)[layout.layer_of_block]
@@ -52,10 +54,19 @@ def followed(
     return torch.where(usable, mixed, spread)
 
 
-def _square(new: Tensor, old: Tensor) -> Tensor:
-    """Return d |new - old|²_F / (tr new)² of each block, in float64, given triangles."""
-    diagonal = diagonals(new)
-    return (frobenius_norms(new - old) / diagonal.mean(-1).double()).square() / diagonal.shape[-1]
+def _squares(old: Stacks, new: Stacks, sizes: Tensor) -> Tensor:
+    """Return d |new - old|²_F / (tr new)² of the blocks of all stacks, in float64, given triangles, and d of each."""
+    halves = [norms for part in few_at_a_time(new) for norms in _norms_of_differences(old[part], new[part])]
+    dtype = new[0].dtype if len({stack.dtype for stack in new}) == 1 else torch.float64
+    diagonals = all_diagonals(new, dtype)
+    of_diagonals = torch.linalg.vector_norm(diagonals - all_diagonals(old, dtype), dim=-1).double()
+    # what is off the diagonal is there twice
+    squares = 2 * torch.cat(halves).double().square() - of_diagonals.square()
+    return sizes * squares / diagonals.sum(-1).double().square()
+
+
+def _norms_of_differences(old: Stacks, new: Stacks) -> Stacks:
+    return [torch.linalg.vector_norm(difference, dim=(1, 2)) for difference in torch._foreach_sub(new, old)]
 
 
 def damping(layout: Layout, spread: Tensor | None, kept: float) -> Tensor:

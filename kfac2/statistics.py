@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,8 @@ class Use:
 
     def without_gradients(self, taken: Taken) -> Use:
         """Return the use with its gradients let go: their shapes are left, and what was taken of them."""
-        g, grads = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (self.g, self.grads.tensor))
+        g = torch.empty_like(self.g, device="meta")
+        grads = g if self.grads.tensor is self.g else torch.empty_like(self.grads.tensor, device="meta")
         return replace(self, g=g, grads=Rows(grads, self.grads.window), taken=taken)
 
     def only(self, reached: Tensor) -> Use:
@@ -102,12 +104,12 @@ class Use:
         """Return the rows whose sums are the maps of output gradients, those that do not count among them."""
         return self.layer.grad_map_rows(self.g, self.grads)
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """The leading size: N, or N·r where it holds r consecutive rows of each sample."""
         return self.inputs.tensor.shape[0]
 
-    @property
+    @cached_property
     def places(self) -> int:
         """Rows of each of these: T."""
         return math.prod(self.grads.tensor.shape[2:])

@@ -6,6 +6,8 @@ the lower right triangle fits, and where d is even, one column to the side of it
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,23 +34,30 @@ def packed(stack: Tensor) -> Tensor:
     return result
 
 
-def unpacked(rectangles: Tensor, d: int) -> Tensor:
+def unpacked(rectangles: Tensor, d: int, mask: Tensor | None = None) -> Tensor:
     """Return the symmetric matrices that `packed` was given.
 
     Args:
         rectangles: (blocks, h, w).
         d: their size.
+        mask: what `upper_triangle` returns for this size or a larger one, so that few are made for many stacks.
     """
     h, shift = _half(d)
     rest = d - h
     result = torch.empty(len(rectangles), d, d, dtype=rectangles.dtype, device=rectangles.device)
-    is_upper = torch.ones(h, h, dtype=torch.bool, device=rectangles.device).triu_()
+    is_upper = upper_triangle(d, rectangles.device) if mask is None else mask
     upper, lower = rectangles[..., shift : shift + h], rectangles[:, h - rest :, :rest]
-    result[:, :h, :h] = torch.where(is_upper, upper, upper.mT)
-    result[:, h:, h:] = torch.where(is_upper[:rest, :rest], lower.mT, lower)
+    torch.where(is_upper[:h, :h], upper, upper.mT, out=result[:, :h, :h])
+    torch.where(is_upper[:rest, :rest], lower.mT, lower, out=result[:, h:, h:])
     result[:, :h, h:] = rectangles[..., shift + h :]
     result[:, h:, :h] = result[:, :h, h:].mT
     return result
+
+
+def upper_triangle(d: int, device: torch.device) -> Tensor:
+    """Return which elements of the first half of the rows of a matrix, in its own square, are in the upper triangle."""
+    h, _ = _half(d)
+    return torch.ones(h, h, dtype=torch.bool, device=device).triu_()
 
 
 def packed_shape(d: int) -> tuple[int, int]:
@@ -59,15 +68,36 @@ def packed_shape(d: int) -> tuple[int, int]:
 
 def diagonals(rectangles: Tensor) -> Tensor:
     """Return the diagonals of the matrices, (blocks, d)."""
+    return torch.cat(_halves_of_diagonals(rectangles), -1)
+
+
+def all_diagonals(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the diagonals of the matrices of several stacks, (blocks of all, the largest d); 0 behind shorter ones."""
+    halves = [_halves_of_diagonals(rectangles) for rectangles in stacks]
+    sizes = [sum(half.shape[-1] for half in pair) for pair in halves]
+    result = torch.zeros(sum(map(len, stacks)), max(sizes), dtype=dtype, device=stacks[0].device)
+    for pair, d, rows in zip(halves, sizes, result.split([len(stack) for stack in stacks]), strict=True):
+        torch.cat(pair, -1, out=rows[:, :d])
+    return result
+
+
+def few_at_a_time(stacks: Sequence[Tensor]) -> Iterator[slice]:
+    """Split stacks into runs that are worked on together: each needs as much memory as the largest stack, at most."""
+    most = max((stack.nbytes for stack in stacks), default=0)
+    begin = used = 0
+    for end, stack in enumerate(stacks):
+        if used + stack.nbytes > most:
+            yield slice(begin, end)
+            begin, used = end, 0
+        used += stack.nbytes
+    if begin < len(stacks):
+        yield slice(begin, len(stacks))
+
+
+def _halves_of_diagonals(rectangles: Tensor) -> list[Tensor]:
     h, w = rectangles.shape[-2:]
     shift = int(w == 2 * h + 1)  # where d is even
-    return torch.cat([rectangles.diagonal(offset, dim1=-2, dim2=-1) for offset in (shift, shift - 1)], -1)
-
-
-def frobenius_norms(rectangles: Tensor) -> Tensor:
-    """Return |X|_F of the matrices, (blocks,), in float64: what is off the diagonal is there twice."""
-    half = torch.linalg.vector_norm(rectangles, dim=(-2, -1)).double()
-    return (2 * half.square() - torch.linalg.vector_norm(diagonals(rectangles), dim=-1).double().square()).sqrt()
+    return [rectangles.diagonal(offset, dim1=-2, dim2=-1) for offset in (shift, shift - 1)]
 
 
 def _half(d: int) -> tuple[int, int]:

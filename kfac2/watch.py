@@ -36,7 +36,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._watchers: list[weakref.ref[Watcher]] = []  # read at each use: a WeakSet is slow to go through
-        self._local = threading.local()
+        self._of_threads = _OfThread(self)
         self._handles: list[RemovableHandle] = []
         self._stance: Any = None
         self._period = 0  # counts how often the hooks were put up
@@ -66,50 +66,44 @@ class Watch:
             handle.remove()
         self._handles = []
         self._stance.__exit__(None, None, None)
-        if self._inside:
-            self._inside.clear()
-            self._mode.take_down()
+        thread = self._this_thread()
+        if thread.inside:
+            thread.inside.clear()
+            thread.mode.take_down()
 
-    @property
-    def _inside(self) -> list[int]:
-        """Ids of the modules that this thread is calling, outermost first."""
-        local = self._local
-        if not hasattr(local, "inside"):
-            local.inside, local.mode, local.plain, local.period = [], _Mode(self), None, self._period
-        if local.period != self._period:  # another thread took the hooks away in the middle of a call
-            local.inside, local.period = [], self._period
-            local.mode.take_down()
-        return local.inside
-
-    @property
-    def _mode(self) -> _Mode:
-        return self._local.mode
+    def _this_thread(self) -> _OfThread:
+        thread = self._of_threads
+        if thread.period != self._period:  # another thread took the hooks away in the middle of a call
+            thread.inside, thread.period = [], self._period
+            thread.mode.take_down()
+        return thread
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        inside = self._inside
-        if not inside:
-            self._local.plain = None
+        thread = self._this_thread()
+        if not thread.inside:
+            thread.plain = None
             if self._here():
-                self._mode.put_up()
-        elif self._mode.is_up and _is_plain(module):
-            self._mode.take_down()
-            self._local.plain = module
-        elif self._local.plain is not None and not _is_plain(module):  # called by a hook of the plain one
-            self._local.plain = None
-            self._mode.put_up()
-        inside.append(id(module))
+                thread.mode.put_up()
+        elif thread.mode.is_up and _is_plain(module):
+            thread.mode.take_down()
+            thread.plain = module
+        elif thread.plain is not None and not _is_plain(module):  # called by a hook of the plain one
+            thread.plain = None
+            thread.mode.put_up()
+        thread.inside.append(id(module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        inside = self._inside
-        if id(module) not in inside:
+        thread = self._this_thread()
+        inside, number = thread.inside, id(module)
+        if number not in inside:
             return
-        while inside.pop() != id(module):  # what an exception has left without a word
+        while inside.pop() != number:  # what an exception has left without a word
             pass
         if not inside:
-            self._mode.take_down()
-        elif self._local.plain is module:
-            self._local.plain = None
-            self._mode.put_up()
+            thread.mode.take_down()
+        elif thread.plain is module:
+            thread.plain = None
+            thread.mode.put_up()
 
     def _here(self) -> list[Watcher]:
         thread = threading.get_ident()
@@ -146,7 +140,7 @@ class _Mode(TorchFunctionMode):
     def put_up(self) -> None:
         """Look at calls from now on."""
         self.is_up = True
-        if not any(mode is self for mode in _get_current_function_mode_stack()):
+        if _get_current_function_mode() is None or not any(one is self for one in _get_current_function_mode_stack()):
             self.__enter__()
 
     def take_down(self) -> None:
@@ -166,6 +160,23 @@ class _Mode(TorchFunctionMode):
             x, weight, call = read(func, args, kwargs)
             self._watch.tell(call, x, weight, output)
         return output
+
+
+class _OfThread(threading.local):
+    """What is so in one thread.
+
+    Attributes:
+        inside: ids of the modules that are being called, outermost first.
+        mode: that of the thread.
+        plain: the module for which it was taken down, or None.
+        period: of the watch, to which these belong.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self.inside: list[int] = []
+        self.mode = _Mode(watch)
+        self.plain: nn.Module | None = None
+        self.period = 0
 
 
 WATCH = Watch()

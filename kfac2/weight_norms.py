@@ -35,7 +35,8 @@ class WeightNorms:
     def _added(self, parts: Tensor) -> Tensor:
         return parts.new_zeros(self._count).index_add_(0, self._layer_of_part, parts)
 
+    @torch.no_grad()
     def now(self) -> Tensor:
         """Take |W_i| as the weights are now, float64, (L,)."""
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters])
-        return self._added(torch.stack([norm.double() for norm in norms]).square()).sqrt()
+        norms = torch._foreach_norm(self.parameters)
+        return self._added(torch.stack(norms).double().square()).sqrt()

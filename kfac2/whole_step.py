@@ -12,9 +12,10 @@ from kfac2.bound import Bound
 from kfac2.descent import Rate, State, adamw_step, next_steps, sgd_step, times
 from kfac2.directed import MOST_DAMPING, PER_LAYER, Directed
 from kfac2.directed_work import Work
-from kfac2.divergence import Keeps, divergence, first_of, quarter, rounded
+from kfac2.divergence import Keeps, Matrices, divergence, first_of, quarter, rounded
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
+from kfac2.layout import Layout
 from kfac2.options import OptimizerOptions
 from kfac2.preconditioner import Preconditioner
 from kfac2.rise import Rise
@@ -43,6 +44,7 @@ class WholeStep:
         self._curvature = preconditioner.curvature
         self._options = options
         self._rest = rest
+        self._matrices: tuple[Layout, Matrices] | None = None
         self._is_directed = options.coarse == "directions"
         if self._is_directed:
             preconditioner.schedule.own_steps = self.directed
@@ -137,8 +139,15 @@ class WholeStep:
             own = [p for p in group["params"] if p.grad is not None and id(p) in moving]
             steps |= zip(map(id, own), next_steps(own, state, group), strict=True)
         kept = [rounded(first_of(one, quarter(one.whole))) for one in iteration.kept]  # however they were kept
-        squared = divergence(kept, lambda p: steps.get(id(p)), self._curvature.solvers.processes)
+        squared = divergence(kept, lambda p: steps.get(id(p)), self._curvature.solvers.processes, self._matrices_of)
         self.bound.measured(squared, bound, self._curvature.health.at_once)
+
+    def _matrices_of(self, layers: Sequence[Layer]) -> Matrices:
+        """Return what writes steps of these layers as matrices: the last one, as long as they lie where they did."""
+        layout = self._curvature.layout
+        if self._matrices is None or self._matrices[0] is not layout or self._matrices[1].layers != tuple(layers):
+            self._matrices = layout, Matrices(layers, 1)
+        return self._matrices[1]
 
     # -- the space of directions --------------------------------------------------------------------------------
 

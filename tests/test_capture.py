@@ -10,9 +10,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compare import assert_equal
+from hypothesis import given
+from hypothesis import strategies as st
 from paper import KFAC
+from torch.autograd.graph import GradientEdge
 from torch.distributions import Categorical
 from torch.nn.utils.parametrizations import weight_norm
+
+from kfac2.capture import lowest_of
 
 
 def net(inplace=False):
@@ -391,3 +396,19 @@ def test_a_compiled_model():
     assert_equal(other.coarse_fisher(), opt.coarse_fisher())
     for p, q in zip(plain.parameters(), twin.parameters(), strict=True):
         assert_equal(q, p)
+
+
+@given(st.data())
+def test_the_lowest_uses_are_those_from_which_no_path_leads_to_another(data):
+    tensors = [torch.ones(1, requires_grad=True)]
+    for _ in range(data.draw(st.integers(1, 8))):
+        before = data.draw(st.lists(st.sampled_from(tensors), min_size=1, max_size=3))
+        tensors.append(torch.stack(before).sum(0))
+    nodes = [tensor.grad_fn for tensor in data.draw(st.lists(st.sampled_from(tensors[1:]), min_size=1, unique_by=id))]
+
+    def below(node):
+        children = [child for child, _ in node.next_functions if child is not None]
+        return {*children, *(far for child in children for far in below(child))}
+
+    found = [(number, GradientEdge(node, 0)) for number, node in enumerate(nodes)]
+    assert [n for n, _ in lowest_of(found)] == [n for n, node in enumerate(nodes) if not below(node) & {*nodes}]

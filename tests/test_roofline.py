@@ -28,9 +28,14 @@ from roofline_nets import Source, grads_of, inputs_of
 from roofline_tiles import meeting
 from torch.utils.flop_counter import FlopCounterMode
 
+import kfac2
+from kfac2 import inverses
+from kfac2.fine.tikhonov import Tikhonov
 from kfac2.ops import Window, precondition
 from kfac2.ops import applied_directions as applied
 from kfac2.ops.gram_matrices import distances, is_faster, row_products
+from kfac2.statistics import A_shape, G_shape
+from kfac2.triangles import few_at_a_time
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["deep-linear", "resnet-8", "transformer"]
@@ -204,6 +209,19 @@ def test_gradients_are_moved_once():
     assert sum(rows * columns for rows, columns, _ in parts) == net.parameters
     assert ops.write_gradients(parts).least_bytes == 2 * 4 * net.weights
     assert ops.gather_gradients(parts).least_bytes == 4 * (net.parameters + net.weights)
+
+
+@pytest.mark.parametrize("name", ["resnet-20", "resnet-110", "transformer"])
+def test_stacks_are_put_together_and_cut_as_kfac2_does(name):
+    layout = kfac2.Curvature(NETWORKS[name].make()).layout
+    shapes = nets.known(name, 2).shapes
+    found = list(inverses.chunks(layout, Tikhonov(), None))
+    assert library.chunks(shapes) == (len(found), sum(map(len, found)))
+    for side, shape_of in enumerate((G_shape, A_shape)):
+        stacks = layout.stacks(shape_of)
+        sizes = [pair[side] * (pair[side] + 1) // 2 for pair in ops.by_size(shapes)]
+        expected = [sum(map(torch.numel, stacks[part])) for part in few_at_a_time(stacks)]
+        assert [sum(run) for run in library.runs(sizes, list(ops.by_size(shapes).values()))] == expected
 
 
 def test_foreach_cuts_lists_as_torch_does():

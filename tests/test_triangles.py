@@ -1,12 +1,12 @@
 """Triangles of symmetric matrices against the whole ones."""
 
 import torch
-from compare import assert_equal
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kfac2.ops.fold_products import fold_products
-from kfac2.triangles import diagonals, frobenius_norms, packed, packed_shape, unpacked
+from kfac2.triangles import all_diagonals, diagonals, few_at_a_time, packed, packed_shape, unpacked, upper_triangle
 
 
 def symmetric(blocks, d, seed=0):
@@ -20,6 +20,7 @@ def test_half_as_many_numbers_say_the_same(d, blocks):
     half = packed(M)
     assert half.shape == (blocks, *packed_shape(d)) and half[0].numel() == d * (d + 1) // 2
     assert torch.equal(unpacked(half, d), M)
+    assert torch.equal(unpacked(half, d, upper_triangle(d + blocks, half.device)), M)
 
 
 def panels_of(M, rows):
@@ -40,9 +41,22 @@ def test_a_product_in_panels_is_folded(d, count, has_last, is_added):
     assert_equal(got, packed((0.3 * M + (0.9 * before if is_added else 0))[None]), 1e-15)
 
 
-@given(st.integers(1, 9), st.integers(1, 3))
-def test_diagonals_and_norms(d, blocks):
-    M = symmetric(blocks, d)
-    assert torch.equal(diagonals(packed(M)), M.diagonal(dim1=1, dim2=2))
-    assert_equal(frobenius_norms(packed(M)), torch.linalg.matrix_norm(M), 1e-14)
-    assert frobenius_norms(packed(torch.zeros_like(M))).tolist() == [0.0] * blocks
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=4))
+def test_diagonals(shapes):
+    matrices = [symmetric(blocks, d, seed) for seed, (d, blocks) in enumerate(shapes)]
+    expected = [M.diagonal(dim1=1, dim2=2) for M in matrices]
+    assert all(torch.equal(diagonals(packed(M)), wanted) for M, wanted in zip(matrices, expected, strict=True))
+    longest = max(d for d, _ in shapes)
+    filled_up = torch.cat([F.pad(wanted, (0, longest - wanted.shape[1])) for wanted in expected])
+    assert torch.equal(all_diagonals([packed(M) for M in matrices], torch.float64), filled_up)
+
+
+@given(st.lists(st.integers(0, 20), max_size=9))
+def test_few_at_a_time_need_no_more_than_the_largest(sizes):
+    stacks = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    parts = [stacks[part] for part in few_at_a_time(stacks)]
+    assert [id(stack) for part in parts for stack in part] == [id(stack) for stack in stacks]
+    totals = [sum(map(len, part)) for part in parts]
+    assert all(part for part in parts) and max(totals, default=0) == max(sizes, default=0)
+    # none could have been one with the next
+    assert all(total + len(after[0]) > max(sizes) for total, after in zip(totals, parts[1:], strict=False))

@@ -95,17 +95,16 @@ class CoarseSpace(ABC):
             number: of the layer.
         """
 
-    @abstractmethod
-    def invert(self, averages: tuple[Tensor, ...], damping: float | Tensor) -> tuple[Tensor, Tensor] | None:
+    def invert(self, averages: tuple[Tensor, ...], damping: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return the damped inverse of the coarse Fisher, float64, and whether that failed, both on the device.
+
+        A space without averages is not asked.
 
         Args:
             averages: `Averages.coarse`.
             damping: λ_c, one number or (L,).
-
-        Returns:
-            None where there is nothing to invert.
         """
+        raise NotImplementedError
 
     def correct(self, step: FineStep, inverse: Tensor | None, in_coarse: Tensor, weight: float) -> ShiftAndScale:
         """Restrict the gradients, solve, prolong onto the directions, and compute clip and limits: one native call.

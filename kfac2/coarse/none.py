@@ -24,6 +24,3 @@ class NoSpace(CoarseSpace):
     def without(self, layout: Layout, averages: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
         """Return nothing."""
         return ()
-
-    def invert(self, averages: tuple[Tensor, ...], damping: float | Tensor) -> None:
-        """Return nothing."""

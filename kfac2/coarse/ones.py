@@ -160,9 +160,9 @@ class Ones(CoarseSpace):
             for matrix, places in zip(averages, (kept.to(layout.device) for kept in others), strict=False)
         )
 
-    def invert(self, averages: tuple[Tensor, ...], damping: float | Tensor) -> tuple[Tensor, Tensor] | None:
+    def invert(self, averages: tuple[Tensor, ...], damping: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return (F_coarse + diag λ_c)⁻¹, eigenvalues floored at 0, and whether that failed."""
-        return coarse_inverse(averages[2], damping) if averages else None
+        return coarse_inverse(averages[2], damping)
 
 
 def _zeros(layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

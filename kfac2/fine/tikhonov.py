@@ -30,23 +30,19 @@ class Tikhonov(FineSolver):
         """
         root, value = (damping.value.sqrt(), 1.0) if isinstance(damping.value, Tensor) else (1.0, damping.value)
         if damping.relative:
-            A_scales, G_scales = ([root * _mean_diagonal(factors) for factors in stacks] for stacks in (A, G))
-            A = [factors.div_(scale) for factors, scale in zip(A, A_scales, strict=True)]
-            G = [factors.div_(scale) for factors, scale in zip(G, G_scales, strict=True)]
+            scales = _mean_diagonals([*A, *G], root)
+            torch._foreach_div_([*A, *G], scales)
         A_inv, G_inv, status = ops.factored_tikhonov_inverse(A, G, value, overwrites=True)
         if damping.relative:
-            for inverses, scales in ((A_inv, A_scales), (G_inv, G_scales)):
-                for inverse, scale in zip(inverses, scales, strict=True):
-                    inverse.div_(scale)
+            torch._foreach_div_([*A_inv, *G_inv], scales)
         return {"A_inv": A_inv, "G_inv": G_inv}, status
 
     def gains(self, fields: Fields, damping: Damping) -> Stacks:
         """Return |G⁻¹| |A⁻¹|, each at most d times its largest number, whose square might overflow."""
-        norms = (
-            [torch.linalg.vector_norm(m, math.inf, (1, 2)).double() * m.shape[1] for m in fields[name]]
-            for name in ("G_inv", "A_inv")
-        )
-        return [g * a for g, a in zip(*norms, strict=True)]
+        stacks = fields["G_inv"], fields["A_inv"]
+        G, A = (torch.cat([torch.linalg.vector_norm(m, math.inf, (1, 2)) for m in part]).double() for part in stacks)
+        gains = (G * A).split([len(m) for m in stacks[0]])
+        return list(torch._foreach_mul(gains, [float(g.shape[1] * a.shape[1]) for g, a in zip(*stacks, strict=True)]))
 
     def mend(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor] | None:
         """Invert from eigendecompositions in float64: float32 averages do become indefinite in real runs."""
@@ -70,7 +66,8 @@ class Tikhonov(FineSolver):
         ops.precondition(gradients, [with_padding(A) for A in fields["A_inv"]], fields["G_inv"], out=out, work=work)
 
 
-def _mean_diagonal(factors: Tensor) -> Tensor:
-    """(blocks, 1, 1); 1 where it is not positive."""
-    means = factors.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return torch.where(means > 0, means, 1.0)
+def _mean_diagonals(stacks: Stacks, root: float | Tensor) -> Stacks:
+    """Return √c times the means, (blocks, 1, 1) for each stack; 1 in the place of one that is not positive."""
+    means = torch.cat([factors.diagonal(dim1=-2, dim2=-1).mean(-1) for factors in stacks])
+    scales = root * torch.where(means > 0, means, 1.0)
+    return [scale[:, None, None] for scale in scales.split([len(factors) for factors in stacks])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class Conv(Layer):
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
         """(groups, output channels of one group, patch length and bias)."""
-        return self.blocks, self.weight.shape[0] // self.blocks, self.weight[0].numel() + (self.bias is not None)
+        rows, *patch = self.weight.shape  # a view of the weight would take more time
+        return self.blocks, rows // self.blocks, math.prod(patch) + (self.bias is not None)
 
     def reason_against(self, call: Call) -> str | None:
         """Return why: the groups are others than the module's."""
@@ -36,18 +38,17 @@ class Conv(Layer):
 
     def rows(self, x: Tensor, g: Tensor, call: Call) -> tuple[Rows, Rows]:
         """Return the patches of the input, and the output gradients, at the places of the output map."""
-        rank = self.weight.dim() - 2
-        given = {name: value for name, value in call.geometry if name != "groups"}
-        window = _window(
-            rank, tuple(self.weight.shape[2:]), self.blocks, int(self.bias is not None), **_hashable(given)
-        )
+        kernel_size = self.weight.shape[2:]
+        rank, geometry = len(kernel_size), tuple((name, _hashable(value)) for name, value in call.geometry)
+        window = _window(kernel_size, self.blocks, int(self.bias is not None), geometry)
         return Rows(batched(x, rank), window), Rows(batched(g, rank), places(rank, self.blocks))
 
 
 @functools.cache
-def _window(rank: int, kernel_size: tuple[int, ...], groups: int, bias: int, **geometry: Any) -> Window:
-    given = {name: per_axis(value, rank) for name, value in geometry.items()}
-    return Window.of(rank, kernel_size, groups=groups, bias=bias, **given)
+def _window(kernel_size: torch.Size, groups: int, bias: int, geometry: tuple[tuple[str, Any], ...]) -> Window:
+    rank = len(kernel_size)
+    given = {name: per_axis(value, rank) for name, value in geometry if name != "groups"}
+    return Window.of(rank, tuple(kernel_size), groups=groups, bias=bias, **given)
 
 
 def other_groups(layer: Layer, call: Call) -> str | None:
@@ -56,8 +57,8 @@ def other_groups(layer: Layer, call: Call) -> str | None:
     return f"it is used with {groups} groups, its module has {layer.blocks}" if groups != layer.blocks else None
 
 
-def _hashable(geometry: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in geometry.items()}
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def per_axis(value: Any, rank: int) -> Any:
