@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from compare import assert_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
