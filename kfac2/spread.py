@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfac2.brought import brought
 from kfac2.layout import Layout, Stacks
-from kfac2.triangles import all_diagonals, few_at_a_time
+from kfac2.triangles import all_diagonals, bytes_of_diagonals, few_at_a_time
 
 FIRST = 0.1  # c until there is a spread
 KEPT = 0.8  # of the spread so far, at each update
@@ -57,12 +57,21 @@ def followed(
 def _squares(old: Stacks, new: Stacks, sizes: Tensor) -> Tensor:
     """Return d |new - old|²_F / (tr new)² of the blocks of all stacks, in float64, given triangles, and d of each."""
     halves = [norms for part in few_at_a_time(new) for norms in _norms_of_differences(old[part], new[part])]
-    dtype = new[0].dtype if len({stack.dtype for stack in new}) == 1 else torch.float64
-    diagonals = all_diagonals(new, dtype)
-    of_diagonals = torch.linalg.vector_norm(diagonals - all_diagonals(old, dtype), dim=-1).double()
+    parts = [(old[part], new[part]) for part in few_at_a_time(new, bytes_of_diagonals)]
+    of_diagonals, traces = (
+        torch.cat(numbers) for numbers in zip(*(_of_diagonals(*part) for part in parts), strict=True)
+    )
     # what is off the diagonal is there twice
     squares = 2 * torch.cat(halves).double().square() - of_diagonals.square()
-    return sizes * squares / diagonals.sum(-1).double().square()
+    return sizes * squares / traces.square()
+
+
+def _of_diagonals(old: Stacks, new: Stacks) -> tuple[Tensor, Tensor]:
+    """Return the norm of what the diagonals of some blocks have changed by, and their traces."""
+    dtype = new[0].dtype if len({stack.dtype for stack in new}) == 1 else torch.float64
+    diagonals = all_diagonals(new, dtype)
+    changes = torch.linalg.vector_norm(diagonals - all_diagonals(old, dtype), dim=-1)
+    return changes.double(), diagonals.sum(-1).double()
 
 
 def _norms_of_differences(old: Stacks, new: Stacks) -> Stacks:

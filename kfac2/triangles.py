@@ -6,7 +6,7 @@ the lower right triangle fits, and where d is even, one column to the side of it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -81,17 +81,27 @@ def all_diagonals(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return result
 
 
-def few_at_a_time(stacks: Sequence[Tensor]) -> Iterator[slice]:
-    """Split stacks into runs that are worked on together: each needs as much memory as the largest stack, at most."""
+def few_at_a_time(stacks: Sequence[Tensor], needed: Callable[[Sequence[Tensor]], int] | None = None) -> Iterator[slice]:
+    """Split stacks into runs that are worked on together: each needs as much memory as the largest stack, at most.
+
+    Args:
+        stacks: of numbers.
+        needed: gives the bytes that a run needs, no more for one stack than it has itself; by default those of all its
+            stacks.
+    """
     most = max((stack.nbytes for stack in stacks), default=0)
-    begin = used = 0
-    for end, stack in enumerate(stacks):
-        if used + stack.nbytes > most:
+    begin = 0
+    for end in range(1, len(stacks) + 1):
+        run = stacks[begin : end + 1]
+        if end == len(stacks) or (sum(s.nbytes for s in run) if needed is None else needed(run)) > most:
             yield slice(begin, end)
-            begin, used = end, 0
-        used += stack.nbytes
-    if begin < len(stacks):
-        yield slice(begin, len(stacks))
+            begin = end
+
+
+def bytes_of_diagonals(stacks: Sequence[Tensor]) -> int:
+    """Return how many bytes the diagonals of the matrices of several stacks have, shorter ones filled up."""
+    longest = max(h.shape[-1] + g.shape[-1] for h, g in map(_halves_of_diagonals, stacks))
+    return sum(map(len, stacks)) * longest * stacks[0].itemsize
 
 
 def _halves_of_diagonals(rectangles: Tensor) -> list[Tensor]:

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfac2.ops.fold_products import fold_products
-from kfac2.triangles import all_diagonals, diagonals, few_at_a_time, packed, packed_shape, unpacked, upper_triangle
+from kfac2.triangles import (
+    all_diagonals,
+    bytes_of_diagonals,
+    diagonals,
+    few_at_a_time,
+    packed,
+    packed_shape,
+    unpacked,
+    upper_triangle,
+)
 
 
 def symmetric(blocks, d, seed=0):
@@ -61,3 +70,13 @@ def test_few_at_a_time_need_no_more_than_the_largest(sizes):
     assert all(part for part in parts) and max(totals, default=0) == max(sizes, default=0)
     # none could have been one with the next
     assert all(total + len(after[0]) > max(sizes) for total, after in zip(totals, parts[1:], strict=False))
+
+
+def test_diagonals_of_many_small_matrices_are_not_filled_up_to_a_long_one():
+    """Of a depthwise convolution each channel has a matrix of its own."""
+    stacks = [torch.zeros(blocks, *packed_shape(d)) for blocks, d in ((3, 20), (5000, 9), (2, 21), (4, 30), (1, 200))]
+    parts = [stacks[part] for part in few_at_a_time(stacks, bytes_of_diagonals)]
+    assert [len(part) for part in parts] == [4, 1]
+    for part in parts:
+        diagonals = all_diagonals(part, torch.float32)
+        assert diagonals.nbytes == bytes_of_diagonals(part) <= max(stack.nbytes for stack in stacks)
