@@ -261,8 +261,8 @@ def by_chunks(shapes: Sequence[LayerShape], passes: float, launches: int, others
 
 
 def unfolds(shapes: Sequence[LayerShape]) -> Count:
-    """Triangles into what is inverted: each quarter read and written, a mask for each chunk."""
-    return by_chunks(shapes, 2, 4, 2)
+    """Triangles into what is inverted: each quarter read and written, two of them twice, a mask for each chunk."""
+    return by_chunks(shapes, 3, 6, 2)
 
 
 def choice(shapes: Sequence[LayerShape]) -> Count:

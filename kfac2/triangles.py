@@ -47,8 +47,8 @@ def unpacked(rectangles: Tensor, d: int, mask: Tensor | None = None) -> Tensor:
     result = torch.empty(len(rectangles), d, d, dtype=rectangles.dtype, device=rectangles.device)
     is_upper = upper_triangle(d, rectangles.device) if mask is None else mask
     upper, lower = rectangles[..., shift : shift + h], rectangles[:, h - rest :, :rest]
-    torch.where(is_upper[:h, :h], upper, upper.mT, out=result[:, :h, :h])
-    torch.where(is_upper[:rest, :rest], lower.mT, lower, out=result[:, h:, h:])
+    result[:, :h, :h] = torch.where(is_upper[:h, :h], upper, upper.mT)  # torch.compile takes no view as `out`
+    result[:, h:, h:] = torch.where(is_upper[:rest, :rest], lower.mT, lower)
     result[:, :h, h:] = rectangles[..., shift + h :]
     result[:, h:, :h] = result[:, :h, h:].mT
     return result

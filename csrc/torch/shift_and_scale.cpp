@@ -50,8 +50,8 @@ Result shift_and_scale(const Tensor& gradients, const Tensor& directions, const 
   for (int64_t i = 0; i < layers; ++i) {
     const int64_t begin = span[kSpanNumbers * i], end = span[kSpanNumbers * i + 1], size = span[kSpanNumbers * i + 2];
     check(0 <= begin && begin <= end && end <= gradients.numel() && 0 <= size && size <= end - begin, kOp,
-          "expected the span of layer ", i, " within ", gradients.numel(), " elements, and no more numbers than it has, got ",
-          begin, " to ", end, " and ", size);
+          "expected the span of layer ", i, " within ", gradients.numel(),
+          " elements, and no more numbers than it has, got ", begin, " to ", end, " and ", size);
   }
   check(kl_clip > 0, kOp, "expected kl_clip above 0, got ", kl_clip);
   const Tensor shifts = allocate(gradients, {layers}, ScalarType::Double);
