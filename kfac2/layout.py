@@ -173,9 +173,13 @@ class Layout:
     @cached_property
     def _padding(self) -> Tensor:
         """The places of all zeros that pad rows."""
-        places = torch.arange(self.size, device=self.device)
-        parts = [batch.of(places)[..., batch.d_in :].flatten() for batch in self.batches]
-        return torch.cat(parts) if parts else places
+
+        def counted(begin: int, end: int, step: int = 1) -> Tensor:
+            return torch.arange(begin, end, step, device=self.device)
+
+        padded = [batch for batch in self.batches if batch.d_in < batch.row_length]
+        parts = [counted(b.begin, b.end, b.row_length)[:, None] + counted(b.d_in, b.row_length) for b in padded]
+        return torch.cat([part.flatten() for part in parts]) if parts else counted(0, 0)
 
     def of_batches(self, matrices: Tensor) -> Stacks:
         """View the matrices of all layers by batch, (blocks, d_out, row_length) each."""
