@@ -42,18 +42,8 @@ class _Layers:
     """What steps need of some layers, and is the same each time: made once."""
 
     def __init__(self, layers: list[Layer]) -> None:
-        self.layers = layers
-        self.names = tuple(layer.name for layer in layers)
         self.matrices = Matrices(layers, 2)
         self._weights = WeightNorms(layers, layers[0].weight.device)
-        self._made_for = self._kind()
-
-    def _kind(self) -> list[tuple[torch.dtype, torch.device]]:
-        return [(p.dtype, p.device) for p in self._weights.parameters]
-
-    def fits(self, layers: list[Layer]) -> bool:
-        """Tell whether these are the layers, where and in what dtype they were."""
-        return layers == self.layers and self._kind() == self._made_for
 
     def squares(self) -> Tensor:
         """Return |W_i|², (L,), with a floor: weights may be 0."""
@@ -168,7 +158,7 @@ class Directed(OwnSteps):
         return set()
 
     def _made_of(self, layers: list[Layer]) -> _Layers:
-        if self._layers is None or not self._layers.fits(layers):
+        if self._layers is None or not self._layers.matrices.fits(layers):
             self._layers = _Layers(layers)
         return self._layers
 

@@ -244,6 +244,15 @@ class Matrices:
         ]
         self._present: list[bool] = []
         self._table = torch.empty(0, 4, dtype=torch.int64, device="cpu")
+        self._made_for = self._kind()
+
+    def _kind(self) -> list[tuple[torch.dtype, torch.device]]:
+        own = (p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None)
+        return [(p.dtype, p.device) for p in own]
+
+    def fits(self, layers: Sequence[Layer]) -> bool:
+        """Tell whether these are the layers, where and in what dtype they were."""
+        return tuple(layers) == self.layers and self._kind() == self._made_for
 
     def of(self, directions: Sequence[Mapping[int, Tensor | None]]) -> list[Tensor]:
         """Return the directions of each layer, (K, blocks, d_out, d_in).

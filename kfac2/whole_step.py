@@ -15,7 +15,6 @@ from kfac2.directed_work import Work
 from kfac2.divergence import Keeps, Matrices, divergence, first_of, quarter, rounded
 from kfac2.kinds import Layer
 from kfac2.last_step import LastStep
-from kfac2.layout import Layout
 from kfac2.options import OptimizerOptions
 from kfac2.preconditioner import Preconditioner
 from kfac2.rise import Rise
@@ -44,7 +43,7 @@ class WholeStep:
         self._curvature = preconditioner.curvature
         self._options = options
         self._rest = rest
-        self._matrices: tuple[Layout, Matrices] | None = None
+        self._matrices: Matrices | None = None
         self._is_directed = options.coarse == "directions"
         if self._is_directed:
             preconditioner.schedule.own_steps = self.directed
@@ -143,11 +142,10 @@ class WholeStep:
         self.bound.measured(squared, bound, self._curvature.health.at_once)
 
     def _matrices_of(self, layers: Sequence[Layer]) -> Matrices:
-        """Return what writes steps of these layers as matrices: the last one, as long as they lie where they did."""
-        layout = self._curvature.layout
-        if self._matrices is None or self._matrices[0] is not layout or self._matrices[1].layers != tuple(layers):
-            self._matrices = layout, Matrices(layers, 1)
-        return self._matrices[1]
+        """Return what writes steps of these layers as matrices: the last one, as long as they are the same."""
+        if self._matrices is None or not self._matrices.fits(layers):
+            self._matrices = Matrices(layers, 1)
+        return self._matrices
 
     # -- the space of directions --------------------------------------------------------------------------------
 
