@@ -1,8 +1,8 @@
 """Rows padded by zeros to 16 bytes, as products read and write them fastest.
 
 A layer's rows count its inputs and the bias: 769 where there are 768 features. Products of such rows take a library
-twice as long on tensor cores, and no four numbers of two rows can be copied at once. So what a step multiplies lies
-in padded memory. All else sees a view of the numbers without what pads them.
+twice as long on tensor cores, and most of them begin where four numbers cannot be copied at once. So what a step
+multiplies lies in padded memory. All else sees a view of the numbers without what pads them.
 """
 
 from __future__ import annotations

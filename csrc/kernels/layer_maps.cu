@@ -20,9 +20,8 @@ constexpr int kRegionPlaces = kMaxPatchSpan;  // places of the input held in sha
 constexpr int64_t kBlockElements = 1 << 14;   // elements worth a block; small samples share one
 constexpr int64_t kTileElements = 1 << 15;    // of a tile, where a cut costs no halo
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kBlocks = 3;  // that share a multiprocessor
-constexpr int kInFlight =
-    8;  // loads of 16 bytes on their way before a thread waits for the first; of rows, half as many
+constexpr int kBlocks = 3;    // that share a multiprocessor
+constexpr int kInFlight = 8;  // loads of 16 bytes before a thread waits for the first; of rows, half as many
 // The slices' sums take at most 8 lanes of 4 bytes, or 2 of 8, for each thread.
 constexpr int kPartialBytes = kThreads * 8 * static_cast<int>(sizeof(float));
 

@@ -32,7 +32,7 @@ COPY = {"fp32": 8.0, "tf32": 8.0, "half": 6.5}
 LAUNCH = 2.5e6
 TILE = 128  # columns of the library's tiles
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def is_faster(x: Tensor, window: Window) -> bool:
@@ -43,7 +43,7 @@ def is_faster(x: Tensor, window: Window) -> bool:
         window: how rows are taken from it.
     """
     # What does not fit is refused by the native op, in words.
-    if not x.is_cuda or window.groups > 1 or window.bias > 1 or x.dtype not in _DTYPES:
+    if not x.is_cuda or window.groups > 1 or window.bias > 1 or x.dtype not in (torch.float32, *_HALF):
         return False
     if x.dim() != 2 + len(window.kernel_size) or min([1, *window.grid(x.shape[2:])]) < 1:
         return False
@@ -136,7 +136,7 @@ def panel_rows(width: int, precision: str) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    if dtype in (torch.float16, torch.bfloat16):
+    if dtype in _HALF:
         return "half"
     return "tf32" if dtype == torch.float32 and multiplies_in_tf32() else "fp32"
 
@@ -148,7 +148,7 @@ def _up(number: int, step: int) -> int:
 def _products(rows: Tensor, height: int) -> list[Tensor]:
     """Return the block triangle of RᵀR: its columns from the diagonal on, panel by panel, half types in float32."""
     firsts = range(0, rows.shape[1], height)
-    if rows.dtype in (torch.float16, torch.bfloat16):
+    if rows.dtype in _HALF:
         if rows.is_cuda:
             sums = torch.float32
             return [torch.mm(rows[:, i : i + height].mT, rows[:, i:], out_dtype=sums) for i in firsts]
