@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
+from kfac2.softmax import Softmax, won_race
+
 Prediction = Distribution | Tensor | list[Distribution] | tuple[Distribution, ...]
 """A predictive distribution; log-probabilities of labels drawn from one; or one distribution for each head."""
 
@@ -86,7 +88,8 @@ def scores_of(prediction: Prediction, exact: bool = False, samples: int = 1, loo
                 "distribution must be a torch.distributions.Distribution, a list of them, or a tensor of "
                 f"log-probabilities, got {type(head).__name__}"
             )
-    drawn = [_log_prob_of_drawn_labels(head, looks) for head in heads]
+    draws = [_draws(head, looks) for head in heads]
+    drawn = [draw() for draw in draws]
     cases = drawn[0].numel()
     weights = [math.sqrt(cases / max(log_prob.numel(), 1)) for log_prob in drawn]
     directions: list[Callable[[], Tensor]] = []
@@ -94,7 +97,7 @@ def scores_of(prediction: Prediction, exact: bool = False, samples: int = 1, loo
         for head, weight in zip(heads, weights, strict=True):
             directions += [_weighted(direction, weight) for direction in _directions(head)]
     else:
-        directions = [_weighted(_draw_again(heads, weights, looks), samples**-0.5)] * (samples - 1)
+        directions = [_weighted(_draw_again(draws, weights), samples**-0.5)] * (samples - 1)
     weight_of_drawn = 0.0 if exact else samples**-0.5
     total = None if looks else torch.stack([log_prob.detach().sum(dtype=torch.float64) for log_prob in drawn]).sum()
     return Scores(cases, tuple(drawn[0].shape[:1]), _added(drawn, weights), weight_of_drawn, directions, total)
@@ -111,6 +114,35 @@ def tensors_of(prediction: Prediction) -> list[Tensor]:
 # -- drawn labels -----------------------------------------------------------------------------------------------
 
 
+def _draws(distribution: Distribution, looks: bool) -> Callable[[], Tensor]:
+    """Return what draws labels, each time other ones, and gives their log-probabilities."""
+    draw = _of_softmax(distribution)
+    if draw is None:
+        return lambda: _log_prob_of_drawn_labels(distribution, looks)
+    if looks:
+        _check_no_nan(distribution)
+    return draw
+
+
+def _of_softmax(distribution: Distribution) -> Callable[[], Tensor] | None:
+    """Return what draws, unseen, from a Categorical of logits, or one that is Independent; None of any other."""
+    if type(distribution) is Independent:
+        draw = _of_softmax(distribution.base_dist)
+        return None if draw is None else _with_events(draw, distribution.reinterpreted_batch_ndims)
+    softmax = Softmax.of(distribution) if type(distribution) is Categorical else None
+    return None if softmax is None else softmax.draw
+
+
+def _with_events(draw: Callable[[], Tensor], axes: int) -> Callable[[], Tensor]:
+    """Add up so many of the last axes of what is drawn."""
+
+    def summed() -> Tensor:
+        with torch.enable_grad():
+            return draw().sum(tuple(range(-axes, 0)))
+
+    return summed if axes else draw
+
+
 def _log_prob_of_drawn_labels(distribution: Distribution, looks: bool) -> Tensor:
     labels = None if looks else _labels_unseen(distribution)
     if labels is not None:
@@ -118,9 +150,7 @@ def _log_prob_of_drawn_labels(distribution: Distribution, looks: bool) -> Tensor
             log_prob = _unchecked(distribution).log_prob(labels)
         _check_graph(f"a {type(distribution).__name__} of detached parameters", log_prob)
         return log_prob
-    if any(_has_nan(value) for _, value in _parameters(distribution)):
-        # Not drawn from: on a CUDA device that fails an assertion, after which the process can use it no more.
-        raise NotFiniteError(_not_finite_source(distribution) or "the distribution")
+    _check_no_nan(distribution)
     try:
         labels = _finite_labels(distribution)
         with torch.enable_grad():
@@ -143,22 +173,10 @@ def _labels_unseen(distribution: Distribution) -> Tensor | None:
     if type(distribution) is Independent:
         return _labels_unseen(distribution.base_dist)
     if type(distribution) is Categorical:
-        return _won_race(distribution)
+        return won_race(distribution.probs)
     if type(distribution) is Normal:
         return torch.randn_like(distribution.loc) * distribution.scale + distribution.loc
     return None
-
-
-def _won_race(distribution: Categorical) -> Tensor:
-    """Return the label whose p_c / clock_c is largest: the race of exponential clocks by which torch.multinomial draws.
-
-    Given float32 logits, log p_c - log clock_c is compared: there is one more tensor as large as they are, not three.
-    """
-    of_logits = "logits" in vars(distribution) and distribution.logits.dtype in (torch.float32, torch.float64)
-    numbers = distribution.logits if of_logits else distribution.probs
-    clocks = torch.empty_like(numbers, memory_format=torch.contiguous_format).exponential_()
-    race = torch.sub(numbers, clocks.log_(), out=clocks) if of_logits else torch.div(numbers, clocks, out=clocks)
-    return race.argmax(-1)
 
 
 def _unchecked(distribution: Distribution) -> Distribution:
@@ -185,8 +203,8 @@ def _finite_labels(distribution: Distribution) -> Tensor:
     return labels
 
 
-def _draw_again(heads: Sequence[Distribution], weights: Sequence[float], looks: bool) -> Callable[[], Tensor]:
-    return lambda: _added([_log_prob_of_drawn_labels(head, looks) for head in heads], weights)
+def _draw_again(draws: Sequence[Callable[[], Tensor]], weights: Sequence[float]) -> Callable[[], Tensor]:
+    return lambda: _added([draw() for draw in draws], weights)
 
 
 def _added(log_probs: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -279,6 +297,12 @@ def _not_finite_source(distribution: Distribution) -> str | None:
         if not value.isfinite().all():
             return f"{name.lstrip('_')} of the distribution"
     return None
+
+
+def _check_no_nan(distribution: Distribution) -> None:
+    """Check before labels are drawn: on a CUDA device, to draw of NaNs ends the process."""
+    if any(_has_nan(value) for _, value in _parameters(distribution)):
+        raise NotFiniteError(_not_finite_source(distribution) or "the distribution")
 
 
 def _has_nan(values: Tensor) -> bool:
