@@ -31,7 +31,7 @@ class Capture:
 
     Attributes:
         layer: whose weight it is.
-        x: its input, detached.
+        x: its input, detached; under torch.autocast as it is multiplied, in bfloat16 or float16.
         shape: of its output.
         call: how the weight was used.
         order: counts the uses, so that those of one weight stay in their order.

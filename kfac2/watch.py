@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from kfac2.kinds import KINDS, Call
+
+_AUTOCAST = ("cpu", "cuda")  # device types on which autocast casts the inputs of all these functions
 
 
 class Watcher(Protocol):
@@ -154,12 +156,38 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         """Call the function, and look at it."""
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
         read = self._readers.get(func)
-        if read is not None and self.is_up and torch.is_grad_enabled():
-            x, weight, call = read(func, args, kwargs)
-            self._watch.tell(call, x, weight, output)
+        if read is None or not self.is_up or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        args, kwargs = _with_input_cast(args, kwargs)
+        output = func(*args, **kwargs)
+        x, weight, call = read(func, args, kwargs)
+        self._watch.tell(call, x, weight, output)
         return output
+
+
+def _with_input_cast(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Cast the input of a function that uses a weight where torch.autocast is about to do it, inside of the function.
+
+    What is captured is then what the weight is multiplied with, the tensor that autograd keeps for its own gradient:
+    the same cast, no memory of its own, and no matter if the user overwrites the other one.
+    """
+    x = args[0] if args else kwargs.get("input")
+    if not isinstance(x, Tensor) or not _casts(x):
+        return args, kwargs
+    x = x.to(torch.get_autocast_dtype(x.device.type))
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+
+
+def _casts(x: Tensor) -> bool:
+    """Tell whether autocast casts an input: any of floating point but float64.
+
+    Of a leaf that is trained it keeps the cast, for all that use it: that one is left to it.
+    """
+    kind = x.device.type
+    if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind) or (x.is_leaf and x.requires_grad):
+        return False
+    return x.is_floating_point() and x.dtype not in (torch.float64, torch.get_autocast_dtype(kind))
 
 
 class _OfThread(threading.local):

@@ -329,17 +329,6 @@ def test_low_precision_models_keep_float32_factors():
     assert model[0].weight.dtype == torch.bfloat16 and model[0].weight.isfinite().all()
 
 
-def test_autocast():
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
-    opt = KFAC(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(torch.randn(8, 4))
-    opt.accumulate_fisher(Categorical(logits=out.float()))
-    F.cross_entropy(out.float(), torch.arange(8) % 3).backward()
-    opt.step()
-    assert opt.factors("0")[1].dtype == torch.float32 and opt.coarse_fisher().isfinite().all()
-
-
 def test_channels_last_changes_nothing():
     plain, last = net(), net().to(memory_format=torch.channels_last)
     optimizers = [KFAC(plain), KFAC(last)]
