@@ -25,8 +25,10 @@ TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables
 MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 344, 128, 528
 MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 224, 80, 80, 144, 56
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
-# Instructions of a warp for 32 positions, by the tile: of 16 counted on an H100, of 32 from the compiled code.
-COVARIANCE_ISSUE = {16: 230, 32: 580}
+# Instructions of a warp for 32 positions, by the tile: of 16 counted on an H100, of others from the compiled code.
+COVARIANCE_ISSUE = {16: 230, 32: 360, 64: 1250}
+# Blocks that are wanted for a launch, and positions of a share at least: csrc/kernels/covariance_tables.h.
+BLOCKS_WANTED, LEAST_POSITIONS = {16: 4096, 32: 4096, 64: 2048}, {16: 256, 32: 256, 64: 128}
 COVARIANCE_BLOCK = 600  # of a warp before and behind these: the table, the sum over slices (an estimate)
 # Instructions of a warp for 256 multiply-adds of each thread, and beside them for a chunk and a block: from the
 # compiled code, the last an estimate.
@@ -137,19 +139,22 @@ def pieces(rows: Source) -> list[Piece]:
 
 
 def tiles_of(rows: Source) -> tuple[int, int]:
-    """Return the channels of a tile, and the tiles along one side."""
-    tile = 16 if rows.channels <= 16 else 32
+    """Return the channels of a tile, and the tiles along one side: `tile_of` of covariance_tables.h, of float32."""
+    is_filled = 3 * up(rows.channels, 64) ** 2 <= 4 * up(rows.channels, 32) ** 2
+    tile = 16 if rows.channels <= 16 else 64 if is_filled and rows.channels > 32 else 32
     return tile, math.ceil(rows.channels / tile)
 
 
 def covariances(sources: Sequence[Source]) -> Count:
     """Multiply pieces by tiles of channels, add up their shares, gather: csrc/kernels/covariances.cu."""
     cut = {tuple(rows): pieces(rows) for rows in sources}
-    work = dict.fromkeys((16, 32), 0)  # positions, counted for each tile
+    work = dict.fromkeys(COVARIANCE_ISSUE, 0)  # positions, counted for each tile
     for rows in sources:
         tile, tiles = tiles_of(rows)
         work[tile] += tiles**2 * rows.batch * sum(piece.positions for piece in cut[tuple(rows)])
-    length = {tile: max(256, up(math.ceil(n / 4096), 32)) for tile, n in work.items()}  # of a share
+    length = {  # of a share
+        tile: max(LEAST_POSITIONS[tile], up(math.ceil(n / BLOCKS_WANTED[tile]), 32)) for tile, n in work.items()
+    }
     flop, longest, cycles, moved = (dict.fromkeys(work, 0.0) for _ in range(4))
     scratch, summed, gathered = 0, 0, 0
     for rows in sources:

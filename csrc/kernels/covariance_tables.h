@@ -14,12 +14,13 @@
 namespace kfac2::cuda {
 
 // Layers of one type and tile size, which are one launch of products, are shared out together: so that they make about
-// kBlocksWanted blocks (6 waves on 132 multiprocessors that hold 5 each), and blocks of fewer positions only where
-// these are as few as a block's begin and end are worth. Both numbers are fixed, so that results depend on the shapes
-// of a call and not on the device. Beyond the first share of each piece there are at most kBlocksWanted tiles of
-// sums: 17.3 MB in float32, 34.6 in float64, bias included.
-constexpr int64_t kBlocksWanted = 4096;
-constexpr int64_t kLeastPositions = 8 * kChunk;
+// as many blocks as are wanted (4 to 8 waves on 132 multiprocessors that hold 4 or 5 each), and blocks of fewer
+// positions only where these are as few as a block's begin and end are worth. Both numbers are fixed, so that results
+// depend on the shapes of a call and not on the device. Beyond the first share of each piece there are at most as many
+// tiles of sums as blocks: 35 MB in float32, as much in float64, bias included.
+constexpr int64_t blocks_wanted(int tile) { return tile == 64 ? 2048 : 4096; }
+constexpr int64_t least_positions(int tile) { return tile == 64 ? 128 : 256; }
+constexpr int64_t kPositionStep = 32;  // a share is a multiple of it: of whole chunks
 
 constexpr int kColumns = 32;  // that one block of the summing launch adds up, each over all shares of a piece
 
@@ -35,7 +36,7 @@ struct PieceEntry {
 struct Cut {
   int pieces, piece_count;  // in the table of pieces
   int held;                 // its begin in the table of shares by pairs of offsets: see add_held
-  int tile;                 // 16 or 32 channels
+  int tile;                 // 16, 32 or 64 channels
   int tiles;                // along one side
   int64_t share_positions;  // of each share but a piece's last
   int64_t group_items, group_shares, group_sums;
@@ -61,6 +62,16 @@ struct LayerEntry {
     return piece.symmetric ? numbers() : cut.side() * cut.side();
   }
 };
+
+// Channels of a tile: as many as there are sums for in the registers, but where most of a tile would be empty. 32 by 32
+// products take about 4/3 of the time in tiles of 32 channels.
+inline int tile_of(const RowSource& source) {
+  const int64_t channels = source.channels_per_group();
+  const int64_t in_halves = ceil_div(channels, 32) * 32, in_wholes = ceil_div(channels, 64) * 64;
+  if (channels <= 16) return 16;
+  const bool is_double = source.element_type == ElementType::kFloat64;
+  return is_double || channels <= 32 || 3 * in_wholes * in_wholes > 4 * in_halves * in_halves ? 32 : 64;
+}
 
 inline std::vector<int64_t> shape_key(const RowSource& source) {
   const Window& window = source.window;
@@ -137,7 +148,9 @@ inline void cut_layers(LayerEntry* layers, int count, std::vector<PieceEntry>& p
     for (int p = cut.pieces; p < cut.pieces + cut.piece_count; ++p)
       work += tiles * layer->source.batch * pieces[p].piece.positions();
   }
-  const int64_t share_positions = std::max(kLeastPositions, ceil_div(ceil_div(work, kBlocksWanted), kChunk) * kChunk);
+  const int tile = layers->cut.tile;
+  const int64_t of_block = ceil_div(ceil_div(work, blocks_wanted(tile)), kPositionStep) * kPositionStep;
+  const int64_t share_positions = std::max(least_positions(tile), of_block);
   for (int i = 0; i < count; ++i) {
     if (like[i] != &layers[i]) {
       layers[i].cut = like[i]->cut;

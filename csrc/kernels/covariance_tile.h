@@ -9,9 +9,19 @@
 namespace kfac2::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
-constexpr int kChunk = 32;  // positions held in shared memory
-constexpr int kPad = 4;     // keeps rows of shared memory 16-byte aligned and off one bank
+constexpr int kPad = 4;  // keeps rows of shared memory 16-byte aligned and off one bank
+
+// How the threads of a block share a tile. A multiprocessor multiplies as fast as its threads read shared memory where
+// each has 8 x 8 sums: 16 numbers read for 64 products, where 4 x 4 sums read 8 for 16 and wait half of the time. Of a
+// double there would be too few registers, and in a tile of 16 channels too little to do.
+template <typename Sum, int kTile>
+struct Split {
+  static constexpr int kSums = sizeof(Sum) == sizeof(double) || kTile == 16 ? 4 : 8;  // a thread has kSums x kSums
+  static constexpr int kAlong = kTile / kSums;                                        // threads along a side
+  static constexpr int kLanes = kAlong * kAlong;                                      // threads of a tile
+  static constexpr int kSlices = kThreads / kLanes;                                   // which share the positions
+  static constexpr int kChunk = kTile == 64 ? 16 : 32;                                // positions in shared memory
+};
 
 // The offset in x of position `index` of a piece, numbered sample slowest, W fastest, and of its first channel.
 __device__ int64_t offset_of(const RowSource& source, const Piece& piece, int64_t index) {
@@ -30,24 +40,24 @@ __device__ int64_t offset_of(const RowSource& source, const Piece& piece, int64_
 
 template <typename Sum, int kTile>
 struct SharedTile {
-  static constexpr int kLanes = kTile / 4 * (kTile / 4);  // threads of 4 x 4 sums each
-  static constexpr int kSlices = kThreads / kLanes;       // which share the positions
+  using Its = Split<Sum, kTile>;
+  using Chunk = Sum[Its::kChunk][kTile + kPad];
   union {
     struct {
-      Sum left[2][kChunk][kTile + kPad];  // two chunks: one is read while the next is written
-      Sum right[2][kChunk][kTile + kPad];
+      Chunk left[2];  // two chunks: one is read while the next is written
+      Chunk right[2];
     };
-    Sum slices[kSlices][kTile * kTile];
+    Sum slices[Its::kSlices][kTile * kTile];
   };
-  int64_t offset[2 * kWarps][kChunk];  // of chunks, in turn
-  Sum ones[kThreads];                  // sums of x: of a channel, over a part of the positions
+  int64_t offset[2 * kThreads];  // of positions, counted from the block's first, in turn
+  Sum ones[kThreads];            // sums of x: of a channel, over a part of the positions
 };
 
 // A thread's part of a chunk: the numbers at position k + m * kPositionStep and channel c + m * kChannelStep, where m <
-// kNumbers. With channels last, neighbouring threads take neighbouring channels. Else a warp takes 32 neighbouring
-// positions, 128 bytes of memory, of one channel after the other, and each thread has neighbouring channels of its
-// position: shared memory, whose rows are positions, takes 16 bytes of it at once, without bank conflicts.
-template <int kTile, bool kChannelsLast>
+// kNumbers. With channels last, neighbouring threads take neighbouring channels. Else they take neighbouring positions of
+// one channel after the other, and each has neighbouring channels of its position: shared memory, whose rows are
+// positions, takes 16 bytes of it at once, without bank conflicts.
+template <int kTile, int kChunk, bool kChannelsLast>
 struct Part {
   static constexpr int kNumbers = kTile * kChunk / kThreads;
   static constexpr int kPositionStep = kChannelsLast ? kThreads / kTile : 0, kChannelStep = kChannelsLast ? 0 : 1;
@@ -59,7 +69,9 @@ struct Part {
 // for, and from there to shared memory.
 template <typename T, int kTile>
 struct Side {
-  static constexpr int kNumbers = kTile * kChunk / kThreads;
+  static constexpr int kChunk = Split<SumType<T>, kTile>::kChunk, kNumbers = kTile * kChunk / kThreads;
+  template <bool kChannelsLast>
+  using Its = Part<kTile, kChunk, kChannelsLast>;
   const T* x;  // of the tile's first channel
   int channels;
   T numbers[kNumbers];
@@ -71,18 +83,17 @@ struct Side {
   // Reads no position behind `positions` and no channel behind the last. Addresses step from number to number.
   template <bool kChannelsLast>
   __device__ void load(const int64_t* offset, int positions, int64_t channel_stride) {
-    using Its = Part<kTile, kChannelsLast>;
-    const Its part;
+    const Its<kChannelsLast> part;
     const bool inside = part.k < positions && part.c < channels;
     const int left = !inside ? 0 : kChannelsLast ? positions - part.k : channels - part.c;
     const T* const at = inside ? x + part.c * channel_stride + (kChannelsLast ? 0 : offset[part.k]) : x;
 #pragma unroll
     for (int m = 0; m < kNumbers; ++m) {
       if constexpr (kChannelsLast) {
-        const int step = m * Its::kPositionStep;
+        const int step = m * part.kPositionStep;
         numbers[m] = step < left ? at[offset[part.k + step]] : T{};
       } else {
-        const int step = m * Its::kChannelStep;
+        const int step = m * part.kChannelStep;
         numbers[m] = step < left ? at[step * channel_stride] : T{};
       }
     }
@@ -90,73 +101,111 @@ struct Side {
 
   template <bool kChannelsLast>
   __device__ void store(SumType<T> (*to)[kTile + kPad]) const {
-    using Its = Part<kTile, kChannelsLast>;
-    const Its part;
+    const Its<kChannelsLast> part;
 #pragma unroll
     for (int m = 0; m < kNumbers; ++m)
-      to[part.k + m * Its::kPositionStep][part.c + m * Its::kChannelStep] = to_sum_type(numbers[m]);
+      to[part.k + m * part.kPositionStep][part.c + m * part.kChannelStep] = to_sum_type(numbers[m]);
+  }
+};
+
+// The sums of a thread: of channels in groups of four. A group lies apart from the next by a group of each thread, so
+// that neighbouring threads read neighbouring 16 bytes.
+template <typename Sum, int kTile>
+struct ThreadSums {
+  using Its = Split<Sum, kTile>;
+  using Chunk = typename SharedTile<Sum, kTile>::Chunk;
+  static constexpr int kGroup = 4, kSums = Its::kSums, kApart = Its::kAlong * kGroup;
+  const int slice = static_cast<int>(threadIdx.x / Its::kLanes);
+  const int row = static_cast<int>(threadIdx.x % Its::kLanes / Its::kAlong * kGroup);
+  const int column = static_cast<int>(threadIdx.x % Its::kAlong * kGroup);
+  Sum sums[kSums][kSums] = {};
+
+  static __device__ int place(int first, int i) { return first + i / kGroup * kApart + i % kGroup; }
+
+  static __device__ void read(const Sum* channels, int first, Sum (&numbers)[kSums]) {
+    constexpr int kLanes = Vector<Sum>::kLanes;
+#pragma unroll
+    for (int i = 0; i < kSums; i += kLanes) {
+      const Vector<Sum> some = *aligned<const Vector<Sum>>(channels + place(first, i));
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) numbers[i + lane] = some.lane[lane];
+    }
+  }
+
+  __device__ void add(const Chunk& left, const Chunk& right) {
+#pragma unroll 2
+    for (int i = 0; i < Its::kChunk / Its::kSlices; ++i) {
+      const int k = i * Its::kSlices + slice;
+      Sum a[kSums], b[kSums];
+      read(left[k], row, a);
+      read(right[k], column, b);
+#pragma unroll
+      for (int m = 0; m < kSums; ++m)
+#pragma unroll
+        for (int n = 0; n < kSums; ++n) sums[m][n] += a[m] * b[n];
+    }
+  }
+
+  __device__ void store(Sum* tile) const {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i)
+#pragma unroll
+      for (int j = 0; j < kSums; ++j) tile[place(row, i) * kTile + place(column, j)] = sums[i][j];
   }
 };
 
 // One tile of one piece over the positions [begin, end), into `out`: a matrix of `side` rows and columns. Tiles on the
-// diagonal of a symmetric piece sum x, too, for the bias: behind the last row. While the products of a chunk are
-// formed, the next one is on its way.
+// diagonal of a symmetric piece multiply x by itself, which is read once; they sum x, too, for the bias: behind the
+// last row. While the products of a chunk are formed, the next one is on its way.
 template <typename T, int kTile, bool kChannelsLast>
 __device__ void add_tile(const RowSource& source, const Piece& piece, const T* x, int64_t begin, int64_t end,
                          int row_tile, int col_tile, int64_t side, SumType<T>* out,
                          SharedTile<SumType<T>, kTile>& shared) {
   using Sum = SumType<T>;
-  using Shared = SharedTile<Sum, kTile>;
+  using Its = Split<Sum, kTile>;
+  constexpr int kChunk = Its::kChunk, kOffsets = 2 * kThreads;
   const int64_t stride = kChannelsLast ? 1 : source.channel_stride;
   int64_t shift = 0;
   for (int axis = 0; axis < kSpatialRank; ++axis) shift += piece.axes[axis].shift * source.spatial_stride[axis];
-  const int lane = threadIdx.x % Shared::kLanes, slice = threadIdx.x / Shared::kLanes;
-  const int row = lane / (kTile / 4) * 4, col = lane % (kTile / 4) * 4;
-  const bool takes_ones = piece.symmetric && row_tile == col_tile && source.window.bias != 0;
+  const bool is_square = piece.symmetric && row_tile == col_tile, takes_ones = is_square && source.window.bias != 0;
   Side<T, kTile> left(x, int64_t{row_tile} * kTile, source), right(x + shift, int64_t{col_tile} * kTile, source);
-  // Where the positions of as many chunks lie as there are warps: each finds those of one, so that none waits for
-  // another's divisions.
-  const auto find = [&](int64_t first, int chunk_number) {
-    static_assert(kChunk == 32, "a position for each thread of a warp");
-    const int warp = static_cast<int>(threadIdx.x / 32), k = static_cast<int>(threadIdx.x % 32);
-    const int64_t index = first + warp * kChunk + k;
-    if (index < end) shared.offset[(chunk_number + warp) % (2 * kWarps)][k] = offset_of(source, piece, index);
+  const int count = static_cast<int>(end - begin);  // of positions
+  // Where the next kThreads positions lie: a thread finds one, so that none waits for another's divisions.
+  const auto find = [&](int first) {
+    const int position = first + static_cast<int>(threadIdx.x);
+    if (position < count) shared.offset[position % kOffsets] = offset_of(source, piece, begin + position);
   };
-  const auto load = [&](int64_t first, int chunk_number) {
-    const int positions = static_cast<int>(std::min<int64_t>(kChunk, end - first));  // 0 and less: no chunk
-    left.template load<kChannelsLast>(shared.offset[chunk_number % (2 * kWarps)], positions, stride);
-    right.template load<kChannelsLast>(shared.offset[chunk_number % (2 * kWarps)], positions, stride);
+  const auto load = [&](int first) {
+    const int positions = std::min(kChunk, count - first);  // 0 and less: no chunk
+    const int64_t* offset = shared.offset + first % kOffsets;
+    left.template load<kChannelsLast>(offset, positions, stride);
+    if (!is_square) right.template load<kChannelsLast>(offset, positions, stride);
   };
-  Sum sums[4][4] = {}, ones = 0;
-  find(begin, 0);
+  ThreadSums<Sum, kTile> sums;
+  Sum ones = 0;
+  find(0);
   __syncthreads();
-  load(begin, 0);
-  int number = 0;  // of a chunk
-  for (int64_t chunk = begin; chunk < end; chunk += kChunk, ++number) {
-    const int buffer = number % 2;
+  load(0);
+  int buffer = 0;
+  for (int first = 0; first < count; first += kChunk, buffer = 1 - buffer) {
     left.template store<kChannelsLast>(shared.left[buffer]);
-    right.template store<kChannelsLast>(shared.right[buffer]);
-    if (number % kWarps == 0) find(chunk + kWarps * kChunk, number + kWarps);
+    if (!is_square) right.template store<kChannelsLast>(shared.right[buffer]);
+    if (first % kThreads == 0) find(first + kThreads);
     __syncthreads();  // the chunk is there, and offsets; the last chunk is done with
-    load(chunk + kChunk, number + 1);
-#pragma unroll 2
-    for (int k = slice; k < kChunk; k += Shared::kSlices) {
-      for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) sums[i][j] += shared.left[buffer][k][row + i] * shared.right[buffer][k][col + j];
-    }
+    load(first + kChunk);
+    sums.add(shared.left[buffer], is_square ? shared.left[buffer] : shared.right[buffer]);
     if (!takes_ones) continue;  // the same for all threads of the block
 #pragma unroll 1
     for (int k = threadIdx.x / kTile; k < kChunk; k += kThreads / kTile)
       ones += shared.left[buffer][k][threadIdx.x % kTile];
   }
   __syncthreads();  // before the slices' sums overwrite the last chunk
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) shared.slices[slice][(row + i) * kTile + col + j] = sums[i][j];
+  sums.store(shared.slices[sums.slice]);
   shared.ones[threadIdx.x] = ones;
   __syncthreads();
   for (int entry = threadIdx.x; entry < kTile * kTile; entry += kThreads) {
     Sum sum = 0;
-    for (int s = 0; s < Shared::kSlices; ++s) sum += shared.slices[s][entry];
+    for (int s = 0; s < Its::kSlices; ++s) sum += shared.slices[s][entry];
     out[(row_tile * kTile + entry / kTile) * side + col_tile * kTile + entry % kTile] = sum;
   }
   if (!takes_ones || threadIdx.x >= kTile) return;  // no barrier follows

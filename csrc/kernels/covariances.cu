@@ -19,12 +19,16 @@ namespace kfac2::cuda {
 namespace {
 
 // Blocks that share a multiprocessor: as many as registers allow without a spill.
+template <typename T, int kTile>
+constexpr int kBlocks = sizeof(T) == sizeof(double) ? 3 : Split<SumType<T>, kTile>::kSums == 8 ? 3 : 5;
+
+// No layer of doubles has a tile of 64 channels.
 template <typename T>
-constexpr int kBlocks = sizeof(T) == sizeof(double) ? 3 : 5;
+constexpr int kWidest = sizeof(T) == sizeof(double) ? 32 : 64;
 
 // The layers of one type and tile size. All kinds in one kernel would need the registers of the largest, and more.
 template <typename T, int kTile>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kTile>)
     products_kernel(const LayerEntry* layers, int count, const PieceEntry* all_pieces, unsigned char* workspace) {
   using Sum = SumType<T>;
   using Shared = SharedTile<Sum, kTile>;
@@ -67,7 +71,7 @@ class Covariances : public TableLaunch {
       layer.covariances = params.covariances[i];
       layer.previous = params.previous_of(i);
       layer.scale = params.scale_of(i);
-      layer.cut.tile = layer.source.channels_per_group() <= 16 ? 16 : 32;
+      layer.cut.tile = tile_of(layer.source);
       layer.cut.tiles = static_cast<int>(ceil_div(layer.source.channels_per_group(), layer.cut.tile));
       entries_.push_back(layer);
     }
@@ -108,8 +112,9 @@ class Covariances : public TableLaunch {
       const LayerEntry& first = entries_[its.first];
       with_type(first.source.element_type, first.source.data, [&](const auto* x) {
         using T = ElementOf<decltype(x)>;
-        status = first.cut.tile == 16 ? form_products<T, 16>(its, workspace, stream)
-                                      : form_products<T, 32>(its, workspace, stream);
+        status = first.cut.tile == 16   ? form_products<T, 16>(its, workspace, stream)
+                 : first.cut.tile == 32 ? form_products<T, 32>(its, workspace, stream)
+                                        : form_products<T, kWidest<T>>(its, workspace, stream);
       });
     }
     if (status != cudaSuccess) return status;

@@ -49,6 +49,28 @@ struct DrawnLayers {
     return layers;
   }
 
+  // Tiles of 64 channels, some of them partly filled, in both layouts, with several shares of positions.
+  static DrawnLayers wide(Random& random) {
+    DrawnLayers layers;
+    layers.add_wide<float>(random, ElementType::kFloat32);
+    layers.add_wide<Half>(random, ElementType::kFloat16);
+    layers.add_wide<BFloat16>(random, ElementType::kBFloat16);
+    return layers;
+  }
+
+  template <typename T>
+  void add_wide(Random& random, ElementType type) {
+    const int64_t shapes[][5] = {{5, 100, 6, 7, 2}, {300, 50, 1, 1, 1}};
+    for (const auto& s : shapes) {
+      for (const bool channels_last : {false, true}) {
+        auto layer = std::make_shared<DrawnSource<T>>(random, type, s[0], s[1], s[2], s[3], s[4]);
+        layer->lay_out(channels_last);
+        sources.push_back(layer->source);
+        memory.push_back(layer);
+      }
+    }
+  }
+
   // So many positions that there are as many blocks of products as are wanted, with more than the least each.
   static DrawnLayers of_many_positions(Random& random) {
     DrawnLayers layers;
@@ -280,6 +302,7 @@ void run_all(Cases& cases) {
       Random random(seed);
       cases.run("layers", seed, [&] { test_layers(DrawnLayers(random)); });
       if (seed == 0) cases.run("large layers", seed, [&] { test_layers(DrawnLayers::large(random)); });
+      if (seed == 1) cases.run("wide layers", seed, [&] { test_layers(DrawnLayers::wide(random)); });
       cases.run("products in float", seed, [&] { test_products<float>(random, seed < 4 ? 20 : 150); });
       cases.run("products in double", seed, [&] { test_products<double>(random, 70); });
       cases.run("sums in float", seed, [&] { test_sums<float>(random); });

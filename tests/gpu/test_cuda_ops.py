@@ -140,8 +140,12 @@ def test_directional_derivatives(seed, dtype):
     grad_rows, double = reference.grad_rows(g.double())[0], matrices.double()
     expected = reference.directional_derivatives([[rows]], [[grad_rows]], [double])[0]
     scale = reference.directional_derivatives([[rows.abs()]], [[grad_rows.abs()]], [double.abs()])[0]
+    # The library multiplies inputs in bfloat16 by directions in bfloat16, which are known to 1/256: of thousands of
+    # products the errors cancel, most of them.
+    by_library = applied_directions.is_faster(there[0][0], window, there[2][0], there[3][0])
+    tolerance = 1e-4 if by_library and dtype == torch.bfloat16 else TOLERANCE[dtype]
     for ours in got:
-        assert_equal(ours.cpu() - expected + scale, scale, TOLERANCE[dtype])
+        assert_equal(ours.cpu() - expected + scale, scale, tolerance)
 
 
 @pytest.mark.parametrize(
