@@ -75,7 +75,7 @@ def covariances_of(title: str, x: Tensor, window: Window, by_torch: Callable[[Te
     panels alone.
     """
     own = in_each_precision(lambda t: kernel([(t, window, None, 1.0)], 1.0), x)
-    folded = in_each_precision(lambda t: library(t, window, None, 1.0, 1.0), x)
+    folded = in_each_precision(lambda t: library([(t, window, None, 1.0)], 1.0), x)
     panels = in_each_precision(lambda t: row_products(t, window), x)
     others = {f"kernel, {name}": own[name] for name in ("fp32", "bf16")}
     others |= {f"library, {name}": function for name, function in folded.items()}

@@ -104,14 +104,14 @@ def route_rows(net: Net, device: Device) -> list[Row]:
     for source, count in kinds.items():
         alike = max(count, 8)
         native = 1e6 * seconds(ops.covariances([source] * alike).stages, device) / alike
-        products = {p: library.gram_matrices([source] * count, p) for p in PRECISIONS}
-        by_library = {p: 1e6 * seconds(stages, device, p) / count for p, stages in products.items()}
+        products = {p: library.gram_matrices([source] * alike, p) for p in PRECISIONS}
+        by_library = {p: 1e6 * seconds(stages, device, p) / alike for p, stages in products.items()}
         shape = "x".join(map(str, (source.batch, source.channels, *source.extent)))
         window = source.window
         name = shape + (f", {'x'.join(map(str, window.kernel_size))}" if max(window.kernel_size, default=1) > 1 else "")
         name += f", stride {max(window.stride)}" if max(window.stride, default=1) > 1 else ""
         name += ", bias" if window.bias else ""
-        taken = ", ".join(p for p in PRECISIONS if calls.is_wide(source, p))
+        taken = ", ".join(p for p in PRECISIONS if calls.are_wide([source] * alike, p)[0])
         rows.append({"rows": name, "count": count, "native": native, "library": by_library, "taken": taken})
     return sorted(rows, key=lambda row: -row["count"] * row["native"])[:8]
 

@@ -19,7 +19,7 @@ from kfac2.coarse.ones import MAP_NUMBERS
 from kfac2.divergence import quarter
 from kfac2.ops import Window
 from kfac2.ops.applied_directions import CROSSOVER as WIDE_LAYER
-from kfac2.ops.gram_matrices import product_is_faster
+from kfac2.ops.gram_matrices import costs, products_are_faster
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -86,11 +86,12 @@ def maps_of(sources: Sequence[Source]) -> Call:
     return Call(ops.layer_maps(sources), partial(library.layer_maps, sources))
 
 
-def is_wide(rows: Source, precision: str) -> bool:
-    """Tell whether kfac2 gives the rows to the library's product: kfac2/ops/gram_matrices.py."""
-    shape = (rows.batch, rows.channels, *rows.extent)
+def are_wide(sources: Sequence[Source], precision: str) -> list[bool]:
+    """Tell of each layer of a call whether kfac2 gives its rows to the library's product: ops/gram_matrices.py."""
     name = library.BY_PRECISION[precision]
-    return rows.window.groups == 1 and product_is_faster(shape, rows.window, name, library.is_last(rows))
+    return products_are_faster([
+        costs((rows.batch, rows.channels, *rows.extent), rows.window, name, library.is_last(rows)) for rows in sources
+    ])  # fmt: skip
 
 
 def is_wide_layer(rows: Source, grads: Source) -> bool:
@@ -102,7 +103,8 @@ def covariances_of(sources: Sequence[Source]) -> Call:
     """Multiply wide rows by the library, all others in one native call."""
 
     def own_at(precision: str) -> tuple[Sequence[Stage], str]:
-        wide, others = ([s for s in sources if is_wide(s, precision) == here] for here in (True, False))
+        routes = are_wide(sources, precision)
+        wide, others = ([s for s, goes in zip(sources, routes, strict=True) if goes == own] for own in (True, False))
         native = ops.covariances(others).stages if others else []
         return [*native, *library.gram_matrices(wide, precision)], precision
 

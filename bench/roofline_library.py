@@ -18,7 +18,7 @@ from kfac2.fine.tikhonov import Tikhonov
 from kfac2.inverses import LEAST_BYTES, SHARE
 from kfac2.ops.applied_directions import CHUNK as CHUNK_OF_PRODUCTS
 from kfac2.ops.gram_matrices import CHUNK as CHUNK_OF_ROWS
-from kfac2.ops.gram_matrices import panel_rows
+from kfac2.ops.gram_matrices import folded_together, panel_shapes
 
 BY_PRECISION = {"fp32": "fp32", "tf32": "tf32", "bf16": "half"}  # kfac2's names of them
 
@@ -66,8 +66,12 @@ def covariances(sources: Sequence[Source], element: int) -> list[Stage]:
 
 
 def gram_matrices(sources: Sequence[Source], precision: str) -> list[Stage]:
-    """What kfac2 itself does by the library's product: kfac2/ops/gram_matrices.py, few samples at a time."""
-    stages, element = [], ELEMENT[precision]
+    """What kfac2 itself does by the library's product: kfac2/ops/gram_matrices.py, few samples at a time.
+
+    Products wait for each other to be folded.
+    """
+    stages: list[Stage] = []
+    element, held = ELEMENT[precision], []
     for s in sources:
         width = s.length - bool(s.window.bias)
         numbers = s.rows * width
@@ -78,13 +82,14 @@ def gram_matrices(sources: Sequence[Source], precision: str) -> list[Stage]:
             stages.append(Stage("rows", parts, 2.0 * element * numbers))
         if s.window.bias:  # each part's sums, and their sum
             stages.append(Stage("reduce", 2 * parts - 1, float(element * numbers)))
-        height = panel_rows(width, BY_PRECISION[precision])
-        panels = [(min(height, width - first), width - first) for first in range(0, width, height)]
-        written = FLOAT * parts * sum(rows * columns for rows, columns in panels)
+        panels = panel_shapes(width, BY_PRECISION[precision])
+        held.append(FLOAT * sum(rows * columns for rows, columns in panels))
+        written = float(parts * held[-1])
         flop = sum(product(rows, columns, s.rows, element).flop for rows, columns in panels)
         stages.append(Stage("mm", parts * len(panels), len(panels) * element * numbers + written, flop))
         stages.append(Stage("copy", (parts - 1) * len(panels), 3.0 * (parts - 1) / parts * written))  # added up
-        stages += fold_products(s.length).stages
+    for part in folded_together(held):
+        stages += fold_products([s.length for s in sources[part]]).stages
     return stages
 
 

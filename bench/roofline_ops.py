@@ -17,10 +17,12 @@ from roofline_nets import Source
 from roofline_tiles import cross_tiles, meeting
 
 from kfac2.ops import Window
+from kfac2.ops.gram_matrices import native_tile
 
 FLOAT, DOUBLE = 4, 8
 ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2}  # bytes of an activation, by the precision of the library's products
 TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables.cu
+FOLDED_AT_ONCE = 240  # products, csrc/kernels/fold_products.cu
 # sizeof of the tables' entries, csrc/kernels
 MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 344, 128, 528
 MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 224, 80, 80, 144, 56
@@ -139,9 +141,8 @@ def pieces(rows: Source) -> list[Piece]:
 
 
 def tiles_of(rows: Source) -> tuple[int, int]:
-    """Return the channels of a tile, and the tiles along one side: `tile_of` of covariance_tables.h, of float32."""
-    is_filled = 3 * up(rows.channels, 64) ** 2 <= 4 * up(rows.channels, 32) ** 2
-    tile = 16 if rows.channels <= 16 else 64 if is_filled and rows.channels > 32 else 32
+    """Return the channels of a tile, and the tiles along one side."""
+    tile = native_tile(rows.channels)
     return tile, math.ceil(rows.channels / tile)
 
 
@@ -192,10 +193,10 @@ def covariances(sources: Sequence[Source]) -> Count:
     return Count([table, *stages, Stage("covariances, gather", 1, gathered)], held + scratch, least, least_flop)
 
 
-def fold_products(size: int, element: int = FLOAT) -> Count:
-    """Read one triangle of a product and write it folded: csrc/kernels/fold_products.cu."""
-    moved = float(size * (size + 1) * element)
-    return Count([Stage("fold", 1, moved)], 0, moved, 0.0)
+def fold_products(sizes: Sequence[int], element: int = FLOAT) -> Count:
+    """Read one triangle of each product and write it folded: csrc/kernels/fold_products.cu."""
+    moved = float(sum(size * (size + 1) for size in sizes) * element)
+    return Count([Stage("fold", math.ceil(len(sizes) / FOLDED_AT_ONCE), moved)], 0, moved, 0.0)
 
 
 def directional_derivatives(inputs: Sequence[Source], grads: Sequence[Source]) -> Count:

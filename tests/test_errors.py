@@ -8,7 +8,7 @@ from paper import KFAC, Preconditioner
 from torch.distributions import Categorical
 
 from kfac2 import ops
-from kfac2.ops.fold_products import fold_products
+from kfac2.ops.fold_products import Product, fold_products
 from kfac2.window import Window
 
 
@@ -170,6 +170,11 @@ EYE = torch.eye(2)
 DIRECTIONS = torch.randn(1, 1, 2, 5)
 
 
+def folded(counts, panels, last=(), corners=(), previous=(), scales=()):
+    lists = (list(given) for given in (last, corners, previous))
+    return torch.ops.kfac2.fold_products(panels, counts, *lists, 1.0, list(scales))
+
+
 def derivatives(**other):
     fitting = {"inputs": [G], "windows": [Window.places(1, bias=1)], "grads": [G[:, :2]], "directions": [DIRECTIONS]}
     return ops.directional_derivatives(**{**fitting, **other})
@@ -200,15 +205,25 @@ OPS = [
     (lambda: torch.ops.kfac2.covariances([X], Window.places(2).encode(), [EYE] * 2, 1.0, []), RuntimeError, "as many previous as tensors, 1, or none, got 2"),
     (lambda: torch.ops.kfac2.covariances([X], Window.places(2).encode(), [], 1.0, [1.0] * 2), RuntimeError, "as many scales as tensors, 1, or none, got 2"),
     (lambda: ops.covariances([X, X.to("meta")], [Window.places(2)] * 2), ValueError, r"tensors\[1\] must be on the device of"),
-    (lambda: fold_products([EYE] * 9), RuntimeError, "expected 1 to 8 panels, got 9"),
-    (lambda: fold_products([EYE.long()]), RuntimeError, "panels of dtype float32 or float64, got another"),
-    (lambda: fold_products([EYE, EYE]), RuntimeError, r"from the diagonal on, .* panel 1 has shape .2, 2."),
-    (lambda: fold_products([EYE[0]]), RuntimeError, r"panel 0 has shape .2."),
-    (lambda: fold_products([EYE[:1]]), RuntimeError, r"panel 0 has shape .1, 2."),
-    (lambda: fold_products([EYE[:1], EYE[1:, 1:].double()]), RuntimeError, "the dtype of panel 0, panel 1 has another"),
-    (lambda: fold_products([EYE], EYE), RuntimeError, r"last with 2 numbers in the dtype of the panels, got .2, 2."),
-    (lambda: fold_products([EYE], EYE[0].double()), RuntimeError, r"last with 2 numbers .* got .2. of another dtype"),
-    (lambda: fold_products([EYE], previous=EYE), RuntimeError, r"shape and dtype of the result, .1, 1, 3., got .2, 2."),
+    (lambda: fold_products([]), ValueError, "products must hold at least one product, got an empty list"),
+    (lambda: fold_products([Product([EYE])], previous=[]), ValueError, "previous must have one entry for each of the 1 entries of products, got 0"),
+    (lambda: fold_products([Product([EYE])], scales=[1, 2]), ValueError, "scales must have one entry for each of the 1 .*got 2"),
+    (lambda: fold_products([Product([EYE] * 9)]), RuntimeError, "expected 1 to 8 panels in product 0, got 9"),
+    (lambda: fold_products([Product([EYE]), Product([EYE.long()])]), RuntimeError, "panels of dtype float32 or float64, those of product 1 have another"),
+    (lambda: fold_products([Product([EYE, EYE])]), RuntimeError, r"from the diagonal on, .* panel 1 of product 0 has shape .2, 2."),
+    (lambda: fold_products([Product([EYE[0]])]), RuntimeError, r"panel 0 of product 0 has shape .2."),
+    (lambda: fold_products([Product([EYE]), Product([EYE[:1]])]), RuntimeError, r"panel 0 of product 1 has shape .1, 2."),
+    (lambda: fold_products([Product([EYE[:1], EYE[1:, 1:].double()])]), RuntimeError, "the dtype of panel 0, panel 1 of product 0 has another"),
+    (lambda: fold_products([Product([EYE], EYE)]), RuntimeError, r"last 0 with 2 numbers in the dtype of its panels, got .2, 2."),
+    (lambda: fold_products([Product([EYE], EYE[0].double())]), RuntimeError, r"last 0 with 2 numbers .* got .2. of another dtype"),
+    (lambda: fold_products([Product([EYE])] * 2, previous=[None, EYE]), RuntimeError, r"previous 1 with the shape and dtype of its result, .1, 1, 3., got .2, 2."),
+    (lambda: folded([], [EYE[:0]]), RuntimeError, "expected at least one product, got none"),
+    (lambda: folded([1, 1], [EYE]), RuntimeError, "as many panels as all counts, got 1"),
+    (lambda: folded([1], [EYE] * 2), RuntimeError, "as many panels as all counts, 1, got 2"),
+    (lambda: folded([1], [EYE], [EYE] * 2), RuntimeError, "as many last as counts, 1, or none, got 2"),
+    (lambda: folded([1], [EYE], [], [1.0] * 2), RuntimeError, "as many corners as counts, 1, or none, got 2"),
+    (lambda: folded([1], [EYE], [], [], [EYE] * 2), RuntimeError, "as many previous as counts, 1, or none, got 2"),
+    (lambda: folded([1], [EYE], [], [], [], [1.0] * 2), RuntimeError, "as many scales as counts, 1, or none, got 2"),
     (lambda: derivatives(inputs=[]), ValueError, "inputs must hold at least one tensor"),
     (lambda: derivatives(grads=G), TypeError, "grads must be a list of tensors, got Tensor"),
     (lambda: derivatives(directions=[DIRECTIONS] * 2), ValueError, "directions must have one entry for each of the 1 entries of inputs, got 2"),

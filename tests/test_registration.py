@@ -33,7 +33,15 @@ def samples(dtype):
     return {
         "layer_maps": (tensors, NUMBERS),
         "covariances": (tensors, NUMBERS, [sums.new_ones(1, 10, 19), sums[:0]], 0.9, [0.1, 2.0]),
-        "fold_products": ([sums[:2], sums[2:, 2:]], sums[0], 5.0, sums.new_ones(1, 2, 5), 0.9, 0.1),
+        "fold_products": (
+            [sums[:2], sums[2:, 2:], sums[:2, :2]],
+            [2, 1],
+            [sums[0], sums[:0]],
+            [5.0, 0.0],
+            [sums.new_ones(1, 2, 5), sums[:0]],
+            0.9,
+            [0.1, 2.0],
+        ),
         "directional_derivatives": (
             tensors,
             NUMBERS,

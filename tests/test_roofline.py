@@ -33,7 +33,7 @@ from kfac2 import inverses
 from kfac2.fine.tikhonov import Tikhonov
 from kfac2.ops import Window, precondition
 from kfac2.ops import applied_directions as applied
-from kfac2.ops.gram_matrices import distances, is_faster, row_products
+from kfac2.ops.gram_matrices import are_faster, distances, folded_together, product_bytes, row_products
 from kfac2.statistics import A_shape, G_shape
 from kfac2.triangles import few_at_a_time
 
@@ -281,7 +281,7 @@ def counts_of(net):
         texts_of("covariances", [(as_text(s),) for s in both]): ops.covariances(both),
         texts_of("directional_derivatives", layers): ops.directional_derivatives(inputs, grads),
         texts_of("cross_layer_sums", [(len(g), *g) for g in grids], net.batch): ops.cross_layer_sums(grids, net.batch),
-        f"fold_products {net.shapes[0].d_in}": ops.fold_products(net.shapes[0].d_in),
+        texts_of("fold_products", [(s.d_in,) for s in net.shapes]): ops.fold_products([s.d_in for s in net.shapes]),
         f"average_coarse_sums {len(sizes)}": ops.average_coarse_sums(len(sizes)),
         texts_of("factored_tikhonov_inverse", pairs): ops.factored_tikhonov_inverse(pairs),
         texts_of("gather_gradients", [part[:2] for part in parts]): ops.gather_gradients(parts),
@@ -320,6 +320,8 @@ def test_launches_and_workspaces_of_drawn_shapes(launches_of):
         )
         pairs = [(draw.randint(1, 400), draw.randint(1, 400)) for _ in range(draw.randint(1, 500))]
         expected[texts_of("factored_tikhonov_inverse", pairs)] = ops.factored_tikhonov_inverse(pairs)
+        sizes = [a for a, _ in pairs]
+        expected[texts_of("fold_products", [(size,) for size in sizes])] = ops.fold_products(sizes)
     held_against_the_kernels(launches_of, expected)
 
 
@@ -369,9 +371,10 @@ def test_wide_rows_go_where_kfac2_sends_them(product_switch):
             if len(shape) == 3:  # tokens, whose features are last
                 x = x.movedim(1, -1).contiguous().movedim(-1, 1)
             there = Mock(wraps=x, is_cuda=True, dtype=dtype, shape=x.shape)
-            wide = calls.is_wide(Source(shape[0], shape[1], shape[2:], window), precision)
-            went.add((precision, wide))
-            assert wide == is_faster(there, window), (precision, shape, kernel, groups)
+            for count in (1, 12):
+                wide = calls.are_wide([Source(shape[0], shape[1], shape[2:], window)] * count, precision)
+                went |= {(precision, goes) for goes in wide}
+                assert wide == are_faster([there] * count, [window] * count), (precision, shape, kernel, groups)
     assert len(went) == 6
 
 
@@ -398,6 +401,16 @@ def test_products_of_wide_layers_are_those_that_torch_counts():
     x, g, directions = torch.randn(2, 128, 6, 6), torch.randn(2, 192, 6, 6), torch.randn(1, 1, 192, 9 * 128)
     modelled = sum(stage.flop for stage in library.applied_directions([rows], [grads], 4))
     assert modelled == counted(lambda: applied.applied_directions(x, rows.window, g, directions))
+
+
+def test_products_are_folded_as_few_at_a_time_as_kfac2_does():
+    widths = [768, 768, 3072, 64, 1024, 2048, 2048, 5, 5]
+    sources = [Source(4, width, (), Window.places(0)) for width in widths]
+    folded = [stage for stage in library.gram_matrices(sources, "fp32") if stage.kernel == "fold"]
+    sizes = [product_bytes(torch.empty(4, width, device="meta"), Window.places(0)) for width in widths]
+    runs = [widths[part] for part in folded_together(sizes)]
+    assert runs == [[768, 768, 3072], [64, 1024, 2048, 2048], [5, 5]]
+    assert folded == [stage for run in runs for stage in ops.fold_products(run).stages]
 
 
 def test_own_products_of_wide_rows_are_those_that_torch_counts():

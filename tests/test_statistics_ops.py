@@ -1,5 +1,6 @@
 """The statistics ops against kfac2.reference, which forms patches and every A_ij, over drawn shapes."""
 
+import itertools
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from drawn import TOLERANCE, cases, map_sets
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kfac2 import ops, reference
+from kfac2 import _C, ops, reference
 from kfac2.ops import applied_directions, gram_matrices
 from kfac2.ops.fold_products import fold_products
 from kfac2.triangles import packed, unpacked
@@ -46,7 +47,9 @@ def test_the_librarys_product_gives_the_same_covariances(case, chunk, panel):
     """The route of wide rows on a CUDA device, taken on the CPU; few samples and few columns at a time as well."""
     window = Window.of(case.x.dim() - 2, *case.geometry[:4], bias=int(case.bias))
     with mock.patch.multiple(gram_matrices, CHUNK=chunk, PANEL=panel, PANEL_TENSOR_CORES=panel):
-        folded = fold_products(*gram_matrices.row_products(case.x, window))
+        product = gram_matrices.row_products(case.x, window)
+        assert sum(panel.nbytes for panel in product.panels) == gram_matrices.product_bytes(case.x, window)
+    (folded,) = fold_products([product])
     got = unpacked(folded, window.row_length(case.x.shape[1]))
     (native,) = ops.covariances([case.x], [window])
     assert got.dtype == native.dtype and got.shape == native.shape
@@ -62,7 +65,9 @@ def test_wide_rows_among_others(monkeypatch, chosen):
     windows = [Window.of(2, k, padding=k // 2, bias=1) for k in (1, 3, 2)]
     native = ops.covariances(tensors, windows)
     pointers = {tensors[i].data_ptr() for i in chosen}
-    monkeypatch.setattr(covariances_module, "is_faster", lambda x, window: x.data_ptr() in pointers)
+    monkeypatch.setattr(
+        covariances_module, "are_faster", lambda tensors, _: [x.data_ptr() in pointers for x in tensors]
+    )
     for a, b in zip(ops.covariances(tensors, windows), native, strict=True):
         assert_equal(a, b, 1e-5)
 
@@ -77,15 +82,15 @@ def test_folded_covariances_are_triangles_of_the_whole_ones(case):
 PRECISION = """
 import torch
 from unittest.mock import Mock
-from kfac2.ops.gram_matrices import is_faster
+from kfac2.ops.gram_matrices import are_faster
 from kfac2.window import Window
 
 def goes(channels, kernel, dtype=torch.float32, **options):
     x = torch.empty(64, channels, 28, 28, dtype=dtype, device="meta")
     there = Mock(wraps=x, is_cuda=True, dtype=dtype, shape=x.shape)
-    return is_faster(there, Window.of(options.pop("rank", 2), kernel, **options))
+    return are_faster([there], [Window.of(options.pop("rank", 2), kernel, **options)])[0]
 
-print(goes(256, 1), goes(1024, 1), goes(128, 3), goes(256, 3), goes(128, 3, torch.bfloat16), end=" ")
+print(goes(1024, 1), goes(4096, 1), goes(128, 3), goes(256, 3, torch.bfloat16), end=" ")
 refused = [goes(1024, 1, dtype) for dtype in (torch.float64, torch.int64)]
 refused += [goes(1024, 1, bias=2), goes(1024, 1, groups=2), goes(1024, 29), goes(1024, 1, rank=1)]
 print(any(refused))
@@ -93,10 +98,10 @@ print(any(refused))
 
 
 @pytest.mark.parametrize("setting, wide", [
-    ("", "False True False False True False"),
-    ("torch.backends.cuda.matmul.allow_tf32 = True", "True True False True True False"),
-    ("torch.set_float32_matmul_precision('high')", "True True False True True False"),
-    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "True True False True True False"),
+    ("", "False True False True False"),
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "True True False True False"),
+    ("torch.set_float32_matmul_precision('high')", "True True False True False"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "True True False True False"),
 ])  # fmt: skip
 def test_which_rows_are_wide_by_every_name_of_the_precision(setting, wide):
     """In a process of its own: torch refuses the older name once the newer was used."""
@@ -105,33 +110,95 @@ def test_which_rows_are_wide_by_every_name_of_the_precision(setting, wide):
     assert done.stdout.strip() == wide, done.stderr
 
 
-@pytest.mark.parametrize("shape, kernel, by", [
-    ((8192, 64), (), ""),
-    ((8192, 128), (), "tf32 half"),
-    ((100, 512), (), ""),  # two launches take longer
-    ((8192, 256), (), "fp32 tf32 half"),
-    ((64, 128, 28, 28), (3, 3), "half"),
-    ((64, 256, 14, 14), (3, 3), "tf32 half"),
-    ((256, 3, 224, 224), (7, 7), "fp32 tf32 half"),  # of 16 channels that the kernel multiplies, 13 are empty
-    ((128, 3, 32, 32), (3, 3), "tf32 half"),  # here, too, but most of the tile of the library, too
-])  # fmt: skip
-def test_which_way_is_faster_by_what_was_measured(shape, kernel, by):
+def ways(shape, kernel, count, precision):
+    """How many of so many layers alike go to the library."""
     step = 2 if kernel == (7, 7) else 1
     window = Window.of(len(kernel), kernel, step, [k // 2 for k in kernel])
-    names = [
-        name for name in gram_matrices.MULTIPLY if gram_matrices.product_is_faster(shape, window, name, not kernel)
-    ]
-    assert " ".join(names) == by
+    layer = gram_matrices.costs(shape, window, precision, not kernel)
+    return sum(gram_matrices.products_are_faster([layer] * count))
+
+
+@pytest.mark.parametrize("shape, kernel, count, by", [
+    ((8192, 64), (), 1, "fp32 tf32 half"),  # two launches in place of five
+    ((8192, 64), (), 12, ""),  # these are shared by all layers
+    ((8192, 128), (), 12, ""),
+    ((8192, 256), (), 12, "tf32 half"),
+    ((8192, 768), (), 1, "tf32 half"),
+    ((8192, 3072), (), 12, "fp32 tf32 half"),
+    ((64, 128, 28, 28), (1, 1), 1, ""),
+    ((64, 256, 14, 14), (3, 3), 12, "half"),
+    ((64, 1024, 14, 14), (1, 1), 12, "tf32 half"),
+    ((256, 3, 224, 224), (7, 7), 1, "fp32 tf32 half"),  # of 16 channels that the kernel multiplies, 13 are empty
+    ((128, 16, 32, 32), (3, 3), 1, ""),
+])  # fmt: skip
+def test_which_way_is_faster_by_what_was_measured(shape, kernel, count, by):
+    taken = {name: ways(shape, kernel, count, name) for name in gram_matrices.MULTIPLY}
+    assert set(taken.values()) <= {0, count}
+    assert " ".join(name for name, layers in taken.items() if layers) == by
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 60), st.one_of(st.integers(1, 60), st.just(float("inf")))), min_size=1, max_size=7
+    )
+)
+def test_no_other_choice_makes_a_call_shorter(layers):
+    """Against all 2ⁿ choices, in microseconds."""
+
+    def whole(chosen):
+        costs = [1e6 * (library if goes else native) for (native, library), goes in zip(layers, chosen, strict=True)]
+        return sum(costs) + gram_matrices.FOLD * any(chosen) + gram_matrices.NATIVE_CALL * (not all(chosen))
+
+    costs = [gram_matrices.Costs(1e6 * native, 1e6 * library) for native, library in layers]
+    best = min(map(whole, itertools.product([False, True], repeat=len(layers))))
+    assert whole(gram_matrices.products_are_faster(costs)) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes, runs", [
+    ([5], [1]),
+    ([4, 5, 3], [3]),
+    ([4, 6, 3], [2, 1]),
+    ([30, 1, 2], [1, 2]),  # the first waits for none
+    ([1, 30, 2], [2, 1]),
+    ([1] * 25, [10, 10, 5]),
+    ([], []),
+])  # fmt: skip
+def test_products_wait_for_each_other_up_to_a_bound(monkeypatch, sizes, runs):
+    monkeypatch.setattr(gram_matrices, "WAITING_BYTES", 10)
+    assert [len(sizes[part]) for part in gram_matrices.folded_together(sizes)] == runs
+
+
+@pytest.mark.parametrize("waiting, calls", [(2**24, [4]), (2 * 4 * 9, [2, 2]), (1, [1, 1, 1, 1])])
+def test_products_are_folded_in_few_calls(monkeypatch, waiting, calls):
+    """Among a layer that stays with the native op."""
+    folded, made = covariances_module.fold_products, []
+
+    def counted(products, **options):
+        made.append(len(products))
+        return folded(products, **options)
+
+    monkeypatch.setattr(covariances_module, "fold_products", counted)
+    monkeypatch.setattr(covariances_module, "are_faster", lambda tensors, _: [x.shape[1] == 3 for x in tensors])
+    monkeypatch.setattr(gram_matrices, "WAITING_BYTES", waiting)
+    tensors = [torch.randn(7, 3 if i != 1 else 2) for i in range(5)]
+    got = ops.covariances(tensors, [Window.places(0)] * 5)
+    assert made == calls
+    for ours, x in zip(got, tensors, strict=True):
+        assert_equal(ours[0], x.T @ x, 1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 8, 511, 513, 768, 1024, 3072, 4096, 4608, 10000])
 @pytest.mark.parametrize("precision", gram_matrices.MULTIPLY)
 def test_panels_are_few_and_begin_at_multiples_of_8(width, precision):
-    height = gram_matrices.panel_rows(width, precision)
-    panels = -(-width // height)
-    assert height % 8 == 0 and 1 <= panels <= gram_matrices.PANELS
-    assert panels == 1 or height >= (gram_matrices.PANEL if precision == "fp32" else gram_matrices.PANEL_TENSOR_CORES)
-    assert (panels > 1) == (width >= (1024 if precision == "fp32" else 3072))
+    shapes = gram_matrices.panel_shapes(width, precision)
+    height = shapes[0][0]
+    assert sum(rows for rows, _ in shapes) == width and 1 <= len(shapes) <= _C.fold_products_max_panels
+    assert [columns for _, columns in shapes] == list(range(width, 0, -height))
+    assert all(rows == height for rows, _ in shapes[:-1])
+    if len(shapes) > 1:
+        assert height % 8 == 0
+        assert height >= (gram_matrices.PANEL if precision == "fp32" else gram_matrices.PANEL_TENSOR_CORES)
+    assert (len(shapes) > 1) == (width >= (1024 if precision == "fp32" else 3072))
 
 
 def test_a_gram_matrix_of_rows_rounded_to_tf32_is_semi_definite():
@@ -141,9 +208,9 @@ def test_a_gram_matrix_of_rows_rounded_to_tf32_is_semi_definite():
     bits = rows.view(torch.int32)
     rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
     with mock.patch.object(gram_matrices, "PANEL", 16):
-        panels, _, _ = gram_matrices.row_products(rounded.double(), Window.places(0))
-    gram = unpacked(fold_products(panels), 64)[0]
-    assert (rounded - rows).abs().max() > 1e-4 and len(panels) == 4
+        product = gram_matrices.row_products(rounded.double(), Window.places(0))
+    gram = unpacked(fold_products([product])[0], 64)[0]
+    assert (rounded - rows).abs().max() > 1e-4 and len(product.panels) == 4
     assert torch.linalg.eigvalsh(gram).min() > -1e-12 * gram.diagonal().max()
 
 
@@ -158,7 +225,7 @@ def test_covariances_averaged_with_what_was_there(drawn, data):
     previous = [None if p is None else p + p.mT for p in previous]
     scales = [0.5 + i for i in range(len(raw))]
     pointers = {id(window) for window, by_library in zip(windows, wide, strict=True) if by_library}
-    with mock.patch.object(covariances_module, "is_faster", lambda x, window: id(window) in pointers):
+    with mock.patch.object(covariances_module, "are_faster", lambda _, windows: [id(w) in pointers for w in windows]):
         got = ops.covariances(tensors, windows, previous=previous, kept=0.9, scales=scales)
     for ours, before, sums, scale in zip(got, previous, raw, scales, strict=True):
         expected = scale * sums.double() + (0 if before is None else 0.9 * before.double())

@@ -6,7 +6,7 @@ from compare import assert_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac2.ops.fold_products import fold_products
+from kfac2.ops.fold_products import Product, fold_products
 from kfac2.triangles import (
     all_diagonals,
     bytes_of_diagonals,
@@ -39,16 +39,29 @@ def panels_of(M, rows):
     return [M[first : first + rows, first:] for first in range(0, len(M), rows)]
 
 
-@given(st.sampled_from([*range(1, 9), 31, 32, 33, 64, 65, 70]), st.integers(1, 8), st.booleans(), st.booleans())
-def test_a_product_in_panels_is_folded(d, count, has_last, is_added):
-    (M,), (before,) = symmetric(1, d + has_last), symmetric(1, d + has_last, 1)
+@st.composite
+def products(draw):
+    """A product in panels, the matrix, and what was there before or None."""
+    d, count = draw(st.sampled_from([*range(1, 9), 31, 32, 33, 64, 65, 70])), draw(st.integers(1, 8))
+    has_last, dtype = draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.float64]))
+    M, before = (symmetric(1, d + has_last, draw(st.integers(0, 9)))[0].to(dtype) for _ in range(2))
     last = M[-1, :d].contiguous() if has_last else None
-    corner = float(M[-1, -1]) if has_last else 0.0
-    panels = panels_of(M[:d, :d], -(-d // count))
-    assert torch.equal(fold_products(panels, last, corner), packed(M[None]))
-    previous = packed(before[None]) if is_added else None
-    got = fold_products(panels, last, corner, previous=previous, kept=0.9, scale=0.3)
-    assert_equal(got, packed((0.3 * M + (0.9 * before if is_added else 0))[None]), 1e-15)
+    product = Product(panels_of(M[:d, :d], -(-d // count)), last, float(M[-1, -1]) if has_last else 0.0)
+    return product, M, before if draw(st.booleans()) else None
+
+
+@given(st.lists(products(), min_size=1, max_size=5))
+def test_products_in_panels_are_folded(drawn):
+    alone, matrices, before = zip(*drawn, strict=True)
+    for got, M in zip(fold_products(alone), matrices, strict=True):
+        assert torch.equal(got, packed(M[None]))
+    previous = [None if p is None else packed(p[None]) for p in before]
+    scales = [0.3 + i for i in range(len(drawn))]
+    got = fold_products(alone, previous=previous, kept=0.9, scales=scales)
+    for ours, M, there, scale in zip(got, matrices, before, scales, strict=True):
+        expected = scale * M + (0 if there is None else 0.9 * there)
+        assert ours.dtype == M.dtype
+        assert_equal(ours, packed(expected[None]), 1e-15 if M.dtype == torch.float64 else 1e-6)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=4))

@@ -1,8 +1,9 @@
-// Floor: the upper triangle and what was there before read once, the triangle written once. Who takes the library's
+// Floor: the upper triangles and what was there before read once, the triangles written once. Who takes the library's
 // product is on a CUDA device: here the loops are plain.
 #include "fold_products.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "shares.h"
 
@@ -10,42 +11,47 @@ namespace kfac2::cpu {
 namespace {
 
 template <typename T>
-void fold_line(const FoldProductsParams& params, const Panels<T>& matrix, int64_t line) {
-  const Triangle triangle{params.size()};
+void fold_line(const PanelProduct& product, double kept, int64_t line) {
+  const Triangle triangle{product.size()};
   const int64_t begin = line * triangle.width();
-  T* const result = static_cast<T*>(params.result) + begin;
-  const T* const previous = params.previous == nullptr ? nullptr : static_cast<const T*>(params.previous) + begin;
+  T* const result = static_cast<T*>(product.result) + begin;
+  const T* const previous = product.previous == nullptr ? nullptr : static_cast<const T*>(product.previous) + begin;
   for (int64_t place = 0; place < triangle.width(); ++place) {
     int64_t row, column;
     triangle.element(line, place, &row, &column);
-    const T sum = static_cast<T>(params.scale) * matrix.at(row, column);
-    result[place] = previous == nullptr ? sum : sum + static_cast<T>(params.kept) * previous[place];
+    const T sum = static_cast<T>(product.scale) * product.at<T>(row, column);
+    result[place] = previous == nullptr ? sum : sum + static_cast<T>(kept) * previous[place];
   }
 }
 
+// A line of the triangle of a product.
+struct Line {
+  int64_t product, line;
+};
+
 class FoldProducts : public Work {
  public:
-  explicit FoldProducts(const FoldProductsParams& params)
-      : params_(params), lines_(Triangle{params.size()}.height()), lines_of_task_(lines_of_task(params.size())) {}
+  explicit FoldProducts(const FoldProductsParams& params) : params_(params) {
+    for (int64_t i = 0; i < params.count; ++i)
+      for (int64_t line = 0; line < Triangle{params.products[i].size()}.height(); ++line) lines_.push_back({i, line});
+    first_line_ = shares(static_cast<int64_t>(lines_.size()),
+                         [&](int64_t i) { return Triangle{params.products[lines_[i].product].size()}.width(); });
+  }
 
-  int64_t tasks() const override { return (lines_ + lines_of_task_ - 1) / lines_of_task_; }
+  int64_t tasks() const override { return static_cast<int64_t>(first_line_.size()) - 1; }
 
   void run_task(int64_t task) override {
-    const int64_t begin = task * lines_of_task_, end = std::min(begin + lines_of_task_, lines_);
-    params_.is_double ? run<double>(begin, end) : run<float>(begin, end);
+    for (int64_t i = first_line_[task]; i < first_line_[task + 1]; ++i) {
+      const PanelProduct& product = params_.products[lines_[i].product];
+      product.is_double ? fold_line<double>(product, params_.kept, lines_[i].line)
+                        : fold_line<float>(product, params_.kept, lines_[i].line);
+    }
   }
 
  private:
-  static int64_t lines_of_task(int64_t size) { return std::max<int64_t>(1, kElementsPerTask / Triangle{size}.width()); }
-
-  template <typename T>
-  void run(int64_t begin, int64_t end) const {
-    const Panels<T> matrix = params_.matrix<T>();
-    for (int64_t line = begin; line < end; ++line) fold_line(params_, matrix, line);
-  }
-
   FoldProductsParams params_;
-  int64_t lines_, lines_of_task_;
+  std::vector<Line> lines_;          // of all products
+  std::vector<int64_t> first_line_;  // of each task, and their number
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "eigendecompose.h"
+#include "fold_products.h"
 #include "gradient_part.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -11,5 +12,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_arch") = KFAC2_CUDA_ARCH;  // separated by semicolons; empty in a build for the CPU alone
   module.attr("gradient_max_axes") = kfac2::kColumnAxes + 1;  // of a gradient whose strides do not merge
   module.attr("gradient_max_elements") = kfac2::kMaxPartElements;
+  module.attr("fold_products_max_panels") = kfac2::kMaxPanels;     // of one product
   module.attr("eigendecompose_max_size") = kfac2::kMaxMatrixSize;  // of the CUDA kernel
 }

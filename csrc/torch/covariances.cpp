@@ -1,6 +1,7 @@
 #include "covariances.h"
 
 #include "bind.h"
+#include "previous.h"
 #include "row_source.h"
 
 namespace kfac2 {
@@ -9,18 +10,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "covariances";
-
-// The covariances so far of a layer, shaped like its result; null where the tensor has no elements.
-const void* pointer_to_previous(const Tensor& tensor, size_t layer, const Tensor& result,
-                                std::vector<Tensor>& contiguous) {
-  if (tensor.numel() == 0) return nullptr;
-  check(shape_vector(tensor) == shape_vector(result) && tensor.scalar_type() == result.scalar_type(), kOp,
-        "expected previous ", layer, " with the shape and dtype of its result, ", shape_of(result), ", got ",
-        shape_of(tensor), tensor.scalar_type() == result.scalar_type() ? "" : " of another dtype");
-  check(same_device(tensor, result), kOp, "expected previous ", layer, " on the device of the tensors");
-  contiguous.push_back(as_contiguous(tensor));
-  return contiguous.back().const_data_ptr();
-}
 
 // [groups, height, width] of a triangle of d for each layer; previous and scales: of each layer, or none at all
 std::vector<Tensor> covariances(const std::vector<Tensor>& tensors, const std::vector<int64_t>& windows,
@@ -41,7 +30,7 @@ std::vector<Tensor> covariances(const std::vector<Tensor>& tensors, const std::v
     const std::vector<int64_t> shape = {sources[i].window.groups, triangle.height(), triangle.width()};
     results.push_back(allocate(tensors[i], shape, sum_type(sources[i])));
     pointers.push_back(results.back().mutable_data_ptr());
-    before.push_back(previous.empty() ? nullptr : pointer_to_previous(previous[i], i, results.back(), contiguous));
+    before.push_back(previous.empty() ? nullptr : pointer_to_previous(kOp, previous[i], i, results.back(), contiguous));
   }
   const CovariancesParams params{sources.data(),
                                  pointers.data(),

@@ -5,8 +5,8 @@ STABLE_TORCH_LIBRARY(kfac2, m) {
   m.def("layer_maps(Tensor[] tensors, int[] windows) -> Tensor[]");
   m.def("covariances(Tensor[] tensors, int[] windows, Tensor[] previous, float kept, float[] scales) -> Tensor[]");
   m.def(
-      "fold_products(Tensor[] panels, Tensor? last, float corner, Tensor? previous, float kept, float scale) "
-      "-> Tensor");
+      "fold_products(Tensor[] panels, int[] counts, Tensor[] last, float[] corners, Tensor[] previous, float kept, "
+      "float[] scales) -> Tensor[]");
   m.def("directional_derivatives(Tensor[] inputs, int[] windows, Tensor[] grads, Tensor[] directions) -> Tensor[]");
   m.def("cross_layer_sums(Tensor[] maps, bool area, Tensor? previous, float kept, float scale) -> Tensor");
   m.def(

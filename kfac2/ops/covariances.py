@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kfac2.ops._checks import check_same_length, check_tensors, detached
-from kfac2.ops.fold_products import fold_products
-from kfac2.ops.gram_matrices import is_faster, row_products
+from kfac2.ops.fold_products import fold_products, or_empty
+from kfac2.ops.gram_matrices import are_faster, folded_together, product_bytes, row_products
 from kfac2.ops.layer_maps import decode_windows, spatial_rank, sum_dtype
 from kfac2.triangles import packed, packed_shape, unpacked
 from kfac2.window import IntOrInts, Padding, Window
@@ -88,10 +88,13 @@ def folded_covariances(
     for name, entries in (("windows", windows), ("previous", before), ("scales", factors)):
         check_same_length(name, entries, "tensors", tensors)
     layers = list(zip(detached(tensors), windows, before, factors, strict=True))
-    by_library = [is_faster(x, window) for x, window, *_ in layers]
-    native = [layer for layer, other in zip(layers, by_library, strict=True) if not other]
-    rest = iter(_native(native, kept) if native else [])
-    return [_by_library(*layer, kept) if other else next(rest) for layer, other in zip(layers, by_library, strict=True)]
+    by_library = are_faster(tensors, windows)
+    routes = {False: _native, True: _by_library}
+    done = {
+        goes: iter(route([layer for layer, own in zip(layers, by_library, strict=True) if own == goes], kept))
+        for goes, route in routes.items()
+    }
+    return [next(done[goes]) for goes in by_library]
 
 
 def _folded(
@@ -112,16 +115,25 @@ _Layer = tuple[Tensor, Window, Tensor | None, float]
 
 
 def _native(layers: Sequence[_Layer], kept: float) -> list[Tensor]:
+    if not layers:
+        return []
     tensors, windows, previous, scales = map(list, zip(*layers, strict=True))
     numbers = [number for window in windows for number in window.encode()]
-    none = torch.empty(0, device=tensors[0].device)  # stands for no tensor
-    before = [none if p is None else p for p in previous] if any(p is not None for p in previous) else []
-    return torch.ops.kfac2.covariances(tensors, numbers, before, float(kept), scales)
+    return torch.ops.kfac2.covariances(tensors, numbers, or_empty(previous), float(kept), scales)
 
 
-def _by_library(x: Tensor, window: Window, previous: Tensor | None, scale: float, kept: float) -> Tensor:
-    """Fold a library's product as it comes: a whole matrix, the same on both sides, would cost as much again."""
-    return fold_products(*row_products(x, window), previous=previous, kept=kept, scale=scale)
+def _by_library(layers: Sequence[_Layer], kept: float) -> list[Tensor]:
+    """Fold the library's products: whole matrices, the same on both sides, would cost as much again."""
+    results = []
+    for part in folded_together([product_bytes(x, window) for x, window, *_ in layers]):
+        results += _folded_products(layers[part], kept)
+    return results
+
+
+def _folded_products(layers: Sequence[_Layer], kept: float) -> list[Tensor]:
+    products = [row_products(x, window) for x, window, *_ in layers]
+    _, _, previous, scales = zip(*layers, strict=True)
+    return fold_products(products, previous=previous, kept=kept, scales=scales)
 
 
 def input_covariance(

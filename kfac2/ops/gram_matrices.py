@@ -1,12 +1,15 @@
 """Covariances of wide rows by the library's matrix product, where that is faster than the native kernel.
 
 With C channels and K places in a patch, the native kernel reads x once and never forms patches, but multiplies in plain
-float32, and channels in tiles; a library's product multiplies by tensor cores, or near the peak of float32. Which is
-faster is told by the multiply-adds of each and what was measured of them on an H100 (`bench/large.py`).
+float32, and channels in tiles; a library's product multiplies by tensor cores, or near the peak of float32. All layers
+of a call share the launches of the kernel, and those that fold products; each product has launches of its own. So who
+multiplies is decided for all layers of a call together, by what was measured of both ways on an H100
+(`bench/large.py`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,64 +18,124 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac2 import _C  # type: ignore[attr-defined]
 from kfac2.ops._batching import multiplies_in_tf32
+from kfac2.ops.fold_products import Product
+from kfac2.ops.layer_maps import sum_dtype
 from kfac2.window import Window
 
 CHUNK = 2**26  # numbers of all rows that are formed at a time
-PANELS = 8  # at most, as the native op takes them
+# Products that wait for each other, so that one launch folds them: 16 MB. A larger one waits for none.
+WAITING_BYTES = 2**24
 # Columns of a panel, at least: half of a product is worth a launch only where products of that size are at the rate of
 # the whole one. Strict float32 is from 512 columns on, tensor cores are from 1,536.
 PANEL, PANEL_TENSOR_CORES = 512, 1536
 
-# Measured on an H100, in picoseconds: a multiply-add of the library's product by its precision, of the native kernel by
-# the channels of its tile, one number of rows that are formed by a copy; a launch.
-MULTIPLY = {"fp32": 0.038, "tf32": 0.009, "half": 0.004}
-NATIVE_MULTIPLY = {16: 0.16, 32: 0.1}
+# Measured on an H100 (one layer and twelve, of 8,192 rows of 64 to 768), in picoseconds. Of the library: a multiply-add
+# and the launches of a product, by its precision; one number of rows that are formed by a copy; what folds the products
+# of a call.
+MULTIPLY = {"fp32": 0.038, "tf32": 0.011, "half": 0.004}
+PRODUCT = {"fp32": 11e6, "tf32": 9e6, "half": 7.5e6}
 COPY = {"fp32": 8.0, "tf32": 8.0, "half": 6.5}
-LAUNCH = 2.5e6
+FOLD = 4.5e6
+# Of the native kernel: a multiply-add by the channels of its tile (for 64 expected, not measured); what all layers of a
+# call share; what each costs beyond its multiply-adds.
+NATIVE_MULTIPLY = {16: 0.16, 32: 0.1, 64: 0.055}
+NATIVE_CALL, NATIVE_LAYER = 19e6, 2e6
+LAUNCH = 2.5e6  # any other
 TILE = 128  # columns of the library's tiles
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def is_faster(x: Tensor, window: Window) -> bool:
-    """Tell whether a tensor's rows go to the library's product.
+class Costs(NamedTuple):
+    """Picoseconds that a layer adds to a call by the native kernel, and by the library's product."""
+
+    native: float
+    library: float
+
+
+def are_faster(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[bool]:
+    """Tell of each tensor of a call whether its rows go to the library's product.
 
     Args:
-        x: (N, C, *spatial).
-        window: how rows are taken from it.
+        tensors: of each layer, (N, C, *spatial), all on one device.
+        windows: how rows are taken from each.
     """
-    # What does not fit is refused by the native op, in words.
-    if not x.is_cuda or window.groups > 1 or window.bias > 1 or x.dtype not in (torch.float32, *_HALF):
-        return False
-    if x.dim() != 2 + len(window.kernel_size) or min([1, *window.grid(x.shape[2:])]) < 1:
-        return False
-    return product_is_faster(x.shape, window, _precision(x.dtype), x.stride(1) == 1)
+    if not tensors[0].is_cuda:
+        return [False] * len(tensors)
+    known = costs if torch.compiler.is_compiling() else _costs_by_shape
+    precisions = {dtype: _precision(dtype) for dtype in (torch.float32, *_HALF)}
+    return products_are_faster([
+        known(x.shape, window, precisions.get(x.dtype), x.dim() > 1 and x.stride(1) == 1)
+        for x, window in zip(tensors, windows, strict=True)
+    ])  # fmt: skip
 
 
-def product_is_faster(shape: Sequence[int], window: Window, precision: str, is_last: bool) -> bool:
-    """Compare what the native kernel multiplies, channels filled up to its tile, with what the library does.
+def products_are_faster(layers: Sequence[Costs]) -> list[bool]:
+    """Choose the library's product for those layers of a call that make the call as short as it can be.
 
-    The library multiplies all pairs of a row's numbers, but for the panels that are left out, once a copy has formed
-    the rows.
+    Where both ways are gone, each layer goes the one that is shorter for itself; but what the layers of a way share is
+    spared where none goes it.
+
+    Args:
+        layers: of all layers of the call.
+    """
+    shortest, least = [False] * len(layers), NATIVE_CALL + sum(layer.native for layer in layers)
+    each = [bool(layer.library < layer.native) for layer in layers]  # of sizes that torch.compile does not fix, too
+    for chosen in (each, [True] * len(layers)):
+        shared = FOLD * any(chosen) + NATIVE_CALL * (not all(chosen))
+        whole = shared + sum(
+            layer.library if goes else layer.native for layer, goes in zip(layers, chosen, strict=True)
+        )
+        if whole < least:
+            shortest, least = chosen, whole
+    return shortest
+
+
+def costs(shape: Sequence[int], window: Window, precision: str | None, is_last: bool) -> Costs:
+    """Return what a layer costs; by the library infinitely much, where its product does not take such rows.
+
+    The native kernel multiplies channels filled up to its tile. The library multiplies all pairs of a row's numbers,
+    but for the panels that are left out, once a copy has formed the rows.
 
     Args:
         shape: (N, C, *spatial).
-        window: how rows are taken; one group.
-        precision: `"fp32"`, `"tf32"` or `"half"`.
+        window: how rows are taken.
+        precision: `"fp32"`, `"tf32"` or `"half"`; None: of a dtype that only the native kernel takes.
         is_last: whether channels follow each other in memory.
     """
-    channels, rows = shape[1], shape[0] * math.prod(window.grid(shape[2:]))
-    tile = 16 if channels <= 16 else 32
-    native = rows * distances(window) * _up(channels, tile) ** 2 * NATIVE_MULTIPLY[tile]
+    # What does not fit is refused by the native op, in words.
+    if len(shape) != 2 + len(window.kernel_size) or min([*shape, *window.grid(shape[2:])]) < 1:
+        return Costs(0.0, math.inf)
+    channels, rows = shape[1] // window.groups, shape[0] * math.prod(window.grid(shape[2:]))
+    tile = native_tile(channels)
+    multiplied = window.groups * distances(window) * _up(channels, tile) ** 2
+    native = rows * multiplied * NATIVE_MULTIPLY[tile] + NATIVE_LAYER
+    if precision is None or window.groups > 1 or window.bias > 1:
+        return Costs(native, math.inf)
 
     columns = channels * math.prod(window.kernel_size)
     is_padded = any(map(any, window.padding))
     is_copied = not is_last or is_padded or max((*window.kernel_size, *window.stride), default=1) > 1
-    panels = math.ceil(columns / panel_rows(columns, precision))
-    multiplied = _up(columns, TILE) ** 2 * (0.5 + 0.5 / panels) * MULTIPLY[precision]
+    panels = len(panel_shapes(columns, precision))
+    multiplied = _up(columns, TILE) ** 2 * (0.5 + 0.5 / panels)
     formed = columns * COPY[precision] if is_copied else 0.0
-    return rows * (multiplied + formed) + (panels + 1 + is_copied + is_padded) * LAUNCH < native
+    launches = panels * PRODUCT[precision] + (is_copied + is_padded + window.bias) * LAUNCH
+    return Costs(native, rows * (multiplied * MULTIPLY[precision] + formed) + launches)
+
+
+_costs_by_shape = functools.lru_cache(maxsize=4096)(costs)  # a training has few shapes, and many calls
+
+
+def native_tile(channels: int) -> int:
+    """Return the channels of a tile of the native kernel: `tile_of` of `csrc/kernels/covariance_tables.h`, of float32.
+
+    Args:
+        channels: of a group.
+    """
+    is_filled = 3 * _up(channels, 64) ** 2 <= 4 * _up(channels, 32) ** 2
+    return 16 if channels <= 16 else 64 if is_filled and channels > 32 else 32
 
 
 def distances(window: Window) -> float:
@@ -87,23 +150,31 @@ def distances(window: Window) -> float:
     return count
 
 
-class RowProducts(NamedTuple):
-    """The outer products of rows, summed.
+def folded_together(sizes: Sequence[int]) -> Iterator[slice]:
+    """Split products into runs, each of which one call folds as soon as its products have WAITING_BYTES.
 
-    Attributes:
-        panels: those of rows without their bias, as `fold_products` takes them; float64 for a float64 tensor, else
-            float32.
-        last: for a window with a bias the row that it adds, the sums of rows, (width,); else None.
-        corner: that row's last number, of rows; without a bias 0.
+    Args:
+        sizes: bytes of each product.
     """
+    begin, waiting = 0, 0
+    for end, size in enumerate(sizes, 1):
+        waiting += size
+        if end == len(sizes) or waiting >= WAITING_BYTES:
+            yield slice(begin, end)
+            begin, waiting = end, 0
 
-    panels: list[Tensor]
-    last: Tensor | None
-    corner: int
+
+def product_bytes(x: Tensor, window: Window) -> int:
+    """Return the bytes of the panels that `row_products` returns."""
+    width = x.shape[1] * math.prod(window.kernel_size)
+    numbers = sum(rows * columns for rows, columns in panel_shapes(width, _precision(x.dtype)))
+    return numbers * sum_dtype(x.dtype).itemsize
 
 
-def row_products(x: Tensor, window: Window) -> RowProducts:
+def row_products(x: Tensor, window: Window) -> Product:
     """Sum the outer products of rows, as `covariances` does for one tensor whose window has one group.
+
+    The last row of the product is what a bias adds: the sums of rows, and how many there are.
 
     Float32 is multiplied at the user's `torch.set_float32_matmul_precision`: with TF32 both operands are rounded alike,
     so that the result is the Gram matrix of rounded rows, and positive semi-definite. Half types are added up in
@@ -116,23 +187,27 @@ def row_products(x: Tensor, window: Window) -> RowProducts:
     panels: list[Tensor] = []
     last, corner = None, 0
     for rows in _rows(x, window):
-        products = _products(rows, panel_rows(rows.shape[1], _precision(x.dtype)))
+        products = _products(rows, panel_shapes(rows.shape[1], _precision(x.dtype)))
         panels = [a.add_(b) for a, b in zip(panels, products, strict=True)] if panels else products
         if window.bias:
             sums = rows.sum(0, dtype=products[0].dtype)
             last, corner = sums if last is None else last.add_(sums), corner + len(rows)
-    return RowProducts(panels, last, corner)
+    return Product(panels, last, corner)
 
 
-def panel_rows(width: int, precision: str) -> int:
-    """Return the rows of each panel of a product but the last, a multiple of 8, as tensor cores like addresses.
+def panel_shapes(width: int, precision: str) -> list[tuple[int, int]]:
+    """Return rows and columns of the panels of a product: all but the last have as many rows.
+
+    Their number is a multiple of 8, as tensor cores like addresses.
 
     Args:
         width: of the product.
         precision: `"fp32"`, `"tf32"` or `"half"`.
     """
-    count = min(PANELS, max(1, width // (PANEL if precision == "fp32" else PANEL_TENSOR_CORES)))
-    return _up(math.ceil(width / count), 8)
+    least = PANEL if precision == "fp32" else PANEL_TENSOR_CORES
+    count = min(_C.fold_products_max_panels, max(1, width // least))
+    height = _up(math.ceil(width / count), 8)
+    return [(min(height, width - first), width - first) for first in range(0, width, height)]
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -145,15 +220,16 @@ def _up(number: int, step: int) -> int:
     return math.ceil(number / step) * step
 
 
-def _products(rows: Tensor, height: int) -> list[Tensor]:
+def _products(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Return the block triangle of RᵀR: its columns from the diagonal on, panel by panel, half types in float32."""
-    firsts = range(0, rows.shape[1], height)
+    width = rows.shape[1]
+    parts = [slice(width - columns, width - columns + height) for height, columns in shapes]
     if rows.dtype in _HALF:
         if rows.is_cuda:
             sums = torch.float32
-            return [torch.mm(rows[:, i : i + height].mT, rows[:, i:], out_dtype=sums) for i in firsts]
+            return [torch.mm(rows[:, part].mT, rows[:, part.start :], out_dtype=sums) for part in parts]
         rows = rows.float()
-    return [rows[:, i : i + height].mT @ rows[:, i:] for i in firsts]
+    return [rows[:, part].mT @ rows[:, part.start :] for part in parts]
 
 
 def _rows(x: Tensor, window: Window) -> Iterator[Tensor]:

@@ -73,10 +73,11 @@ void count_sources(const std::string& op, int64_t entries) {
   count(*cuda::directional_derivatives({layers.data(), entries}));
 }
 
-// The entry is the size of a product.
-void count_fold_products(int64_t whole) {
-  const void* panel = nullptr;
-  count(*cuda::fold_products({&panel, 1, whole, whole, nullptr, 0, nullptr, nullptr, 1, 1, false}));
+// The entries are the sizes of products.
+void count_fold_products(int64_t entries) {
+  std::vector<PanelProduct> products(entries);
+  for (PanelProduct& product : products) product.whole = product.rows = static_cast<uint32_t>(next());
+  count(*cuda::fold_products({products.data(), entries, 1.0}));
 }
 
 void count_maps(int64_t entries) {

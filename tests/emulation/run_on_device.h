@@ -51,14 +51,17 @@ inline CovariancesParams moved(DeviceCopies& copies, CovariancesParams params) {
 }
 
 inline FoldProductsParams moved(DeviceCopies& copies, FoldProductsParams params) {
-  const int64_t element = number_bytes(params.is_double), bytes = Triangle{params.size()}.numbers() * element;
-  params.panels = copies.table(params.panels, params.panel_count, [&](const void*& panel, int64_t p) {
-    const int64_t columns = params.whole - p * params.rows;
-    panel = copies.in(panel, std::min(params.rows, columns) * columns * element);
+  params.products = copies.table(params.products, params.count, [&](PanelProduct& product, int64_t) {
+    const int64_t element = number_bytes(product.is_double), bytes = Triangle{product.size()}.numbers() * element;
+    const int64_t whole = product.whole, rows = product.rows;
+    for (int64_t first = 0; first < whole; first += rows) {
+      const void*& panel = product.panels[first / rows];
+      panel = copies.in(panel, std::min(rows, whole - first) * (whole - first) * element);
+    }
+    product.last = copies.in(product.last, whole * element);
+    product.previous = copies.in(product.previous, bytes);
+    product.result = copies.out(product.result, bytes);
   });
-  params.last = copies.in(params.last, params.whole * element);
-  params.previous = copies.in(params.previous, bytes);
-  params.result = copies.out(params.result, bytes);
   return params;
 }
 

@@ -6,7 +6,7 @@ from device import DEVICE, anywhere, needs_cuda, needs_kernels
 
 from kfac2 import ops
 from kfac2.ops import Window
-from kfac2.ops.fold_products import fold_products
+from kfac2.ops.fold_products import Product, fold_products
 
 pytestmark = anywhere
 PLACES = Window.places(0)
@@ -21,7 +21,7 @@ def eye(*shape):
     [
         (lambda: ops.covariances([eye()], [Window.places(0, groups=3)]), "divisible by groups = 3"),
         (lambda: ops.layer_maps([eye(1, 1, 1, 1)], [PLACES]), "at most three spatial axes"),
-        (lambda: fold_products([eye(), eye()]), r"panel 1 has shape \[2, 2\]"),
+        (lambda: fold_products([Product([eye(), eye()])]), r"panel 1 of product 0 has shape \[2, 2\]"),
         (lambda: ops.cross_layer_sums([eye(1), eye(2)]), "expected all maps to have N = 1"),
     ],
 )

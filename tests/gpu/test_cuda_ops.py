@@ -10,11 +10,12 @@ from device import DEVICE, IS_CUDA, anywhere, needs_cuda
 
 from kfac2 import ops, reference
 from kfac2.ops import applied_directions, gram_matrices
-from kfac2.ops.fold_products import fold_products
+from kfac2.ops.fold_products import Product, fold_products
 from kfac2.triangles import packed
 from kfac2.window import Window
 
 pytestmark = anywhere
+covariances_module = sys.modules["kfac2.ops.covariances"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 
 
@@ -39,7 +40,9 @@ def to_device(x):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("seed", range(24), ids=lambda seed: f"seed{seed:02}")
-def test_maps_and_covariances(seed, dtype):
+def test_maps_and_covariances(seed, dtype, monkeypatch):
+    """By the kernels: alone, small layers would go to the library."""
+    monkeypatch.setattr(covariances_module, "are_faster", lambda tensors, _: [False] * len(tensors))
     x, geometry = drawn(seed, dtype)
     got = to_device(x)
     scale = reference.patch_sums(x.double().abs(), *geometry)
@@ -90,7 +93,7 @@ def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision, 
     window, other = Window.of(len(kernel), kernel, padding=len(kernel) // 2, bias=1), Window.of(1, 2)
     for name in ("PANEL", "PANEL_TENSOR_CORES"):
         monkeypatch.setattr(gram_matrices, name, panel)
-    monkeypatch.setattr(sys.modules["kfac2.ops.covariances"], "is_faster", lambda x, window: x.shape[1] > 256)
+    monkeypatch.setattr(covariances_module, "are_faster", lambda tensors, _: [x.shape[1] > 256 for x in tensors])
     got, rest = ops.covariances([to_device(x), to_device(small)], [window, other])
     is_rounded = dtype == torch.float32 and precision == "tf32"
     expected = reference.input_covariance(x.double(), kernel, 1, len(kernel) // 2, 1, True)
@@ -105,25 +108,41 @@ def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision, 
     assert values.min() > (-1e-4 if is_rounded else -1e-5) * values.max()  # sums in float32; tensor cores drop bits
 
 
-def test_large_products_go_to_the_library_of_a_device(precision):
-    x, few = torch.randn(4096, 256, device=DEVICE), torch.randn(64, 256, device=DEVICE)
+def test_layers_go_to_the_library_of_a_device_or_to_the_kernel_together(precision):
+    wide, narrow = torch.randn(4096, 1024, device=DEVICE), torch.randn(4096, 64, device=DEVICE)
     window = Window.places(0)
-    assert [gram_matrices.is_faster(t, window) for t in (x, few)] == [IS_CUDA and precision == "tf32", False]
-    assert gram_matrices.is_faster(torch.cat([x, x, x]), window) == IS_CUDA
+
+    def goes(*tensors):
+        return gram_matrices.are_faster(tensors, [window] * len(tensors))
+
+    assert goes(wide.bfloat16(), narrow.bfloat16()) == [IS_CUDA, IS_CUDA]
+    assert goes(*[narrow] * 12) == [False] * 12
+    assert goes(wide, *[narrow] * 12) == [IS_CUDA and precision == "tf32"] + [False] * 12
+    assert goes(wide.double()) == [False]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float64], [torch.float32, torch.float64] * 20])
 @pytest.mark.parametrize("size, rows", [(1, 1), (32, 32), (33, 8), (257, 64), (640, 80)])
-def test_products_are_folded(size, rows, dtype):
+def test_products_are_folded(size, rows, dtypes):
     """Of the upper triangle, in panels; with and without a last row, and what was there before."""
-    M, before = (torch.randn(size + 1, size + 1, dtype=dtype) for _ in range(2))
-    M, before = M + M.mT, before + before.mT
-    there = M.triu().to(DEVICE)
-    panels = [there[first : min(first + rows, size), first:size] for first in range(0, size, rows)]
-    assert torch.equal(fold_products(panels).cpu(), packed(M[None, :size, :size]))
-    previous = packed(before[None]).to(DEVICE)
-    got = fold_products(panels, there[:size, size], float(M[-1, -1]), previous=previous, kept=0.9, scale=0.3)
-    assert_equal(got.cpu(), packed((0.3 * M + 0.9 * before)[None]), TOLERANCE[dtype] / 10)
+    products, smaller, matrices, before = [], [], [], []
+    for i, dtype in enumerate(dtypes[: 40 if size < 100 else 2]):
+        M, there = (torch.randn(size + 1, size + 1, dtype=dtype) for _ in range(2))
+        M, there = M + M.mT, there + there.mT
+        upper = M.triu().to(DEVICE)
+        panels = [upper[first : min(first + rows, size), first:size] for first in range(0, size, rows)]
+        smaller.append(Product(panels))
+        products.append(Product(panels, upper[:size, size], float(M[-1, -1])))
+        matrices.append(M)
+        before.append(there if i % 2 == 0 else None)
+    for got, M in zip(fold_products(smaller), matrices, strict=True):
+        assert torch.equal(got.cpu(), packed(M[None, :size, :size]))
+    previous = [None if there is None else packed(there[None]).to(DEVICE) for there in before]
+    scales = [0.3 + i for i in range(len(products))]
+    folded = fold_products(products, previous=previous, kept=0.9, scales=scales)
+    for got, M, there, scale in zip(folded, matrices, before, scales, strict=True):
+        expected = scale * M + (0 if there is None else 0.9 * there)
+        assert_equal(got.cpu(), packed(expected[None]), TOLERANCE[M.dtype] / 10)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
