@@ -214,7 +214,7 @@ def gradients_of_a_step(device: str, is_tiny: bool) -> Iterator[Comparison]:
     layers, copy = len(gradients) // 2, {"copy": partial(target.copy_, source)}
     ones, found = torch.ones(layers, dtype=torch.float64, device=device), torch.zeros(1, device=device)
     step = ShiftAndScale(ones, ones[:2], found, ones, ones)
-    for pad in (1, 4):
+    for pad in (1, 4, 32):
         rows, end = [], 0
         for i, (outputs, inputs) in enumerate(shapes * blocks):
             length = -(-(inputs + 1) // pad) * pad

@@ -1,4 +1,4 @@
-"""Rows padded to 16 bytes: what pads them is zero, whatever has been done to what they hold."""
+"""Rows padded to 16 or 128 bytes: what pads them is zero, whatever has been done to what they hold."""
 
 import pytest
 import torch
@@ -9,14 +9,25 @@ from torch import nn
 
 from kfac2 import KFAC
 from kfac2.layout import Layout
-from kfac2.padding import ALIGNED, padded_length, padded_zeros, with_padding
+from kfac2.padding import ALIGNED, ALIGNED_WIDE, WIDE, padded_length, padded_zeros, with_padding
 
 CPU = torch.device("cpu")
 
 
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.sets(st.integers(1, 2)))
+LENGTHS = st.one_of(st.integers(1, 9), st.integers(WIDE - 9, WIDE + 33))
+
+
+@given(LENGTHS)
+def test_lengths_are_aligned_at_little_cost(length):
+    padded = padded_length(length)
+    aligned = ALIGNED_WIDE if length >= WIDE else ALIGNED
+    assert padded % aligned == 0 and length <= padded < length + aligned
+    assert padded == padded_length(padded) and (length < WIDE or padded <= 1.041 * length)
+
+
+@given(st.integers(1, 4), LENGTHS, LENGTHS, st.sets(st.integers(1, 2)))
 def test_views_of_padded_memory(blocks, rows, columns, axes):
-    if columns % ALIGNED:
+    if padded_length(columns) > columns:
         axes = axes | {2}
     view = padded_zeros((blocks, rows, columns), axes, torch.float32, CPU)
     assert view.shape == (blocks, rows, columns)

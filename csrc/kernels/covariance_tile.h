@@ -11,16 +11,16 @@ namespace kfac2::cuda {
 constexpr int kThreads = 128;
 constexpr int kPad = 4;  // keeps rows of shared memory 16-byte aligned and off one bank
 
-// How the threads of a block share a tile. A multiprocessor multiplies as fast as its threads read shared memory where
-// each has 8 x 8 sums: 16 numbers read for 64 products, where 4 x 4 sums read 8 for 16 and wait half of the time. Of a
-// double there would be too few registers, and in a tile of 16 channels too little to do.
-template <typename Sum, int kTile>
+// How the threads of a block share a tile. A thread with 8 x 8 sums reads 16 numbers from shared memory for 64
+// products, one with 4 x 4 sums 8 for 16, which takes twice as long as these. 8 x 16 sums leave too few threads to hide
+// loads: measured on an H100, where 8 x 8 is the fastest for 64 channels and 4 x 4 for fewer.
+template <int kTile>
 struct Split {
-  static constexpr int kSums = sizeof(Sum) == sizeof(double) || kTile == 16 ? 4 : 8;  // a thread has kSums x kSums
-  static constexpr int kAlong = kTile / kSums;                                        // threads along a side
-  static constexpr int kLanes = kAlong * kAlong;                                      // threads of a tile
-  static constexpr int kSlices = kThreads / kLanes;                                   // which share the positions
-  static constexpr int kChunk = kTile == 64 ? 16 : 32;                                // positions in shared memory
+  static constexpr int kSums = kTile == 64 ? 8 : 4;           // a thread has kSums x kSums
+  static constexpr int kAlong = kTile / kSums;                // threads along a side
+  static constexpr int kSlices = kThreads / kAlong / kAlong;  // of threads, which share the positions
+  static constexpr int kChunk = kTile == 64 ? 16 : 32;        // positions in shared memory
+  static constexpr int kUnrolled = kTile == 32 ? 4 : 8;       // positions at most, as measured
 };
 
 // The offset in x of position `index` of a piece, numbered sample slowest, W fastest, and of its first channel.
@@ -40,7 +40,7 @@ __device__ int64_t offset_of(const RowSource& source, const Piece& piece, int64_
 
 template <typename Sum, int kTile>
 struct SharedTile {
-  using Its = Split<Sum, kTile>;
+  using Its = Split<kTile>;
   using Chunk = Sum[Its::kChunk][kTile + kPad];
   union {
     struct {
@@ -54,8 +54,8 @@ struct SharedTile {
 };
 
 // A thread's part of a chunk: the numbers at position k + m * kPositionStep and channel c + m * kChannelStep, where m <
-// kNumbers. With channels last, neighbouring threads take neighbouring channels. Else they take neighbouring positions of
-// one channel after the other, and each has neighbouring channels of its position: shared memory, whose rows are
+// kNumbers. With channels last, neighbouring threads take neighbouring channels. Else they take neighbouring positions
+// of one channel after the other, and each has neighbouring channels of its position: shared memory, whose rows are
 // positions, takes 16 bytes of it at once, without bank conflicts.
 template <int kTile, int kChunk, bool kChannelsLast>
 struct Part {
@@ -69,7 +69,7 @@ struct Part {
 // for, and from there to shared memory.
 template <typename T, int kTile>
 struct Side {
-  static constexpr int kChunk = Split<SumType<T>, kTile>::kChunk, kNumbers = kTile * kChunk / kThreads;
+  static constexpr int kChunk = Split<kTile>::kChunk, kNumbers = kTile * kChunk / kThreads;
   template <bool kChannelsLast>
   using Its = Part<kTile, kChunk, kChannelsLast>;
   const T* x;  // of the tile's first channel
@@ -87,15 +87,15 @@ struct Side {
     const bool inside = part.k < positions && part.c < channels;
     const int left = !inside ? 0 : kChannelsLast ? positions - part.k : channels - part.c;
     const T* const at = inside ? x + part.c * channel_stride + (kChannelsLast ? 0 : offset[part.k]) : x;
+    if (!kChannelsLast && left >= kNumbers) {  // nearly always: nothing is asked of each number
+#pragma unroll
+      for (int m = 0; m < kNumbers; ++m) numbers[m] = at[m * channel_stride];
+      return;
+    }
 #pragma unroll
     for (int m = 0; m < kNumbers; ++m) {
-      if constexpr (kChannelsLast) {
-        const int step = m * part.kPositionStep;
-        numbers[m] = step < left ? at[offset[part.k + step]] : T{};
-      } else {
-        const int step = m * part.kChannelStep;
-        numbers[m] = step < left ? at[step * channel_stride] : T{};
-      }
+      const int step = m * std::max(1, part.kPositionStep);
+      numbers[m] = step < left ? at[kChannelsLast ? offset[part.k + step] : step * channel_stride] : T{};
     }
   }
 
@@ -112,15 +112,15 @@ struct Side {
 // that neighbouring threads read neighbouring 16 bytes.
 template <typename Sum, int kTile>
 struct ThreadSums {
-  using Its = Split<Sum, kTile>;
+  using Its = Split<kTile>;
   using Chunk = typename SharedTile<Sum, kTile>::Chunk;
-  static constexpr int kGroup = 4, kSums = Its::kSums, kApart = Its::kAlong * kGroup;
-  const int slice = static_cast<int>(threadIdx.x / Its::kLanes);
-  const int row = static_cast<int>(threadIdx.x % Its::kLanes / Its::kAlong * kGroup);
-  const int column = static_cast<int>(threadIdx.x % Its::kAlong * kGroup);
+  static constexpr int kGroup = 4, kSums = Its::kSums, kAlong = Its::kAlong;
+  const int slice = static_cast<int>(threadIdx.x / (kAlong * kAlong));
+  const int row = static_cast<int>(threadIdx.x / kAlong % kAlong * kGroup);
+  const int column = static_cast<int>(threadIdx.x % kAlong * kGroup);
   Sum sums[kSums][kSums] = {};
 
-  static __device__ int place(int first, int i) { return first + i / kGroup * kApart + i % kGroup; }
+  static __device__ int place(int first, int i) { return first + i / kGroup * kGroup * kAlong + i % kGroup; }
 
   static __device__ void read(const Sum* channels, int first, Sum (&numbers)[kSums]) {
     constexpr int kLanes = Vector<Sum>::kLanes;
@@ -133,7 +133,7 @@ struct ThreadSums {
   }
 
   __device__ void add(const Chunk& left, const Chunk& right) {
-#pragma unroll 2
+#pragma unroll Its::kUnrolled
     for (int i = 0; i < Its::kChunk / Its::kSlices; ++i) {
       const int k = i * Its::kSlices + slice;
       Sum a[kSums], b[kSums];
@@ -148,9 +148,9 @@ struct ThreadSums {
 
   __device__ void store(Sum* tile) const {
 #pragma unroll
-    for (int i = 0; i < kSums; ++i)
+    for (int m = 0; m < kSums; ++m)
 #pragma unroll
-      for (int j = 0; j < kSums; ++j) tile[place(row, i) * kTile + place(column, j)] = sums[i][j];
+      for (int n = 0; n < kSums; ++n) tile[place(row, m) * kTile + place(column, n)] = sums[m][n];
   }
 };
 
@@ -162,7 +162,7 @@ __device__ void add_tile(const RowSource& source, const Piece& piece, const T* x
                          int row_tile, int col_tile, int64_t side, SumType<T>* out,
                          SharedTile<SumType<T>, kTile>& shared) {
   using Sum = SumType<T>;
-  using Its = Split<Sum, kTile>;
+  using Its = Split<kTile>;
   constexpr int kChunk = Its::kChunk, kOffsets = 2 * kThreads;
   const int64_t stride = kChannelsLast ? 1 : source.channel_stride;
   int64_t shift = 0;

@@ -20,7 +20,9 @@ namespace {
 
 // Blocks that share a multiprocessor: as many as registers allow without a spill.
 template <typename T, int kTile>
-constexpr int kBlocks = sizeof(T) == sizeof(double) ? 3 : Split<SumType<T>, kTile>::kSums == 8 ? 3 : 5;
+constexpr int kBlocks = sizeof(T) == sizeof(double) ? 3
+                        : kTile == 64               ? 3
+                                                    : 5;
 
 // No layer of doubles has a tile of 64 channels.
 template <typename T>
