@@ -24,7 +24,8 @@ ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2}  # bytes of an activation, by the pr
 TABLE_BYTES = 30720  # that one launch brings to the device, csrc/kernels/tables.cu
 FOLDED_AT_ONCE = 240  # products, csrc/kernels/fold_products.cu
 # sizeof of the tables' entries, csrc/kernels
-MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 288, 344, 128, 528
+MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 272, 344, 128, 528
+FEW_MAPS = 14  # layers that layer_maps takes as a parameter, without a table
 MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 224, 80, 80, 144, 56
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
 # Instructions of a warp for 32 positions, by the tile: of 16 counted on an H100, of others from the compiled code.
@@ -94,10 +95,14 @@ def tables(*sizes: int) -> tuple[Stage, int]:
 
 def layer_maps(sources: Sequence[Source]) -> Count:
     """Read everything once, write one number for each row."""
-    table, held = tables(MAPS_ENTRY * len(sources))
+    stages, held = [], 0
+    if len(sources) > FEW_MAPS:
+        table, held = tables(MAPS_ENTRY * len(sources))
+        stages = [table]
     read, written = sum(s.numbers for s in sources) * FLOAT, sum(s.rows for s in sources) * FLOAT
     flop = sum(s.numbers + s.rows * math.prod(s.window.kernel_size) for s in sources)
-    return Count([table, Stage("layer_maps", 1, read + written, flop)], held, read + written, flop)
+    stages.append(Stage("layer_maps", 1, read + written, flop))
+    return Count(stages, held, read + written, flop)
 
 
 def axis_pieces(window: Window, axis: int, extent: int) -> Iterator[tuple[int, int, int]]:

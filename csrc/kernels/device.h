@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "compat.h"
 #include "integers.h"
@@ -27,6 +28,20 @@ __device__ Numbers* aligned(T* data) {
   emulation::expect_aligned(data, alignof(Numbers), {__FILE__, __LINE__});
 #endif
   return reinterpret_cast<Numbers*>(data);
+}
+
+// Loads what no thread of the launch writes. Said plainly, since a pointer that a table holds could lead to shared
+// memory for all that a compiler knows, and what is written in between could lie there.
+template <typename T>
+__device__ Vector<T> load(const Vector<T>* data) {
+#ifdef KFAC2_EMULATE
+  return *data;
+#else
+  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(data));
+  Vector<T> numbers;
+  std::memcpy(&numbers, &bits, sizeof numbers);
+  return numbers;
+#endif
 }
 
 // The last of `count` entries whose first item, which grows, is not above `item`.
@@ -53,10 +68,11 @@ __device__ int entry_of(const Entry* entries, int count, int64_t item) {
 // be a chain of loads in front of all else.
 template <typename FirstItem>
 __device__ int entry_of_warp(int count, int64_t item, const FirstItem& first_item) {
-  const int lane = threadIdx.x % warpSize;
+  constexpr int kLanes = 32;  // of a warp; `warpSize` is no constant to nvcc, which would divide by it
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
   int low = 0;
   while (count > 1) {
-    const int step = (count + warpSize - 1) / warpSize;
+    const int step = (count + kLanes - 1) / kLanes;
     const int at = lane * step;
     const int found = __popc(__ballot_sync(0xffffffffu, at < count && first_item(low + at) <= item)) - 1;
     low += found * step;

@@ -168,6 +168,42 @@ void test_maps_of_tokens(Random& random) {
   }
 }
 
+// Planes of single places, which are cut into tiles, begin where 16 bytes do or not, and are strided or padded; more of
+// them than come as a parameter. One has maps much larger than its input.
+template <typename T>
+void test_maps_of_planes(Random& random, ElementType type) {
+  struct Shape {
+    int64_t batch, channels, height, width, kernel, stride, padding;
+  };
+  const Shape shapes[] = {{2, 64, 40, 40, 1, 1, 0}, {3, 70, 7, 7, 1, 1, 0},  {2, 9, 14, 14, 3, 1, 1},
+                          {2, 33, 30, 28, 1, 2, 0}, {1, 5, 80, 96, 3, 1, 1}, {1, 4, 70, 70, 3, 2, 1},
+                          {5, 3, 8, 8, 1, 1, 1},    {2, 2, 1, 1, 1, 1, 90},  {1, 300, 9, 64, 1, 1, 0},
+                          {40, 2, 4, 4, 5, 1, 2},   {1, 6, 128, 33, 3, 1, 0}};
+  std::vector<std::unique_ptr<DrawnSource<T>>> layers;
+  std::vector<RowSource> sources;
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    for (const Shape& shape : shapes) {
+      layers.push_back(std::make_unique<DrawnSource<T>>(random, type, shape.batch, shape.channels, shape.height,
+                                                        shape.width, shape.kernel));
+      RowSource& source = layers.back()->source;
+      for (int axis = 1; axis < kSpatialRank; ++axis) {
+        source.window.stride[axis] = shape.stride;
+        source.window.pad_low[axis] = source.window.pad_high[axis] = shape.padding;
+      }
+      sources.push_back(source);
+    }
+  }
+  const auto map_size = [](const RowSource& s) { return s.batch * s.grid_places(); };
+  for (const size_t count : {size_t{3}, sources.size()}) {
+    const std::vector<RowSource> some(sources.begin(), sources.begin() + static_cast<int64_t>(count));
+    Outputs maps(some, map_size), expected(some, map_size);
+    const int64_t given = static_cast<int64_t>(count);
+    run_on_device("layer_maps", cuda::layer_maps, {some.data(), maps.pointers.data(), given});
+    run(*cpu::layer_maps({some.data(), expected.pointers.data(), given}));
+    expect_same("layer_maps", some, maps, expected, map_size);
+  }
+}
+
 // Of maps of several grids; `many` of them have one, more than a tile holds.
 template <typename T>
 void test_sums(Random& random, int64_t many = 0) {
@@ -312,6 +348,10 @@ void run_all(Cases& cases) {
   cases.run("maps of tokens", 0, [&] { test_maps_of_tokens(random); });
   cases.run("some products", 0, [&] { test_products(random, 31, 9, 1); });
   cases.run("many products", 0, [&] { test_products(random, 300, 9, 2); });
+  cases.run("maps of planes", 0, [&] { test_maps_of_planes<float>(random, ElementType::kFloat32); });
+  cases.run("maps of planes in double", 0, [&] { test_maps_of_planes<double>(random, ElementType::kFloat64); });
+  cases.run("maps of planes in half", 0, [&] { test_maps_of_planes<Half>(random, ElementType::kFloat16); });
+  cases.run("maps of planes in bfloat16", 0, [&] { test_maps_of_planes<BFloat16>(random, ElementType::kBFloat16); });
   cases.run("many positions", 0, [&] { test_layers(DrawnLayers::of_many_positions(random)); });
   cases.run("launches", 1, test_launches_do_not_grow_with_layers);
   cases.run("refusals", 2, test_refusals);
