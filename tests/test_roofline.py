@@ -33,7 +33,7 @@ from kfac2 import inverses
 from kfac2.fine.tikhonov import Tikhonov
 from kfac2.ops import Window, precondition
 from kfac2.ops import applied_directions as applied
-from kfac2.ops.gram_matrices import are_faster, distances, folded_together, product_bytes, row_products
+from kfac2.ops.gram_matrices import are_faster, folded_together, native_products, product_bytes, row_products
 from kfac2.statistics import A_shape, G_shape
 from kfac2.triangles import few_at_a_time
 
@@ -379,12 +379,14 @@ def test_wide_rows_go_where_kfac2_sends_them(product_switch):
 
 
 @pytest.mark.parametrize(
-    "channels, extent, kernel, stride", [(3, 224, 7, 2), (16, 32, 3, 1), (64, 56, 3, 2), (40, 56, 1, 1)]
+    "channels, extent, kernel, stride", [(3, 224, 7, 2), (16, 32, 3, 1), (64, 56, 3, 2), (80, 56, 3, 1), (40, 56, 1, 1)]
 )
-def test_distances_are_those_of_the_kernels_pieces(channels, extent, kernel, stride):
+def test_products_are_those_of_the_kernels_pieces(channels, extent, kernel, stride):
     rows = Source(1, channels, (extent, extent), Window.of(2, kernel, stride, kernel // 2))
-    met = sum(piece.positions * (0.5 if piece.symmetric else 1.0) for piece in ops.pieces(rows))
-    assert distances(rows.window) * math.prod(rows.grid) == pytest.approx(met, rel=0.1)
+    tile, tiles = ops.tiles_of(rows)
+    of = {True: tiles * (tiles + 1) / 2 * tile**2, False: (tiles * tile) ** 2}
+    expected = sum(piece.positions * of[piece.symmetric] for piece in ops.pieces(rows))
+    assert native_products(channels, rows.window) * math.prod(rows.grid) == pytest.approx(expected, rel=0.1)
 
 
 def test_wide_layers_go_where_kfac2_sends_them():

@@ -31,16 +31,18 @@ WAITING_BYTES = 2**24
 # the whole one. Strict float32 is from 512 columns on, tensor cores are from 1,536.
 PANEL, PANEL_TENSOR_CORES = 512, 1536
 
-# Measured on an H100 (one layer and twelve, of 8,192 rows of 64 to 768), in picoseconds. Of the library: a multiply-add
-# and the launches of a product, by its precision; one number of rows that are formed by a copy; what folds the products
-# of a call.
-MULTIPLY = {"fp32": 0.038, "tf32": 0.011, "half": 0.004}
+# Measured on an H100 (one layer and twelve, of 8,192 rows of 64 to 768; convolutions of ResNet-50), in picoseconds. Of
+# the library: a multiply-add and the launches of a product, by its precision; one number of rows that are formed by a
+# copy, where it moves channels behind places and where it forms patches, which are read again and again; what folds the
+# products of a call.
+MULTIPLY = {"fp32": 0.038, "tf32": 0.01, "half": 0.004}
 PRODUCT = {"fp32": 11e6, "tf32": 9e6, "half": 7.5e6}
-COPY = {"fp32": 8.0, "tf32": 8.0, "half": 6.5}
+COPY = {"fp32": 7.5, "tf32": 7.5, "half": 6.5}
+COPY_PATCHES = {"fp32": 4.5, "tf32": 4.5, "half": 2.5}
 FOLD = 4.5e6
-# Of the native kernel: a multiply-add by the channels of its tile (for 64 expected, not measured); what all layers of a
-# call share; what each costs beyond its multiply-adds.
-NATIVE_MULTIPLY = {16: 0.16, 32: 0.1, 64: 0.055}
+# Of the native kernel: a multiply-add by the channels of its tile; what all layers of a call share; what each costs
+# beyond its multiply-adds.
+NATIVE_MULTIPLY = {16: 0.16, 32: 0.09, 64: 0.075}
 NATIVE_CALL, NATIVE_LAYER = 19e6, 2e6
 LAUNCH = 2.5e6  # any other
 TILE = 128  # columns of the library's tiles
@@ -109,9 +111,8 @@ def costs(shape: Sequence[int], window: Window, precision: str | None, is_last: 
     if len(shape) != 2 + len(window.kernel_size) or min([*shape, *window.grid(shape[2:])]) < 1:
         return Costs(0.0, math.inf)
     channels, rows = shape[1] // window.groups, shape[0] * math.prod(window.grid(shape[2:]))
-    tile = native_tile(channels)
-    multiplied = window.groups * distances(window) * _up(channels, tile) ** 2
-    native = rows * multiplied * NATIVE_MULTIPLY[tile] + NATIVE_LAYER
+    multiplied = window.groups * native_products(channels, window)
+    native = rows * multiplied * NATIVE_MULTIPLY[native_tile(channels)] + NATIVE_LAYER
     if precision is None or window.groups > 1 or window.bias > 1:
         return Costs(native, math.inf)
 
@@ -120,7 +121,8 @@ def costs(shape: Sequence[int], window: Window, precision: str | None, is_last: 
     is_copied = not is_last or is_padded or max((*window.kernel_size, *window.stride), default=1) > 1
     panels = len(panel_shapes(columns, precision))
     multiplied = _up(columns, TILE) ** 2 * (0.5 + 0.5 / panels)
-    formed = columns * COPY[precision] if is_copied else 0.0
+    forming = (COPY if columns == channels else COPY_PATCHES)[precision]
+    formed = columns * forming if is_copied else 0.0
     launches = panels * PRODUCT[precision] + (is_copied + is_padded + window.bias) * LAUNCH
     return Costs(native, rows * (multiplied * MULTIPLY[precision] + formed) + launches)
 
@@ -138,16 +140,23 @@ def native_tile(channels: int) -> int:
     return 16 if channels <= 16 else 64 if is_filled and channels > 32 else 32
 
 
-def distances(window: Window) -> float:
-    """Count how often the native kernel multiplies a place with others: `csrc/include/covariance_pieces.h`.
+def native_products(channels: int, window: Window) -> float:
+    """Count the multiply-adds of a place by the native kernel: `csrc/include/covariance_pieces.h`.
 
-    Once for each distance of two offsets of a kernel and each phase of the stride that it meets; half of them, by
-    symmetry. At the edges of a map there are a few more, or in padding fewer.
+    It multiplies a place with others, once for each distance of two offsets of a kernel and each phase of the stride
+    that it meets; half of them, by symmetry, and of a place with itself a triangle of tiles. At the edges of a map
+    there are a few more, or in padding fewer.
+
+    Args:
+        channels: of a group.
+        window: how rows are taken.
     """
-    count = 0.5
+    tile = native_tile(channels)
+    tiles, all_distances, none = math.ceil(channels / tile), 1, 1
     for k, step in zip(window.kernel_size, window.stride, strict=True):
-        count *= sum(min(step, k - abs(distance)) for distance in range(1 - k, k))
-    return count
+        all_distances *= sum(min(step, k - abs(distance)) for distance in range(1 - k, k))
+        none *= min(step, k)
+    return (all_distances * tiles + none) * tiles / 2 * tile**2
 
 
 def folded_together(sizes: Sequence[int]) -> Iterator[slice]:
