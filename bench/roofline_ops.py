@@ -28,8 +28,8 @@ MAPS_ENTRY, COVARIANCE_ENTRY, PIECE_ENTRY, DIRECTION_ENTRY = 272, 344, 128, 528
 FEW_MAPS = 14  # layers that layer_maps takes as a parameter, without a table
 MAP_ENTRY, CROSS_TILE, MATRIX_ENTRY, EIGEN_ENTRY, PART_ENTRY, LAYER_ENTRY = 16, 224, 80, 80, 144, 56
 PROCESSORS = 132  # of H100 SXM and H200: the data sheets
-# Instructions of a warp for 32 positions, by the tile: of 16 counted on an H100, of others from the compiled code.
-COVARIANCE_ISSUE = {16: 230, 32: 360, 64: 1250}
+# Cycles of a warp for 32 positions, by the tile: of 16 instructions that were counted, of others what an H100 takes.
+COVARIANCE_ISSUE = {16: 230, 32: 620, 64: 2150}
 # Blocks that are wanted for a launch, and positions of a share at least: csrc/kernels/covariance_tables.h.
 BLOCKS_WANTED, LEAST_POSITIONS = {16: 4096, 32: 4096, 64: 2048}, {16: 256, 32: 256, 64: 128}
 COVARIANCE_BLOCK = 600  # of a warp before and behind these: the table, the sum over slices (an estimate)

@@ -6,84 +6,26 @@
 // Floor: every element of every source is read once, in 16-byte loads where its layout allows (bytes = sum of
 // N*C*D*H*W*sizeof), and one number for each place is written; about one addition for each element read. Maps
 // too large for shared memory are cut into tiles, whose halos of kernel - 1 places are read twice.
-//
-// A block is a few microseconds, most of which memory must be busy for it: what can be known before the launch, the
-// host finds (Entry), so that a block has few instructions before its loads and after them.
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "device.h"
+#include "layer_map_entry.h"
 #include "layer_maps.h"
 #include "tables.h"
 
 namespace kfac2::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kBlocks = 4;    // that share a multiprocessor
 constexpr int kInFlight = 4;  // loads of 16 bytes before a thread waits for the first; of rows, half as many
-constexpr int kRegionPlaces = kMaxPatchSpan;    // places of the input held in shared memory
-constexpr int kTilePlaces = 4 * kRegionPlaces;  // of the grid in a block; more only where padding exceeds the map
-constexpr int64_t kBlockBytes = 1 << 16;        // worth a block; small samples share one
-constexpr int64_t kRowElements = 1 << 15;       // of a tile of rows
-constexpr int64_t kRunBytes = 256;              // that a tile reads of each channel, at least, where channels are apart
 constexpr unsigned kAllLanes = 0xffffffffu;
 // The slices' sums take at most 8 lanes of 4 bytes, or 2 of 8, for each thread.
 constexpr int kPartialBytes = kThreads * 8 * static_cast<int>(sizeof(float));
 
-// Divides numbers below kTilePlaces, which has 14 bits: with 2^31 / divisor, rounded up, the quotient is exact.
-struct Divisor {
-  uint32_t factor;
-
-  static Divisor of(int divisor) { return {static_cast<uint32_t>((int64_t{1} << 31) / divisor + 1)}; }
-  __device__ int quotient(int number) const {
-    return static_cast<int>(uint64_t{static_cast<uint32_t>(number)} * factor >> 31);
-  }
-};
-
-struct Axis {
-  int64_t step;  // from a place of the input to the next, in elements
-  int extent;
-  int grid;
-  int kernel, stride, dilation, pad_low;
-  int tile;   // places of the grid in a tile
-  int tiles;  // along this axis
-};
-
-// The part of one sample under one tile, inside the map.
-struct Region {
-  int64_t offset;            // of its first place, in elements
-  int origin[kSpatialRank];  // of the tile, in the grid
-  int places[kSpatialRank];  // of the tile, inside the grid
-  int size[kSpatialRank];
-  int first[kSpatialRank];  // of the first place's patch, in the region; may lie outside
-
-  KFAC2_HOST_DEVICE int count() const { return size[0] * size[1] * size[2]; }
-};
-
-struct alignas(16) Entry {
-  int64_t first_item;  // its first block
-  const void* data;
-  void* maps;  // [N, *grid]
-  int64_t batch, batch_stride, channel_stride;
-  Axis axes[kSpatialRank];
-  Region region;  // of the first tile; in a block, of its own
-  ElementType element_type;
-  int channels, bias;
-  int samples;    // in a block; 1 where tiles are cut
-  int unit_bits;  // planes: 2^unit_bits threads share the places of a channel, where the loads' width counts as one
-  Divisor by_tile, by_layer, by_line;  // places of a tile, of one depth of it, of one line
-  bool is_rows;                        // channels lie next to each other
-  bool is_vectors;                     // moved 16 bytes at a time
-  bool is_run;                         // the region's places are as far from each other as those along W
-  bool is_direct;                      // places of the input are places of the map, along W alone
-  bool is_cut;
-};
-
 // What a block keeps in shared memory, where it takes no registers.
 struct Block {
-  Entry entry;
+  MapsEntry entry;
   int64_t first_sample;
   int samples;
 
@@ -92,177 +34,9 @@ struct Block {
 
 constexpr int kBlockState = (sizeof(Block) + 15) / 16 * 16;  // bytes in front of the plane
 
-// Where the region of a tile lies along an axis.
-KFAC2_HOST_DEVICE void set_tile(const Axis& along, int axis, int tile, Region& region) {
-  region.origin[axis] = tile * along.tile;
-  region.places[axis] = std::min(along.tile, along.grid - region.origin[axis]);
-  const int begin = region.origin[axis] * along.stride - along.pad_low;
-  const int span = (region.places[axis] - 1) * along.stride + along.dilation * (along.kernel - 1) + 1;
-  const int inside = std::max(0, begin);
-  region.size[axis] = std::max(0, std::min(begin + span, along.extent) - inside);
-  region.first[axis] = begin - inside;
-}
-
-KFAC2_HOST_DEVICE int64_t offset_of(const Axis* axes, const Region& region) {
-  int64_t offset = 0;
-  for (int axis = 0; axis < kSpatialRank; ++axis) {
-    const int begin = region.origin[axis] * axes[axis].stride - axes[axis].pad_low - region.first[axis];
-    offset += begin * axes[axis].step;
-  }
-  return offset;
-}
-
-// -- what the host finds --------------------------------------------------------------------------------------
-
-// False if there is too much for 32 bits along an axis, padding counted.
-bool set_axes(const RowSource& source, Entry& entry) {
-  const Window& window = source.window;
-  constexpr int64_t kMost = std::numeric_limits<int>::max();
-  int64_t places = 1, grid_places = 1;
-  for (int axis = 0; axis < kSpatialRank; ++axis) {
-    const int64_t extent = source.extent[axis], grid = source.grid(axis);
-    places *= extent + window.pad_low[axis] + window.pad_high[axis];
-    grid_places *= grid;
-    if (places > kMost || grid_places > kMost || source.channels > kMost) return false;
-    const int64_t stride = grid == 1 ? 1 : window.stride[axis];  // where nothing is strided it may be any number
-    entry.axes[axis] = {source.spatial_stride[axis],
-                        static_cast<int>(extent),
-                        static_cast<int>(grid),
-                        static_cast<int>(window.kernel[axis]),
-                        static_cast<int>(stride),
-                        window.kernel[axis] == 1 ? 1 : static_cast<int>(window.dilation[axis]),
-                        static_cast<int>(window.pad_low[axis]),
-                        static_cast<int>(grid),
-                        1};
-  }
-  return true;
-}
-
-// Single places without padding are read where they are, and no others.
-bool is_single(const Axis& axis) { return axis.kernel == 1 && axis.stride == 1 && axis.grid == axis.extent; }
-
-void skip_places_between(Axis& axis) {
-  if (axis.kernel != 1 || axis.pad_low != 0 || int64_t{axis.grid - 1} * axis.stride >= axis.extent) return;
-  axis.step *= axis.stride;
-  axis.stride = 1;
-  axis.extent = axis.grid;
-}
-
-// Takes an axis into the next one if it only repeats it.
-void merge(Axis& outer, Axis& inner) {
-  if (!is_single(outer) || !is_single(inner)) return;
-  if (outer.extent != 1 && inner.extent != 1 && outer.step != inner.step * inner.extent) return;
-  if (inner.extent == 1) inner.step = outer.step;
-  inner.extent *= outer.extent;
-  inner.grid = inner.tile = inner.extent;
-  outer.extent = outer.grid = outer.tile = 1;
-}
-
-// Places of the largest region of a tile, whichever tile it is.
-int64_t region_places(const Axis* axes) {
-  int64_t places = 1;
-  for (int axis = 0; axis < kSpatialRank; ++axis) {
-    const Axis& along = axes[axis];
-    const int64_t span = int64_t{along.tile - 1} * along.stride + along.dilation * (along.kernel - 1) + 1;
-    places *= std::min<int64_t>(span, along.extent);
-  }
-  return places;
-}
-
-int64_t tile_places(const Axis* axes) { return int64_t{axes[0].tile} * axes[1].tile * axes[2].tile; }
-
-// Halves the longest axis of the tile until its region fits; false if a single patch is too large.
-bool cut_to_fit(Axis* axes) {
-  while (region_places(axes) > kRegionPlaces || tile_places(axes) > kTilePlaces) {
-    Axis* longest =
-        std::max_element(axes, axes + kSpatialRank, [](const Axis& a, const Axis& b) { return a.tile < b.tile; });
-    if (longest->tile == 1) return false;
-    longest->tile = (longest->tile + 1) / 2;
-  }
-  return true;
-}
-
-// Where patches are single places a cut costs nothing, and few samples of many channels would else be few blocks:
-// GPT-2's maps took 20 times as long as their bytes on an H100, maps of 64 channels and 64x64 places 1.5 times.
-void cut_evenly(Entry& entry, int64_t element) {
-  Axis& axis = entry.axes[2];
-  const int64_t channels = std::max(1, entry.channels);
-  const int64_t most =
-      entry.is_rows ? kRowElements / channels : std::max(kRunBytes / element, kBlockBytes / (element * channels));
-  const int64_t tile = ceil_div(axis.extent, ceil_div(axis.extent, std::clamp<int64_t>(most, 1, kRegionPlaces)));
-  // Planes: tiles begin where 16 bytes do, for all types.
-  if (tile < axis.extent) axis.tile = static_cast<int>(entry.is_rows ? tile : ceil_div(tile, 8) * 8);
-}
-
-// Whether what a thread reads at once begins at a multiple of 16 bytes and lies within a channel, or a row.
-bool is_aligned(const Entry& entry, int64_t element) {
-  const int64_t lanes = 16 / element;
-  const auto whole = [lanes](int64_t number) { return number % lanes == 0; };
-  const Region& region = entry.region;
-  if (reinterpret_cast<uintptr_t>(entry.data) % 16 != 0 || !whole(entry.batch_stride)) return false;
-  bool aligned = true;
-  for (int axis = 0; axis < (entry.is_rows ? kSpatialRank : kSpatialRank - 1); ++axis)
-    aligned = aligned && (entry.axes[axis].extent == 1 || whole(entry.axes[axis].step));
-  if (entry.is_rows) return aligned;
-  const Axis& line = entry.axes[2];
-  if (line.step != 1 || !whole(entry.channel_stride)) return false;
-  if (entry.is_run && !entry.is_cut) return whole(region.offset) && whole(region.count());
-  // The first tile's region is that of all tiles along an axis that is not cut.
-  return aligned && whole(region.offset) &&
-         (line.tiles == 1 ? whole(region.size[2]) : entry.is_direct && whole(line.tile) && whole(line.extent));
-}
-
-// Everything but `first_item`; false if this cannot be done.
-bool describe(const RowSource& source, void* maps, Entry& entry) {
-  entry.data = source.data;
-  entry.maps = maps;
-  entry.batch = source.batch;
-  entry.batch_stride = source.batch_stride;
-  entry.channel_stride = source.channel_stride;
-  entry.element_type = source.element_type;
-  entry.bias = static_cast<int>(source.window.bias);
-  if (!set_axes(source, entry)) return false;
-  entry.channels = static_cast<int>(source.channels);
-  entry.is_rows = source.channel_stride == 1 && source.channels > 1;
-  Axis* axes = entry.axes;
-  for (int axis = 0; axis < kSpatialRank; ++axis) skip_places_between(axes[axis]);
-  for (int axis = 0; axis + 1 < kSpatialRank; ++axis) merge(axes[axis], axes[axis + 1]);
-  entry.is_direct =
-      is_single(axes[0]) && is_single(axes[1]) && is_single(axes[2]) && axes[0].extent == 1 && axes[1].extent == 1;
-  const int64_t element = element_bytes(source.element_type);
-  if (entry.is_direct) cut_evenly(entry, element);
-  if (!entry.is_direct && !cut_to_fit(axes)) return false;
-
-  for (int axis = 0; axis < kSpatialRank; ++axis) {
-    axes[axis].tiles = static_cast<int>(ceil_div(axes[axis].grid, axes[axis].tile));
-    entry.is_cut = entry.is_cut || axes[axis].tiles > 1;
-    set_tile(axes[axis], axis, 0, entry.region);
-  }
-  const Region& region = entry.region;
-  entry.region.offset = offset_of(axes, region);
-  const bool lines_follow = axes[2].tiles == 1 && region.size[2] == axes[2].extent &&
-                            (axes[1].extent == 1 || axes[1].step == axes[2].step * axes[2].extent);
-  const bool depths_follow = axes[0].extent == 1 || (axes[1].tiles == 1 && region.size[1] == axes[1].extent &&
-                                                     axes[0].step == axes[1].step * axes[1].extent);
-  entry.is_run = entry.is_direct || (lines_follow && depths_follow);
-  entry.is_vectors = is_aligned(entry, element);
-  const int64_t places = std::max<int64_t>(1, region_places(axes)), tile = tile_places(axes);
-  const int64_t bytes = places * std::max(1, entry.channels) * element;
-  const int64_t samples = std::min({kBlockBytes / bytes, kRegionPlaces / places, kTilePlaces / tile, source.batch});
-  entry.samples = entry.is_cut ? 1 : static_cast<int>(std::max<int64_t>(1, samples));
-  const int64_t units = entry.samples * places / (entry.is_vectors ? 16 / element : 1);
-  while ((1 << entry.unit_bits) < kThreads && (1 << entry.unit_bits) < units) ++entry.unit_bits;
-  entry.by_tile = Divisor::of(static_cast<int>(tile));
-  entry.by_layer = Divisor::of(axes[1].tile * axes[2].tile);
-  entry.by_line = Divisor::of(axes[2].tile);
-  return true;
-}
-
-// -- what a block does ----------------------------------------------------------------------------------------
-
-__device__ void copy(const Entry& from, Entry& to) {
-  constexpr int kParts = static_cast<int>(sizeof(Entry) / sizeof(uint4));
-  static_assert(sizeof(Entry) % sizeof(uint4) == 0 && kParts <= kThreads, "a thread copies 16 bytes");
+__device__ void copy(const MapsEntry& from, MapsEntry& to) {
+  constexpr int kParts = static_cast<int>(sizeof(MapsEntry) / sizeof(uint4));
+  static_assert(sizeof(MapsEntry) % sizeof(uint4) == 0 && kParts <= kThreads, "a thread copies 16 bytes");
   if (threadIdx.x < kParts)
     reinterpret_cast<uint4*>(&to)[threadIdx.x] = reinterpret_cast<const uint4*>(&from)[threadIdx.x];
 }
@@ -271,7 +45,7 @@ __device__ void copy(const Entry& from, Entry& to) {
 __device__ void find_tile(Block& block) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    Entry& entry = block.entry;
+    MapsEntry& entry = block.entry;
     int item = static_cast<int>(blockIdx.x - entry.first_item);
     if (entry.is_cut) {
       for (int axis = kSpatialRank - 1; axis >= 0; --axis) {
@@ -288,7 +62,7 @@ __device__ void find_tile(Block& block) {
 
 // Offset of a place of the region from its first one, numbered sample slowest, W fastest.
 __device__ int64_t offset_of(const Block& block, int place) {
-  const Entry& entry = block.entry;
+  const MapsEntry& entry = block.entry;
   const int *size = block.entry.region.size, count = block.entry.region.count();
   int64_t offset = 0;
   if (block.samples > 1) {
@@ -358,7 +132,7 @@ __device__ void sum_planes(const Block& block, SumType<T> bias, SumType<T>* sums
   using Sum = SumType<T>;
   using Part = std::conditional_t<kLanes == 1, Single<T>, Vector<T>>;
   constexpr int kLoads = kLanes == 8 ? kInFlight / 2 : kInFlight;  // 8 sums leave fewer registers
-  const Entry& entry = block.entry;
+  const MapsEntry& entry = block.entry;
   const int unit_threads = 1 << entry.unit_bits, slices = kThreads >> entry.unit_bits, units = block.places() / kLanes;
   for (int unit = threadIdx.x & (unit_threads - 1); unit < units; unit += unit_threads) {
     const int slice = threadIdx.x >> entry.unit_bits, channels = entry.channels;
@@ -434,7 +208,7 @@ __device__ Sum patch_sum(const Axis* axes, const Region& region, const Sum* plan
 // The places of the tile, of which those at the grid's end may lie outside: so all tiles are divided alike.
 template <int kSide, typename Sum>
 __device__ void sum_patches(const Block& block, const Sum* plane) {
-  const Entry& entry = block.entry;
+  const MapsEntry& entry = block.entry;
   const Region& region = entry.region;
   const Axis* axes = entry.axes;
   const int grid_places = axes[0].grid * axes[1].grid * axes[2].grid;
@@ -474,14 +248,14 @@ __device__ void sum_channels(const Block& block, unsigned char* plane, unsigned 
 }
 
 // Few layers come as a parameter: a launch that brings their table takes as long as the sums of 10 MB.
-constexpr int kFew = 3840 / static_cast<int>(sizeof(Entry));  // of 4 KB of parameters
+constexpr int kFew = 3840 / static_cast<int>(sizeof(MapsEntry));  // of 4 KB of parameters
 struct FewEntries {
-  Entry entries[kFew];
+  MapsEntry entries[kFew];
 };
 
 // Reads `entries`, or where it is null `few`.
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    layer_maps_kernel(const KFAC2_GRID_CONSTANT FewEntries few, const Entry* entries, int count, int plane_bytes) {
+    layer_maps_kernel(const KFAC2_GRID_CONSTANT FewEntries few, const MapsEntry* entries, int count, int plane_bytes) {
   KFAC2_SHARED(Block, block);
   unsigned char *plane = reinterpret_cast<unsigned char*>(&block) + kBlockState, *partial = plane + plane_bytes;
   if (entries == nullptr) {
@@ -505,10 +279,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 class LayerMaps : public TableLaunch {
  public:
   explicit LayerMaps(const LayerMapsParams& params) : count_(static_cast<int>(params.count)) {
-    std::vector<Entry> entries;
+    std::vector<MapsEntry> entries;
     int64_t plane = 16;
     for (int64_t i = 0; i < params.count; ++i) {
-      Entry entry = {};
+      MapsEntry entry = {};
       entry.first_item = blocks_;
       possible_ = possible_ && describe(params.sources[i], params.maps[i], entry);
       if (!possible_) return;
@@ -529,7 +303,7 @@ class LayerMaps : public TableLaunch {
 
  private:
   cudaError_t start(unsigned char* workspace, cudaStream_t stream) const override {
-    const Entry* entries = count_ <= kFew ? nullptr : at(workspace, entries_);
+    const MapsEntry* entries = count_ <= kFew ? nullptr : at(workspace, entries_);
     return launch(layer_maps_kernel, dim3(static_cast<unsigned>(blocks_)), dim3(kThreads),
                   kBlockState + plane_bytes_ + kPartialBytes, stream, few_, entries, count_, plane_bytes_);
   }
@@ -537,7 +311,7 @@ class LayerMaps : public TableLaunch {
   int64_t blocks_ = 0;
   int count_, plane_bytes_ = 0;
   FewEntries few_ = {};  // where there are no more
-  TableAt<Entry> entries_;
+  TableAt<MapsEntry> entries_;
 };
 
 }  // namespace

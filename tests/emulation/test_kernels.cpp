@@ -1,5 +1,6 @@
 // The CUDA kernels of the statistics against csrc/cpu on drawn layers. On the emulator: compiled by g++ and run thread
 // by thread, in three orders of threads and blocks, with poisoned shared memory, under sanitizers.
+#include <array>
 #include <memory>
 
 #include "cases.h"
@@ -52,22 +53,20 @@ struct DrawnLayers {
   // Tiles of 64 channels, some of them partly filled, in both layouts, with several shares of positions.
   static DrawnLayers wide(Random& random) {
     DrawnLayers layers;
-    layers.add_wide<float>(random, ElementType::kFloat32);
-    layers.add_wide<Half>(random, ElementType::kFloat16);
-    layers.add_wide<BFloat16>(random, ElementType::kBFloat16);
+    layers.add_wide<float>(random, ElementType::kFloat32, {5, 100, 6, 7, 2});
+    layers.add_wide<float>(random, ElementType::kFloat32, {300, 50, 1, 1, 1});
+    layers.add_wide<Half>(random, ElementType::kFloat16, {70, 50, 1, 3, 1});
+    layers.add_wide<BFloat16>(random, ElementType::kBFloat16, {70, 50, 1, 3, 1});
     return layers;
   }
 
   template <typename T>
-  void add_wide(Random& random, ElementType type) {
-    const int64_t shapes[][5] = {{5, 100, 6, 7, 2}, {300, 50, 1, 1, 1}};
-    for (const auto& s : shapes) {
-      for (const bool channels_last : {false, true}) {
-        auto layer = std::make_shared<DrawnSource<T>>(random, type, s[0], s[1], s[2], s[3], s[4]);
-        layer->lay_out(channels_last);
-        sources.push_back(layer->source);
-        memory.push_back(layer);
-      }
+  void add_wide(Random& random, ElementType type, const std::array<int64_t, 5>& shape) {
+    for (const bool channels_last : {false, true}) {
+      auto layer = std::make_shared<DrawnSource<T>>(random, type, shape[0], shape[1], shape[2], shape[3], shape[4]);
+      layer->lay_out(channels_last);
+      sources.push_back(layer->source);
+      memory.push_back(layer);
     }
   }
 
