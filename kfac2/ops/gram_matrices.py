@@ -64,12 +64,12 @@ def are_faster(tensors: Sequence[Tensor], windows: Sequence[Window]) -> list[boo
         tensors: of each layer, (N, C, *spatial), all on one device.
         windows: how rows are taken from each.
     """
-    if not tensors[0].is_cuda:
+    # While torch.compile traces a function, sizes may be symbols, and how float32 is multiplied cannot be asked.
+    if not tensors[0].is_cuda or torch.compiler.is_compiling():
         return [False] * len(tensors)
-    known = costs if torch.compiler.is_compiling() else _costs_by_shape
     precisions = {dtype: _precision(dtype) for dtype in (torch.float32, *_HALF)}
     return products_are_faster([
-        known(x.shape, window, precisions.get(x.dtype), x.dim() > 1 and x.stride(1) == 1)
+        _costs_by_shape(x.shape, window, precisions.get(x.dtype), x.dim() > 1 and x.stride(1) == 1)
         for x, window in zip(tensors, windows, strict=True)
     ])  # fmt: skip
 
@@ -84,7 +84,7 @@ def products_are_faster(layers: Sequence[Costs]) -> list[bool]:
         layers: of all layers of the call.
     """
     shortest, least = [False] * len(layers), NATIVE_CALL + sum(layer.native for layer in layers)
-    each = [bool(layer.library < layer.native) for layer in layers]  # of sizes that torch.compile does not fix, too
+    each = [layer.library < layer.native for layer in layers]
     for chosen in (each, [True] * len(layers)):
         shared = FOLD * any(chosen) + NATIVE_CALL * (not all(chosen))
         whole = shared + sum(
