@@ -116,6 +116,27 @@ def linear_covariances(device: str, is_tiny: bool) -> Iterator[Comparison]:
         yield covariances_of(f"{rows} rows of {width}", x, Window.places(0), product)
 
 
+def covariances_together(device: str, is_tiny: bool) -> Iterator[Comparison]:
+    """Rows of twelve Linear layers in one call, as a step has them: launches are shared."""
+    count, rows, widths = (2, 64, (8, 16)) if is_tiny else (12, 8192, (64, 128, 256, 512, 768))
+    for width in widths:
+        x = torch.randn(count, rows, width, device=device)
+
+        def ours(layers: Tensor) -> object:
+            return ops.folded_covariances(list(layers), [Window.places(0)] * len(layers))
+
+        def theirs(layers: Tensor) -> object:
+            return [product(layer) for layer in layers]
+
+        yield Comparison(
+            f"{count} of {rows} rows of {width}",
+            in_each_precision(ours, x),
+            in_each_precision(theirs, x),
+            {},
+            2.0 * count * rows * width**2,
+        )
+
+
 def patch_covariances(device: str, is_tiny: bool) -> Iterator[Comparison]:
     """Inputs of convolutions: 3x3 of the ResNets for small images and of ResNet-50 at batch 64; their first layers."""
     shapes = [(2, 4, 6)] if is_tiny else [(128, 16, 32), (128, 32, 16), (128, 64, 8)]
@@ -244,6 +265,7 @@ GROUPS: dict[str, Callable[[str, bool], Iterator[Comparison]]] = {
     "gradients of a step": gradients_of_a_step,
     "maps of rows": rows_of_maps,
     "covariances of Linear rows": linear_covariances,
+    "covariances of twelve layers": covariances_together,
     "covariances of patches": patch_covariances,
     "covariances of maps": map_covariances,
     "inverses": inverses,

@@ -31,7 +31,7 @@ PROCESSORS = 132  # of H100 SXM and H200: the data sheets
 # Cycles of a warp for 32 positions, by the tile: of 16 instructions that were counted, of others what an H100 takes.
 COVARIANCE_ISSUE = {16: 230, 32: 620, 64: 2150}
 # Blocks that are wanted for a launch, and positions of a share at least: csrc/kernels/covariance_tables.h.
-BLOCKS_WANTED, LEAST_POSITIONS = {16: 4096, 32: 4096, 64: 2048}, {16: 256, 32: 256, 64: 128}
+BLOCKS_WANTED, LEAST_POSITIONS = {16: 4096, 32: 4096, 64: 1584}, {16: 256, 32: 256, 64: 128}
 COVARIANCE_BLOCK = 600  # of a warp before and behind these: the table, the sum over slices (an estimate)
 # Instructions of a warp for 256 multiply-adds of each thread, and beside them for a chunk and a block: from the
 # compiled code, the last an estimate.
@@ -157,7 +157,8 @@ def covariances(sources: Sequence[Source]) -> Count:
     work = dict.fromkeys(COVARIANCE_ISSUE, 0)  # positions, counted for each tile
     for rows in sources:
         tile, tiles = tiles_of(rows)
-        work[tile] += tiles**2 * rows.batch * sum(piece.positions for piece in cut[tuple(rows)])
+        for piece in cut[tuple(rows)]:
+            work[tile] += (tiles * (tiles + 1) // 2 if piece.symmetric else tiles**2) * rows.batch * piece.positions
     length = {  # of a share
         tile: max(LEAST_POSITIONS[tile], up(math.ceil(n / BLOCKS_WANTED[tile]), 32)) for tile, n in work.items()
     }

@@ -14,11 +14,12 @@
 namespace kfac2::cuda {
 
 // Layers of one type and tile size, which are one launch of products, are shared out together: so that they make about
-// as many blocks as are wanted (4 to 8 waves on 132 multiprocessors that hold 4 or 5 each), and blocks of fewer
-// positions only where these are as few as a block's begin and end are worth. Both numbers are fixed, so that results
-// depend on the shapes of a call and not on the device. Beyond the first share of each piece there are at most as many
-// tiles of sums as blocks: 35 MB in float32, as much in float64, bias included.
-constexpr int64_t blocks_wanted(int tile) { return tile == 64 ? 2048 : 4096; }
+// as many blocks as are wanted (4 waves of 64 channels on 132 multiprocessors that hold 3 each, 6 of fewer channels,
+// of which 5 are held), and blocks of fewer positions only where these are as few as a block's begin and end are worth.
+// A few blocks more than whole waves would let most multiprocessors wait: large pieces come first, small ones fill up.
+// All numbers are fixed, so that results depend on the shapes of a call and not on the device. Beyond the first share
+// of each piece there are at most as many tiles of sums as blocks: 26 MB in float32, 35 in float64, bias included.
+constexpr int64_t blocks_wanted(int tile) { return tile == 64 ? 1584 : 4096; }
 constexpr int64_t least_positions(int tile) { return tile == 64 ? 128 : 256; }
 constexpr int64_t kPositionStep = 32;  // a share is a multiple of it: of whole chunks
 
@@ -42,6 +43,8 @@ struct Cut {
   int64_t group_items, group_shares, group_sums;
 
   KFAC2_HOST_DEVICE int64_t side() const { return int64_t{tile} * tiles; }
+  // That are multiplied for a piece: what lies under the diagonal of a symmetric one is not.
+  int64_t tiles_of(const Piece& piece) const { return piece.symmetric ? tiles * (tiles + 1) / 2 : tiles * tiles; }
 };
 
 struct LayerEntry {
@@ -141,12 +144,15 @@ inline void cut_layers(LayerEntry* layers, int count, std::vector<PieceEntry>& p
       cut.pieces = static_cast<int>(pieces.size());
       for (const Piece& piece : pieces_of(layer->source)) pieces.push_back({0, 0, 0, 0, piece});
       cut.piece_count = static_cast<int>(pieces.size()) - cut.pieces;
+      std::stable_sort(pieces.begin() + cut.pieces, pieces.end(), [](const PieceEntry& a, const PieceEntry& b) {
+        return a.piece.positions() > b.piece.positions();
+      });
     } else {
       cut = like.back()->cut;
     }
-    const int64_t tiles = layer->source.window.groups * cut.tiles * cut.tiles;
+    const int64_t samples = layer->source.window.groups * layer->source.batch;
     for (int p = cut.pieces; p < cut.pieces + cut.piece_count; ++p)
-      work += tiles * layer->source.batch * pieces[p].piece.positions();
+      work += cut.tiles_of(pieces[p].piece) * samples * pieces[p].piece.positions();
   }
   const int tile = layers->cut.tile;
   const int64_t of_block = ceil_div(ceil_div(work, blocks_wanted(tile)), kPositionStep) * kPositionStep;

@@ -109,7 +109,7 @@ def test_covariances_of_wide_rows_among_others(shape, kernel, dtype, precision, 
 
 
 def test_layers_go_to_the_library_of_a_device_or_to_the_kernel_together(precision):
-    wide, narrow = torch.randn(4096, 1024, device=DEVICE), torch.randn(4096, 64, device=DEVICE)
+    wide, narrow = torch.randn(8192, 256, device=DEVICE), torch.randn(4096, 64, device=DEVICE)
     window = Window.places(0)
 
     def goes(*tensors):
