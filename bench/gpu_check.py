@@ -15,8 +15,9 @@ tests/gpu, without torch's caching of memory | 90 |
 
 The time for everything is a bound: a stage gets its own limit or what is left, and is skipped where nothing is left.
 Usually most stages need less than half of theirs, which leaves the measurements what they need; those that were left
-out, or are wanted again, `--only "measure: steps" ncu` runs, on a build that is there. They are meant for a machine of
-16 cores: elsewhere --times multiplies them, and --seconds is another bound.
+out, or are wanted again, `--only "measure: steps" ncu` runs. `--built` takes the builds that are there, of an earlier
+run or brought from another machine: build/gpu-check, build/device-tests/device_tests. They are meant for a machine
+of 16 cores: elsewhere --times multiplies them, and --seconds is another bound.
 
 Nothing depends on a stage but what a build makes. No network is used. In the folder given by --out, written after
 each stage: <device>.md to read, <device>.jsonl with a line for each stage, <device>.log with all output. The exit
@@ -236,6 +237,14 @@ def chosen(groups: Sequence[Sequence[Stage]], texts: Sequence[str] | None) -> li
     return [[s for s in group if texts is None or s.name.startswith(tuple(texts))] for group in groups]
 
 
+def wanted(architecture: str, texts: Sequence[str] | None, is_built: bool) -> list[list[Stage]]:
+    """Return the builds and the stages that are chosen; where there are builds already, the latter, which need none."""
+    groups = chosen(everything(), texts)
+    if not is_built:
+        return [builds(architecture), *groups]
+    return [[replace(stage, needs=[]) for stage in group] for group in groups]
+
+
 def ending(statuses: Sequence[str]) -> int:
     """Return the exit status of everything from those of the stages."""
     if all(status == PASSED for status in statuses):
@@ -253,6 +262,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="stages whose names begin with one of these, and the builds"
     )
+    parser.add_argument("--built", action="store_true", help="take the builds that are there")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     about = describe()
@@ -268,7 +278,7 @@ def main() -> None:
     if arguments.small:
         groups = [[stage] for stage in measurements("cpu")]
     else:
-        groups = [builds(about["built for"]), *chosen(everything(), arguments.only)]
+        groups = wanted(about["built for"], arguments.only, arguments.built)
     groups = [[replace(stage, limit=arguments.times * stage.limit) for stage in group] for group in groups]
     run_all(groups, record, LOGS, arguments.seconds or arguments.times * SECONDS)
     print(record.path("md").read_text())

@@ -114,10 +114,13 @@ def relative(got, expected):
 @pytest.mark.parametrize("spectrum", ["even", "few large"])
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e5, 1e6])
 def test_accuracy_in_float32(condition, spectrum, d):
-    """Within 1e-3 up to a condition of 1e4; beyond, no worse than 1.5 times torch's own float32 inverse."""
+    """Within 1e-3 up to a condition of 1e4; beyond, no worse than 1.5 times torch's own float32 inverse by Cholesky.
+
+    Rounding of few numbers differs widely from draw to draw, and from processor to processor.
+    """
     generator = torch.Generator().manual_seed(d)
     ours, theirs, stepped, stepped_theirs = [], [], [], []
-    for _ in range(5):
+    for _ in range(40 if d < 100 else 5):
         A = conditioned(d, condition, spectrum, generator).float()
         G = torch.eye(3) * A.trace() / d
         exact = torch.linalg.inv(A.double())
@@ -127,9 +130,10 @@ def test_accuracy_in_float32(condition, spectrum, d):
         wanted = torch.linalg.inv(G.double()) @ grad @ exact
         (step,) = ops.precondition([grad.float()], result.A_inv, result.G_inv)
         ours.append(relative(result.A_inv[0], exact))
-        theirs.append(relative(torch.linalg.inv(A), exact))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
+        theirs.append(relative(inverse, exact))
         stepped.append(relative(step, wanted))
-        stepped_theirs.append(relative(torch.linalg.inv(G) @ grad.float() @ torch.linalg.inv(A), wanted))
+        stepped_theirs.append(relative(torch.linalg.inv(G) @ grad.float() @ inverse, wanted))
         precise = ops.factored_tikhonov_inverse([A.double()], [G.double()], 0.0)  # the float64 route
         assert relative(precise.A_inv[0], exact) < 1e-8
     for mine, other in ((ours, theirs), (stepped, stepped_theirs)):

@@ -214,6 +214,15 @@ def test_every_gpu_test_and_every_op_has_its_stage():
     assert {f"measure: kernels, {op}" for op in cases.OPS} <= set(measured)
 
 
+def test_builds_that_are_there_are_not_made_again():
+    first, *rest = gpu_check.wanted("9.0", ["tests/gpu"], is_built=False)
+    assert [stage.name for stage in first] == [gpu_check.BUILD_TESTS, gpu_check.BUILD_PACKAGE]
+    stages = [stage for group in gpu_check.wanted("9.0", ["tests/gpu"], is_built=True) for stage in group]
+    needing = [stage for group in rest for stage in group]
+    assert [s.name for s in stages] == [s.name for s in needing] and all(s.needs for s in needing)
+    assert stages and not any(stage.needs for stage in stages)
+
+
 def test_some_stages_are_chosen_by_how_their_names_begin():
     groups = gpu_check.everything()
     assert gpu_check.chosen(groups, None) == groups
