@@ -205,7 +205,7 @@ def use_of(capture: Capture, g: Tensor, batch_dim: int) -> Use:
     """Make rows of a capture and the gradient of its output."""
     layer = capture.layer
     x, g = (layer.samples_first(tensor, batch_dim) for tensor in (capture.x, g))
-    return Use.of(layer, x, g, capture.call, capture.order)
+    return Use.of(layer, x, g, capture.call, capture.order, capture.is_given)
 
 
 def sizes_of(capture: Capture, batch_dim: int) -> Use:
@@ -213,7 +213,7 @@ def sizes_of(capture: Capture, batch_dim: int) -> Use:
     layer, x = capture.layer, torch.empty_like(capture.x, device="meta")
     g = torch.empty(capture.shape, dtype=x.dtype, device="meta")
     x, g = (layer.samples_first(tensor, batch_dim) for tensor in (x, g))
-    return Use.of(layer, x, g, capture.call, capture.order)
+    return Use.of(layer, x, g, capture.call, capture.order, capture.is_given)
 
 
 def places_of(uses: Sequence[Use], samples: int) -> set[int]:

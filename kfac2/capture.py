@@ -36,6 +36,7 @@ class Capture:
         call: how the weight was used.
         order: counts the uses, so that those of one weight stay in their order.
         version: of x then, which moves on where x is overwritten.
+        is_given: whether no operation of the graph has made x: once the backward pass is over it may be overwritten.
         round: with the empirical Fisher, which forward-backward pass of the iteration it belongs to.
         trace: outlives the capture.
         g: with the empirical Fisher, the gradient of the output, once backward has come by.
@@ -47,6 +48,7 @@ class Capture:
     call: Call
     order: int
     version: int
+    is_given: bool
     round: int
     trace: Trace
     g: Tensor | None = None
@@ -155,7 +157,8 @@ class Captures:
             return
         self._count += 1
         given = x.detach(), output.shape, call
-        capture = Capture(layer, *given, self._count, x._version, self._round_of_now(), Trace())
+        history = self._count, x._version, x.grad_fn is None
+        capture = Capture(layer, *given, *history, self._round_of_now(), Trace())
         self._alive.add(capture)
         result = _not_a_view(output)
         result.grad_fn.metadata.setdefault(self._key, []).append((capture, result.output_nr))

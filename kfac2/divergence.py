@@ -83,7 +83,8 @@ def kept_of(passed: Pass, count: int, rounds: bool = False) -> KeptPass:
         grads = next(rows) if use.taken is None else use.taken.first
         assert grads is not None
         samples = len(grads.tensor)
-        inputs = Rows(use.inputs.tensor[:samples], use.inputs.window)
+        first = use.inputs.tensor[:samples]
+        inputs = Rows(first.clone() if use.is_given else first, use.inputs.window)  # others nobody overwrites
         uses.append(KeptUse(use.layer, inputs, grads, samples, passed.fits(use)))
     return KeptPass(uses, count, passed.cases * count / passed.samples, passed.samples)
 

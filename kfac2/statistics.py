@@ -47,6 +47,7 @@ class Use:
         inputs: the rows ā.
         grads: the rows g.
         order: of the use in the forward pass.
+        is_given: whether the input is the user's own, who may overwrite it before the step.
         reached: bool, (leading size, places): which rows the loss can reach; the others are no rows. None: all.
         taken: what was taken of the gradients; None as long as they are there.
     """
@@ -58,13 +59,14 @@ class Use:
     inputs: Rows
     grads: Rows
     order: int = 0
+    is_given: bool = False
     reached: Tensor | None = None
     taken: Taken | None = None
 
     @staticmethod
-    def of(layer: Layer, x: Tensor, g: Tensor, call: Call, order: int = 0) -> Use:
+    def of(layer: Layer, x: Tensor, g: Tensor, call: Call, order: int = 0, is_given: bool = False) -> Use:
         """Make rows of what was captured."""
-        return Use(layer, x, g, call, *layer.rows(x, g, call), order)
+        return Use(layer, x, g, call, *layer.rows(x, g, call), order, is_given)
 
     def without_gradients(self, taken: Taken) -> Use:
         """Return the use with its gradients let go: their shapes are left, and what was taken of them."""

@@ -45,6 +45,41 @@ def scores(task, parameters, samples, seed=0):
     return torch.stack(rows), log_prob.numel()
 
 
+def trained_on(buffer, make, shape, **options):
+    """Two steps of two batches each; with a buffer, each batch is copied there, and it is overwritten before the step."""
+    torch.manual_seed(0)
+    model = make()
+    opt = kfac2.KFAC(model, cov_every=1, inv_every=1, **options)
+    for step in range(2):
+        opt.zero_grad()
+        for batch in range(2):
+            generator = torch.Generator().manual_seed(2 * step + batch)
+            x, y = torch.randn(shape, generator=generator), torch.randint(3, shape[:1], generator=generator)
+            out = model(x if buffer is None else buffer.copy_(x))
+            opt.accumulate_fisher(Categorical(logits=out))
+            (F.cross_entropy(out, y) / 2).backward()
+        if buffer is not None:
+            buffer.zero_()
+        opt.step()
+    return [opt.last_step.bound_factor, *(p.detach() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_buffer_that_batches_are_copied_to_changes_nothing(kind, levels):
+    """What is kept of the user's own tensors is kept apart: the bound is measured when the step is known."""
+    linear = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)], (64, 6)
+    conv = [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)], (64, 2, 5, 5)
+    layers, shape = linear if kind == "linear" else conv
+    options = {"kl_bound": 1e-6, "levels": levels}
+    expected, got = (
+        trained_on(buffer, lambda: nn.Sequential(*copy.deepcopy(layers)), shape, **options)
+        for buffer in (None, torch.empty(shape))
+    )
+    assert expected[0] < 1
+    assert expected[0] == got[0] and all(torch.equal(a, b) for a, b in zip(expected[1:], got[1:], strict=True))
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize("name", models.NAMES)
 def test_the_divergence_is_that_of_the_dense_fisher(name, share):
