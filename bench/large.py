@@ -119,22 +119,17 @@ def linear_covariances(device: str, is_tiny: bool) -> Iterator[Comparison]:
 def covariances_together(device: str, is_tiny: bool) -> Iterator[Comparison]:
     """Rows of twelve Linear layers in one call, as a step has them: launches are shared."""
     count, rows, widths = (2, 64, (8, 16)) if is_tiny else (12, 8192, (64, 128, 256, 512, 768))
+
+    def ours(layers: Tensor) -> object:
+        return ops.folded_covariances(list(layers), [Window.places(0)] * count)
+
+    def theirs(layers: Tensor) -> object:
+        return [product(layer) for layer in layers]
+
     for width in widths:
         x = torch.randn(count, rows, width, device=device)
-
-        def ours(layers: Tensor) -> object:
-            return ops.folded_covariances(list(layers), [Window.places(0)] * len(layers))
-
-        def theirs(layers: Tensor) -> object:
-            return [product(layer) for layer in layers]
-
-        yield Comparison(
-            f"{count} of {rows} rows of {width}",
-            in_each_precision(ours, x),
-            in_each_precision(theirs, x),
-            {},
-            2.0 * count * rows * width**2,
-        )
+        title, flop = f"{count} of {rows} rows of {width}", 2.0 * count * rows * width**2
+        yield Comparison(title, in_each_precision(ours, x), in_each_precision(theirs, x), {}, flop)
 
 
 def patch_covariances(device: str, is_tiny: bool) -> Iterator[Comparison]:

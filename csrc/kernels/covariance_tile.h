@@ -61,6 +61,7 @@ template <int kTile, int kChunk, bool kChannelsLast>
 struct Part {
   static constexpr int kNumbers = kTile * kChunk / kThreads;
   static constexpr int kPositionStep = kChannelsLast ? kThreads / kTile : 0, kChannelStep = kChannelsLast ? 0 : 1;
+  static constexpr int kStep = kPositionStep + kChannelStep;  // along the axis on which its numbers lie
   const int k = static_cast<int>(kChannelsLast ? threadIdx.x / kTile : threadIdx.x % kChunk);
   const int c = static_cast<int>(kChannelsLast ? threadIdx.x % kTile : threadIdx.x / kChunk * kNumbers);
 };
@@ -94,7 +95,7 @@ struct Side {
     }
 #pragma unroll
     for (int m = 0; m < kNumbers; ++m) {
-      const int step = m * std::max(1, part.kPositionStep);
+      const int step = m * part.kStep;
       numbers[m] = step < left ? at[kChannelsLast ? offset[part.k + step] : step * channel_stride] : T{};
     }
   }
