@@ -20,9 +20,7 @@ namespace {
 
 // Blocks that share a multiprocessor: as many as registers allow without a spill.
 template <typename T, int kTile>
-constexpr int kBlocks = sizeof(T) == sizeof(double) ? 3
-                        : kTile == 64               ? 3
-                                                    : 5;
+constexpr int kBlocks = sizeof(T) == sizeof(double) || kTile == 64 ? 3 : 5;
 
 // No layer of doubles has a tile of 64 channels.
 template <typename T>
